@@ -1,0 +1,719 @@
+"""Four frozen specialists: pixels in, a grid of patch features out (paper 3.1, table 4).
+
+    class          who              what it adds to a plain ViT
+    ViT            DINOv2, SigLIP   each frame alone; DINOv2: registers, LayerScale
+    LanguageBind   LanguageBind     each block first attends over time, in windows
+    ViViT          ViViT            2-frame tubelets, one joint space-time sequence
+
+In:   frames, normalised as the config says (data.preprocess)          (b, T, 3, H, W)
+Out:  patch features, one grid per aligned time step                   (b, t, h, w, d_e)
+
+MERV trains nothing here. No block after the one whose output is taken is built, loaded or run.
+The file ends with how released weights of any model are read. Read next: llama.py, data.py.
+
+Sources: ViT arXiv:2010.11929, DINOv2 2304.07193 with registers 2309.16588, SigLIP 2303.15343,
+LanguageBind 2310.01852, ViViT 2103.15691.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from fnmatch import fnmatch
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import torch.nn.functional as F
+from huggingface_hub import errors as hub_errors
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.serialization import set_default_mmap_options
+
+# ------------------------------------------------------------------------------------------- config
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """All that decides one encoder's features: its shape, where they are taken, its pixels."""
+
+    name: str
+    family: str  # which class below: "vit", "languagebind" or "vivit"
+    source: str  # where the weights are: a hub id, a file or a folder
+    released_as: str  # which table of released names, RELEASED[...]
+    hidden_size: int  # d_e
+    num_heads: int
+    released_layers: int  # blocks in the released file
+    num_layers: int  # blocks built: the features are the output of the last of them
+    patch_size: int
+    image_size: int = 224  # H = W that the encoder is given
+    num_frames: int = 16  # T that the encoder is given
+    tubelet_frames: int = 1  # frames in one patch: 2 for ViViT, so t = T / 2
+    temporal_window: int = 0  # LanguageBind: frames that attend to each other
+    num_registers: int = 0  # DINOv2: extra tokens without a place
+    class_token: bool = True
+    layer_scale: bool = False
+    norm_eps: float = 1e-6
+    activation: str = "gelu"  # "gelu" (exact), "gelu_tanh" or "quick_gelu"
+    resize: str = (
+        "squash"  # "squash" to a square, or "short_side" and centre crop (data.preprocess)
+    )
+    interpolation: str = "bicubic"
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels in [0, 1]
+    pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(t, h, w) of the features."""
+        side = self.image_size // self.patch_size
+        return self.num_frames // self.tubelet_frames, side, side
+
+
+# QUIRK: features are taken where the released weights expect them (ledger K6): DINOv2, SigLIP and
+# LanguageBind after the last block but one and without a norm; ViViT after its last block and norm.
+ENCODERS: dict[str, EncoderConfig] = {
+    config.name: config
+    for config in [
+        EncoderConfig(
+            "languagebind", "languagebind", "LanguageBind/LanguageBind_Video_merge", "languagebind",
+            hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14,
+            temporal_window=8, norm_eps=1e-5, resize="short_side", interpolation="bilinear",
+            pixel_mean=CLIP[0], pixel_std=CLIP[1],
+        ),
+        EncoderConfig(
+            "dinov2", "vit", "timm/vit_large_patch14_reg4_dinov2.lvd142m", "timm",
+            hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14,
+            num_registers=4, layer_scale=True, pixel_mean=IMAGENET[0], pixel_std=IMAGENET[1],
+        ),
+        EncoderConfig(
+            "vivit", "vivit", "google/vivit-b-16x2-kinetics400", "vivit",
+            hidden_size=768, num_heads=12, released_layers=12, num_layers=12, patch_size=16,
+            num_frames=32, tubelet_frames=2, activation="gelu_tanh",
+            interpolation="bilinear",
+        ),
+        EncoderConfig(
+            "siglip", "vit", "timm/vit_base_patch16_siglip_224.webli", "timm",
+            hidden_size=768, num_heads=12, released_layers=12, num_layers=11, patch_size=16,
+            class_token=False,
+        ),
+    ]
+}  # fmt: skip
+
+
+def _miniature(name: str, **changes: object) -> EncoderConfig:
+    """The architecture of the full-size encoder `name`, small enough to pre-train on a laptop."""
+    full = ENCODERS[name]
+    return replace(
+        full, name=f"miniature-{name}", source="", hidden_size=96, num_heads=4, released_layers=4,
+        num_layers=4 - (full.released_layers - full.num_layers), patch_size=8, image_size=32,
+        num_frames=4 * full.tubelet_frames, **changes,
+    )  # fmt: skip
+
+
+for _small in (
+    _miniature("languagebind", temporal_window=4),
+    *map(_miniature, ("dinov2", "vivit", "siglip")),
+):
+    ENCODERS[_small.name] = _small
+
+# -------------------------------------------------------------------------------------------- model
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of each row: (rows, tokens, d_e) -> the same."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv_proj = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows, tokens, d_e = x.shape
+        qkv = self.qkv_proj(x).view(rows, tokens, 3, self.num_heads, d_e // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (rows, heads, tokens, d_e / heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.out_proj(x.transpose(1, 2).reshape(rows, tokens, d_e))
+
+
+class MLP(nn.Module):
+    """Two Linears with an activation between, four times as wide inside."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.activation = ACTIVATIONS[config.activation]
+        self.up_proj = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.down_proj = nn.Linear(4 * config.hidden_size, config.hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.up_proj(x)))
+
+
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel on a residual branch (DINOv2)."""
+
+    def __init__(self, hidden_size: int):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: (rows, tokens, d_e) -> the same."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        d_e = config.hidden_size
+        self.attention_norm = nn.LayerNorm(d_e, config.norm_eps)
+        self.attention = Attention(config)
+        self.attention_scale = LayerScale(d_e) if config.layer_scale else nn.Identity()
+        self.mlp_norm = nn.LayerNorm(d_e, config.norm_eps)
+        self.mlp = MLP(config)
+        self.mlp_scale = LayerScale(d_e) if config.layer_scale else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention_scale(self.attention(self.attention_norm(x)))
+        return x + self.mlp_scale(self.mlp(self.mlp_norm(x)))
+
+
+class Encoder(nn.Module):
+    """What the four share: the config, the blocks, and a check of what comes in."""
+
+    block = Block
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__()
+        self.config = config
+        self.blocks = nn.ModuleList(self.block(config) for _ in range(config.num_layers))
+
+    def check(self, frames: Tensor, multiple: int) -> None:
+        """Raise if `frames` is not (b, T, 3, side, side) with T a multiple of `multiple`."""
+        name, side = self.config.name, self.config.image_size
+        if frames.ndim != 5 or frames.shape[2:] != (3, side, side):
+            raise UserError(
+                f"{name} got frames {tuple(frames.shape)}, wants (b, T, 3, {side}, {side}).",
+                f"it reads clips of {side}x{side} RGB frames.",
+                "pass the video through data.preprocess(frames, encoder.config).",
+            )
+        if frames.shape[1] % multiple:
+            raise UserError(
+                f"{name} got {frames.shape[1]} frames, wants a multiple of {multiple}.",
+                f"it reads frames in groups of {multiple}, each frame with its learned position.",
+                f"sample {multiple}, {2 * multiple}, {3 * multiple} ... frames.",
+            )
+
+
+class ViT(Encoder):
+    """DINOv2 and SigLIP: every frame is an image of its own, so t = T."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config)
+        d_e, (_, h, w) = config.hidden_size, config.grid
+        self.patch_embedding = nn.Conv2d(3, d_e, config.patch_size, config.patch_size)
+        self.position_embedding = nn.Parameter(torch.zeros(1, h * w, d_e))
+        if config.class_token:
+            self.class_token = nn.Parameter(torch.zeros(1, 1, d_e))
+        if config.num_registers:
+            self.register_tokens = nn.Parameter(torch.zeros(1, config.num_registers, d_e))
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(b, T, 3, H, W) -> (b, t, h, w, d_e)."""
+        self.check(frames, 1)
+        b, t = frames.shape[:2]
+        x = self.patch_embedding(frames.flatten(0, 1)).flatten(2).mT  # (b*t, h*w, d_e)
+        x = x + self.position_embedding
+        # Class token and registers have no place in the image, so no position is added to them.
+        extra = [
+            getattr(self, name)
+            for name in ("class_token", "register_tokens")
+            if hasattr(self, name)
+        ]
+        x = torch.cat([token.expand(b * t, -1, -1) for token in extra] + [x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        _, h, w = self.config.grid
+        return x[:, -h * w :].unflatten(1, (h, w)).unflatten(0, (b, t))
+
+
+class LanguageBindBlock(Block):
+    """A CLIP block that first lets each position attend over the frames of its window."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config)
+        self.temporal_embedding = nn.Parameter(
+            torch.zeros(1, config.temporal_window, config.hidden_size)
+        )
+        self.temporal_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        self.temporal_attention = Attention(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b*t, 1 + h*w, d_e) -> the same."""
+        # QUIRK: 16 frames with a window of 8 are two clips that never meet (ledger K2):
+        # frames [0..7], [8..15], and the temporal embedding starts again at frame 8.
+        frames, tokens, d_e = x.shape
+        window = self.temporal_embedding.shape[1]
+        x = (
+            x.view(-1, window, tokens, d_e).transpose(1, 2).reshape(-1, window, d_e)
+        )  # time is the sequence
+        x = x + self.temporal_embedding
+        x = x + self.temporal_attention(self.temporal_norm(x))
+        x = x.view(-1, tokens, window, d_e).transpose(1, 2).reshape(frames, tokens, d_e)
+        return super().forward(x)
+
+
+class LanguageBind(Encoder):
+    """CLIP's image encoder with temporal attention in every block, so t = T."""
+
+    block = LanguageBindBlock
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config)
+        d_e, (_, h, w) = config.hidden_size, config.grid
+        self.patch_embedding = nn.Conv2d(3, d_e, config.patch_size, config.patch_size, bias=False)
+        self.class_token = nn.Parameter(torch.zeros(d_e))
+        self.position_embedding = nn.Parameter(torch.zeros(1 + h * w, d_e))
+        self.embedding_norm = nn.LayerNorm(d_e, config.norm_eps)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(b, T, 3, H, W) -> (b, t, h, w, d_e)."""
+        self.check(frames, self.config.temporal_window)
+        b, t = frames.shape[:2]
+        x = self.patch_embedding(frames.flatten(0, 1)).flatten(2).mT  # (b*t, h*w, d_e)
+        x = torch.cat([self.class_token.expand(b * t, 1, -1), x], dim=1) + self.position_embedding
+        x = self.embedding_norm(x)
+        for block in self.blocks:
+            x = block(x)
+        _, h, w = self.config.grid
+        return x[:, 1:].unflatten(1, (h, w)).unflatten(0, (b, t))
+
+
+class ViViT(Encoder):
+    """Tubelets of 2 frames become tokens; all tokens of a clip attend to each other: t = T / 2."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config)
+        d_e, (t, h, w) = config.hidden_size, config.grid
+        tubelet = (config.tubelet_frames, config.patch_size, config.patch_size)
+        self.patch_embedding = nn.Conv3d(3, d_e, tubelet, tubelet)
+        self.class_token = nn.Parameter(torch.zeros(1, 1, d_e))
+        self.position_embedding = nn.Parameter(torch.zeros(1, 1 + t * h * w, d_e))
+        self.final_norm = nn.LayerNorm(d_e, config.norm_eps)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(b, T, 3, H, W) -> (b, t, h, w, d_e), with T exactly config.num_frames."""
+        self.check(frames, 1)
+        if frames.shape[1] != self.config.num_frames:
+            raise UserError(
+                f"{self.config.name} got {frames.shape[1]} frames, wants {self.config.num_frames}.",
+                "every tubelet of the clip has its own learned position.",
+                f"sample {self.config.num_frames} frames.",
+            )
+        x = self.patch_embedding(frames.transpose(1, 2)).flatten(2).mT  # (b, t*h*w, d_e)
+        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.position_embedding
+        for block in self.blocks:
+            x = block(x)
+        return self.final_norm(x)[:, 1:].unflatten(1, self.config.grid)
+
+
+FAMILIES = {"vit": ViT, "languagebind": LanguageBind, "vivit": ViViT}
+
+# ------------------------------------------------------------------------------------------ weights
+
+
+@dataclass(frozen=True)
+class Released:
+    """How one source names its tensors."""
+
+    files: tuple[str, ...]  # looked for in this order in a folder or on the hub
+    prefixes: tuple[str, ...]  # in front of every name; which one is seen in the file
+    names: dict[
+        str, str | tuple[str, ...]
+    ]  # ours -> theirs, "*" is the block; a tuple is concatenated
+    skip: dict[str, str]  # names left unread -> why
+
+
+RELEASED: dict[str, Released] = {
+    "timm": Released(
+        files=("model.safetensors", "open_clip_pytorch_model.bin"),
+        prefixes=("", "visual.trunk."),
+        names={
+            "class_token": "cls_token",
+            "register_tokens": "reg_token",
+            "position_embedding": "pos_embed",
+            "patch_embedding": "patch_embed.proj",
+            "blocks.*.attention_norm": "blocks.*.norm1",
+            "blocks.*.attention.qkv_proj": "blocks.*.attn.qkv",
+            "blocks.*.attention.out_proj": "blocks.*.attn.proj",
+            "blocks.*.attention_scale": "blocks.*.ls1",
+            "blocks.*.mlp_norm": "blocks.*.norm2",
+            "blocks.*.mlp.up_proj": "blocks.*.mlp.fc1",
+            "blocks.*.mlp.down_proj": "blocks.*.mlp.fc2",
+            "blocks.*.mlp_scale": "blocks.*.ls2",
+        },
+        skip={
+            "norm.*": "the features are taken before the final norm",
+            "attn_pool.*": "SigLIP's head pools an image to one vector; MERV wants the grid",
+            "/text.*": "the text tower",
+            "/logit_*": "the contrastive loss",
+        },
+    ),
+    "languagebind": Released(
+        files=("model.safetensors", "pytorch_model.bin"),
+        prefixes=("vision_model.",),
+        names={
+            "class_token": "embeddings.class_embedding",
+            "position_embedding": "embeddings.position_embedding.weight",
+            "patch_embedding": "embeddings.patch_embedding",
+            "embedding_norm": "pre_layrnorm",  # [sic]
+            "blocks.*.temporal_embedding": "encoder.layers.*.temporal_embedding",
+            "blocks.*.temporal_norm": "encoder.layers.*.temporal_layer_norm1",
+            "blocks.*.temporal_attention.qkv_proj": "encoder.layers.*.temporal_attn.{q,k,v}_proj",
+            "blocks.*.temporal_attention.out_proj": "encoder.layers.*.temporal_attn.out_proj",
+            "blocks.*.attention_norm": "encoder.layers.*.layer_norm1",
+            "blocks.*.attention.qkv_proj": "encoder.layers.*.self_attn.{q,k,v}_proj",
+            "blocks.*.attention.out_proj": "encoder.layers.*.self_attn.out_proj",
+            "blocks.*.mlp_norm": "encoder.layers.*.layer_norm2",
+            "blocks.*.mlp.up_proj": "encoder.layers.*.mlp.fc1",
+            "blocks.*.mlp.down_proj": "encoder.layers.*.mlp.fc2",
+        },
+        skip={
+            "post_layernorm.*": "norms the class token for the contrastive loss",
+            "/text_model.*": "the text tower",
+            "/*_projection.weight": "the contrastive loss",
+            "/logit_scale": "the contrastive loss",
+        },
+    ),
+    "vivit": Released(
+        files=("model.safetensors", "pytorch_model.bin"),
+        prefixes=("vivit.",),
+        names={
+            "class_token": "embeddings.cls_token",
+            "position_embedding": "embeddings.position_embeddings",
+            "patch_embedding": "embeddings.patch_embeddings.projection",
+            "blocks.*.attention_norm": "encoder.layer.*.layernorm_before",
+            "blocks.*.attention.qkv_proj": "encoder.layer.*.attention.attention.{query,key,value}",
+            "blocks.*.attention.out_proj": "encoder.layer.*.attention.output.dense",
+            "blocks.*.mlp_norm": "encoder.layer.*.layernorm_after",
+            "blocks.*.mlp.up_proj": "encoder.layer.*.intermediate.dense",
+            "blocks.*.mlp.down_proj": "encoder.layer.*.output.dense",
+            "final_norm": "layernorm",
+        },
+        skip={"pooler.*": "the pooled class token", "/classifier.*": "the Kinetics-400 classifier"},
+    ),
+}  # in `skip`, "/" starts a name that stands outside the prefix
+
+
+def load_encoder(
+    config_or_name: EncoderConfig | str,
+    source: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Encoder:
+    """A frozen encoder in eval mode, with released weights or, without a source, random ones.
+
+    source: a checkpoint file, a folder, or a hub id ("owner/name" or "owner/name@revision") in the
+    released format. Raises CheckpointError with every name that does not fit.
+    """
+    config = ENCODERS[config_or_name] if isinstance(config_or_name, str) else config_or_name
+    if source is None:
+        with torch.device("meta"):
+            encoder = FAMILIES[config.family](config)
+        initialise(encoder.to_empty(device="cpu"), torch.Generator().manual_seed(0))
+    else:
+        released = RELEASED[config.released_as]
+        tensors = read_tensors(source, released.files)
+        if config.family == "languagebind":
+            config = _languagebind_as_released(config, source, tensors)
+        with torch.device("meta"):
+            encoder = FAMILIES[config.family](config)
+        tensors, skip = _strip_prefix(tensors, released), dict(released.skip)
+        for ours in encoder.blocks[0].state_dict():
+            for index in range(config.num_layers, config.released_layers):
+                for theirs in released_names(f"blocks.{index}.{ours}", released.names):
+                    skip[theirs] = "after the block whose output is taken"
+        if config.family == "vit" and "pos_embed" in tensors:
+            tensors["pos_embed"] = resize_positions(tensors["pos_embed"], *config.grid[1:])
+        assign_weights(
+            encoder, tensors, released.names, skip, f"{config.name} from {source}", dtype
+        )
+    return encoder.to(device, dtype).eval().requires_grad_(False)
+
+
+def save_encoder(
+    encoder: Encoder, path: str | Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write the weights under the released names, for `load_encoder(encoder.config, path)`.
+
+    state: the full state_dict, if the encoder's own is sharded.
+    """
+    released = RELEASED[encoder.config.released_as]
+    tensors = {}
+    for ours, tensor in (encoder.state_dict() if state is None else state).items():
+        theirs = released_names(ours, released.names)
+        for name, part in zip(theirs, tensor.detach().cpu().chunk(len(theirs)), strict=True):
+            tensors[released.prefixes[0] + name] = part.contiguous()
+    save_tensors(tensors, path)
+
+
+def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
+    """(1, side*side, d_e) learned for a square grid -> (1, h*w, d_e). DINOv2: 37x37 -> 16x16."""
+    side = round(positions.shape[1] ** 0.5) if positions.ndim == 3 else 0
+    if (side, side) == (h, w) or side * side != positions.shape[1]:
+        return positions  # right already, or no square grid: assign_weights will name it
+    grid = positions.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True, align_corners=False)
+    return grid.flatten(2).mT
+
+
+def _languagebind_as_released(config: EncoderConfig, source, tensors) -> EncoderConfig:
+    """The activation stands in the config.json beside the weights, the window in the weights."""
+    beside = Path(source).parent if Path(source).is_file() else source
+    path = find_file(beside, ("config.json",), required=False)
+    if path is not None:
+        vision = read_json(path).get("vision_config", {})
+        config = replace(config, activation=vision.get("hidden_act", config.activation))
+        if config.activation not in ACTIVATIONS:
+            raise CheckpointError(
+                f"{path} asks for the activation {config.activation}.",
+                "it is not one that LanguageBind was released with.",
+                f"choose a checkpoint with one of {', '.join(ACTIVATIONS)}.",
+            )
+    first = tensors.get("vision_model.encoder.layers.0.temporal_embedding")
+    return config if first is None else replace(config, temporal_window=first.shape[1])
+
+
+def _strip_prefix(tensors: dict[str, Tensor], released: Released) -> dict[str, Tensor]:
+    """Take the source's prefix off; a name outside it gets a "/" instead."""
+    seen = [p for p in released.prefixes if p and any(name.startswith(p) for name in tensors)]
+    prefix = seen[0] if seen else released.prefixes[0]
+    return {
+        name.removeprefix(prefix) if name.startswith(prefix) else "/" + name: tensor
+        for name, tensor in tensors.items()
+    }
+
+
+# -------------------------------------------- released files, for encoders.py, llama.py and merv.py
+
+
+class UserError(ValueError):
+    """Bad input, explained: what is wrong, why that matters, how to fix it."""
+
+    def __init__(self, what: str, why: str = "", fix: str = ""):
+        super().__init__(what, why, fix)  # kept as args, to survive the way out of a worker process
+
+    def __str__(self) -> str:
+        what, why, fix = self.args
+        return what + (f"\nWhy: {why}\nFix: {fix}" if why else "")
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is not there or does not fit the model; the message names every tensor."""
+
+
+def find_file(source: str | Path, names: tuple[str, ...], required: bool = True) -> Path | None:
+    """The first of `names` in a folder or hub repository ("owner/name[@revision]"), or that file.
+
+    Downloads go to huggingface_hub's cache; HF_HUB_OFFLINE=1 reads from there only.
+    """
+    folder = Path(source)
+    if folder.is_file():
+        return folder
+    if folder.is_dir():
+        found = [folder / name for name in names if (folder / name).is_file()]
+    elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
+        found = _download(str(source), names)
+    else:
+        raise CheckpointError(
+            f"No checkpoint at {source}.",
+            "it is no file, no folder and no hub id (owner/name).",
+            "check the path, or give the hub id.",
+        )
+    if not found and required:
+        raise CheckpointError(
+            f"{source} has none of {', '.join(names)}.",
+            "that is how released weights are named.",
+            "point at the folder that holds them, or at the file itself.",
+        )
+    return found[0] if found else None
+
+
+HUB_ERRORS = (  # the first that matches: what, why, fix
+    (hub_errors.GatedRepoError, "The hub refuses {repo}.",
+     "its owner asks for a licence to be accepted first.",
+     "accept it at https://huggingface.co/{repo}, then run `hf auth login`."),
+    (hub_errors.RepositoryNotFoundError, "The hub has no {repo}.",
+     "the name is wrong, or the repository is private.",
+     "check the name (a local path must exist); for a private one run `hf auth login`."),
+    (hub_errors.RevisionNotFoundError, "{repo} has no revision {revision}.",
+     "a revision is a branch, a tag or a commit of that repository.",
+     "check it at https://huggingface.co/{repo}/tree/main."),
+    (hub_errors.LocalEntryNotFoundError, "Cannot get {names} of {repo}.",
+     "it is not in the cache and the hub is out of reach.",
+     "connect, or run `hf download {repo}` beforehand where there is a connection."),
+    (Exception, "Cannot download {names} of {repo}.",  # networks, tokens, disks
+     "{error}",
+     "check the name (a local path must exist), the connection, the space on the disk and "
+     "`hf auth whoami`; then try again."),
+)  # fmt: skip
+
+
+def _download(source: str, names: tuple[str, ...]) -> list[Path]:
+    repo, _, revision = source.partition("@")
+    problem = None
+    for name in names:
+        try:
+            return [Path(huggingface_hub.hf_hub_download(repo, name, revision=revision or None))]
+        except hub_errors.LocalEntryNotFoundError as error:
+            problem = error  # not in the cache, and nobody to ask: another of the names may be
+        except hub_errors.EntryNotFoundError:
+            continue  # this repository does not have that file: try the next name
+        except Exception as error:
+            problem = error
+            break
+    if problem is None:
+        return []
+    texts = next(texts for kind, *texts in HUB_ERRORS if isinstance(problem, kind))
+    told = f"{type(problem).__name__}: {problem}"
+    known = {"repo": repo, "revision": revision, "names": " or ".join(names), "error": told}
+    raise CheckpointError(*(text.format(**known) for text in texts)) from problem
+
+
+def read_json(path: Path) -> dict:
+    """The contents of a config.json."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(
+            f"Cannot read {path}.", str(error), "the file is damaged; download or copy it again."
+        ) from error
+
+
+def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor]:
+    """name -> tensor, memory-mapped: a tensor is read from disk when it is used.
+
+    files: names to look for, such as ("model.safetensors", "model.safetensors.index.json").
+    """
+    path = find_file(source, files)
+    try:
+        if path.name.endswith(".index.json"):
+            shards = sorted(set(read_json(path)["weight_map"].values()))
+            parts = [
+                read_tensors(path.parent if path == Path(source) else source, (s,)) for s in shards
+            ]
+            return {name: tensor for part in parts for name, tensor in part.items()}
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # WHY: a private mapping reserves its size, and Linux refuses 27 GB to a machine of 24 GB.
+        # A shared one does not, but needs a file one may write. Nobody does: weights are copied.
+        shared = os.name == "posix" and os.access(path, os.W_OK)
+        with set_default_mmap_options(mmap.MAP_SHARED) if shared else nullcontext():
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # every reader has its own zoo of errors for a damaged file
+        raise CheckpointError(
+            f"Cannot read {path}.",
+            f"{type(error).__name__}: {error}",
+            "the file is damaged or no checkpoint; delete it and download it again.",
+        ) from error
+
+
+def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
+    """Write a safetensors file under a temporary name, then rename: never a partial file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial)
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
+    partial.replace(path)
+
+
+def released_names(ours: str, names: dict[str, str] | None) -> list[str]:
+    """Our tensor name -> theirs, by a table in which "*" stands for the number of the block, and
+    {q,k,v} for three tensors of theirs that are one of ours. Without a table names are the same.
+
+    {"blocks.*.mlp.up_proj": "blocks.*.mlp.fc1"}: blocks.3.mlp.up_proj.bias becomes
+    ["blocks.3.mlp.fc1.bias"]
+    """
+    if names is None:
+        return [ours]
+    number = re.search(r"\.(\d+)\.", ours)
+    pattern = ours.replace(number[0], ".*.", 1) if number else ours
+    stem, dot, leaf = (pattern, "", "") if pattern in names else pattern.rpartition(".")
+    theirs = (names[stem] + dot + leaf).replace("*", number[1] if number else "*")
+    before, brace, rest = theirs.partition("{")
+    inside, _, after = rest.partition("}")
+    return [before + one + after for one in inside.split(",")] if brace else [theirs]
+
+
+def assign_weights(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    names: dict[str, str] | None,
+    skip: dict[str, str],
+    what: str,
+    dtype: torch.dtype,
+) -> None:
+    """Give a model on the meta device its weights, one tensor at a time, cast to `dtype`.
+
+    FIX: no random weights are made first and no second copy exists: peak memory is the model's, not
+    80 GB, and nothing but tensors is unpickled (ledger F11).
+    Strict: raises one CheckpointError that lists all missing, unexpected and mis-shaped names.
+    """
+    weights, used, problems = {}, set(), []
+    for ours, wanted in model.state_dict().items():
+        theirs = released_names(ours, names)
+        used.update(theirs)
+        if missing := [name for name in theirs if name not in tensors]:
+            problems += [f"missing     {name}" for name in missing]
+            continue
+        # WHY: q, k and v of some sources are three matrices; ours is one, which is one matmul.
+        whole = list(wanted.shape)
+        part = [whole[0] // len(theirs), *whole[1:]] if len(theirs) > 1 else whole
+        if wrong := [name for name in theirs if list(tensors[name].shape) != part]:
+            problems += [
+                f"mis-shaped  {name}: {list(tensors[name].shape)}, wanted {part}" for name in wrong
+            ]
+            continue
+        parts = [tensors[name].to(dtype, copy=True) for name in theirs]
+        weights[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+    for name in tensors:
+        if name not in used and not any(fnmatch(name, pattern) for pattern in skip):
+            problems.append(f"unexpected  {name.removeprefix('/')}")
+    if problems:
+        raise CheckpointError(
+            f"The weights do not fit: {what}.\n" + "\n".join(f"  {p}" for p in problems),
+            "with a tensor missing or misplaced the features would be silently wrong.",
+            "check that this checkpoint belongs to this configuration, and that it is complete.",
+        )
+    model.load_state_dict(weights, strict=True, assign=True)
+
+
+def initialise(model: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:
+    """Random weights: N(0, std^2) for matrices, tokens, positions; norms and biases neutral."""
+    for name, parameter in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        if leaf == "bias":
+            nn.init.zeros_(parameter)
+        elif leaf == "gamma" or (leaf == "weight" and parameter.ndim == 1):
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, std=std, generator=generator)

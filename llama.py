@@ -1,0 +1,547 @@
+"""LLaMA-2: a decoder that reads embeddings and says what comes next (arXiv:2302.13971, 2307.09288).
+
+In:   token ids (b, s), or embeddings (b, s, d): MERV hands over visual tokens as embeddings
+Out:  logits (b, s, vocab), or answers as lists of token ids
+
+Rows of one batch may differ in length. They are padded on the right, and no padding mask is needed
+anywhere: a query sees positions up to its own, so what stands to the right of a row is never seen.
+Read before: encoders.py (how released weights are read). Read next: data.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import sentencepiece
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from encoders import (
+    CheckpointError,
+    UserError,
+    assign_weights,
+    find_file,
+    initialise,
+    read_json,
+    read_tensors,
+)
+
+# ------------------------------------------------------------------------------------------- config
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """The shape of one model of the family; the defaults are LLaMA-2 7B."""
+
+    name: str
+    source: str = ""  # where the weights are: a hub id or a folder
+    vocab_size: int = 32000
+    hidden_size: int = 4096  # d
+    intermediate_size: int = 11008  # width inside the MLP
+    num_layers: int = 32
+    num_heads: int = 32
+    num_kv_heads: int = 32  # fewer than num_heads: grouped-query attention
+    max_positions: int = 4096
+    rope_theta: float = 10000.0
+    rope_bf16: bool = False  # ledger K1: round RoPE's frequencies to bfloat16
+    norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False
+    template: str = "base"  # which prompt it was trained with: data.TEMPLATES
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+_7B = LlamaConfig("llama2-7b", "meta-llama/Llama-2-7b-hf")
+_13B = replace(
+    _7B, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40
+)
+LLAMAS: dict[str, LlamaConfig] = {
+    config.name: config
+    for config in [
+        _7B,
+        replace(_13B, name="llama2-13b", source="meta-llama/Llama-2-13b-hf"),
+        replace(
+            _7B, name="llama2-7b-chat", source="meta-llama/Llama-2-7b-chat-hf",
+            template="llama2_chat",
+        ),
+        replace(_7B, name="vicuna-7b", source="lmsys/vicuna-7b-v1.5", template="vicuna"),
+        replace(_13B, name="vicuna-13b", source="lmsys/vicuna-13b-v1.5", template="vicuna"),
+        LlamaConfig(
+            "tinyllama-1.1b", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+            hidden_size=2048, intermediate_size=5632, num_layers=22, num_kv_heads=4,
+            max_positions=2048,
+        ),
+        LlamaConfig(
+            "miniature", vocab_size=640, hidden_size=128, intermediate_size=256, num_layers=2,
+            num_heads=4, num_kv_heads=4, max_positions=1024,
+        ),
+    ]
+}  # fmt: skip
+
+# -------------------------------------------------------------------------------------------- model
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, with the mean of squares in float32 whatever the dtype of x."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every rotation angle: positions (b, s) -> two of (b, 1, s, head_dim)."""
+    exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
+    frequencies = config.rope_theta ** -exponent.float()
+    if config.rope_bf16:
+        # QUIRK: the authors cast the model, and this table with it, to bfloat16 (ledger K1).
+        frequencies = frequencies.bfloat16().float()
+    angles = positions[:, None, :, None].float() * frequencies
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel pairs (i, i + head_dim/2) of x (b, heads, s, head_dim) by their angles."""
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+class KVCache:
+    """Keys and values of what has been read, so that each token passes through the model once.
+
+    A row's token number p lies in slot p, also when rows differ in length: [a b c] and [d e] padded
+    to 3 lie in slots 0..2, and the next token of the second row overwrites its padding in slot 2.
+    So one rule serves as mask for everything: a query in slot p sees slots 0..p.
+    FIX: the authors drop the mask when decoding, so rows see each other's padding (ledger F3).
+
+    prefix: a cache of one row that all rows of this one begin with (BOS and the video), shared.
+    """
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        batch_size: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        prefix: KVCache | None = None,
+    ):
+        self.prefix = prefix
+        self.prefix_length = prefix.used if prefix else 0
+        if self.prefix_length + max_length > config.max_positions:
+            raise UserError(
+                f"{config.name} was asked for {self.prefix_length + max_length} positions, has "
+                f"{config.max_positions}.",
+                "it was trained on no more.",
+                "a shorter question, fewer visual tokens, or a smaller max_new_tokens.",
+            )
+        shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
+        self.used = 0  # slots in use: the longest row
+
+    def advance(self, s: int, lengths: Tensor | None) -> Tensor:
+        """Make room for s more tokens a row, lengths (b,) of them real; their positions (b, s)."""
+        self.slots = self.lengths[:, None] + torch.arange(s, device=self.lengths.device)
+        self.lengths = self.lengths + (s if lengths is None else lengths)
+        self.used += s
+        seen = torch.arange(self.used, device=self.slots.device)
+        self.visible = seen <= self.slots[:, None, :, None]  # (b, 1, s, used)
+        return self.prefix_length + self.slots
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k and v (b, kv_heads, s, c), then attend with q (b, heads, s, c) to all so far."""
+        where = self.slots[:, None, :, None].expand_as(k)
+        self.keys[layer].scatter_(2, where, k)
+        self.values[layer].scatter_(2, where, v)
+        if (
+            self.prefix is None and self.used == q.shape[2]
+        ):  # nothing before: plain causal attention
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        k, v = self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
+        if self.prefix is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.visible, enable_gqa=True)
+        # WHY: expanding the prefix to b rows would copy it: 0.5 GB a question at 7B. Instead all
+        # rows' queries meet the one copy, and one softmax runs over both parts.
+        prefix_k = self.prefix.keys[layer, 0, :, : self.prefix_length]
+        prefix_v = self.prefix.values[layer, 0, :, : self.prefix_length]
+        grouped = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1])  # (b, g, r, s, c)
+        own = torch.einsum("bgrsc,bgmc->bgrsm", grouped, k)
+        own = own.masked_fill(~self.visible[:, :, None], -math.inf)
+        scores = torch.cat([torch.einsum("bgrsc,gpc->bgrsp", grouped, prefix_k), own], dim=-1)
+        weights = scores.float().softmax(-1).to(v.dtype)
+        from_prefix, from_own = weights.split([self.prefix_length, self.used], dim=-1)
+        y = torch.einsum("bgrsp,gpc->bgrsc", from_prefix, prefix_v)
+        return (y + torch.einsum("bgrsm,bgmc->bgrsc", from_own, v)).flatten(1, 2)
+
+
+class SelfAttention(nn.Module):
+    """Causal attention with rotary positions; key-value heads may be shared by groups of heads."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        d, kv_width = config.hidden_size, config.num_kv_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(d, d, bias=False)
+        self.k_proj = nn.Linear(d, kv_width, bias=False)
+        self.v_proj = nn.Linear(d, kv_width, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        q, k, v = (
+            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (b, heads, s, head_dim)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        else:
+            y = cache.attend(layer, q, k, v)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        d, inner = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(d, inner, bias=False)
+        self.up_proj = nn.Linear(d, inner, bias=False)
+        self.down_proj = nn.Linear(inner, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm attention, then pre-norm MLP: (b, s, d) -> (b, s, d)."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.self_attn = SelfAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Llama(nn.Module):
+    """Embedding, decoder layers, norm, and the head that gives logits."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = False  # recompute each layer in the backward pass
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: KVCache | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (b, s, vocab) for ids (b, s) or embeddings (b, s, d); see `hidden_states`."""
+        return self.logits(self.hidden_states(input_ids, inputs_embeds, cache, lengths))
+
+    def hidden_states(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        cache: KVCache | None = None,
+        lengths: Tensor | None = None,
+    ) -> Tensor:
+        """The normed output of the last layer (b, s, d).
+
+        cache: what these tokens follow; they are added to it. lengths (b,): how many of the s
+        tokens of each row are real, the rest being padding on the right (default: all).
+        """
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        s = x.shape[1]
+        if cache is not None:
+            positions = cache.advance(s, lengths)
+        else:
+            positions = torch.arange(s, device=x.device)[None]
+        cos, sin = rope(positions, self.config)
+        for index, layer in enumerate(self.layers):
+            if self.activation_checkpointing and self.training and cache is None:
+                x = checkpoint(layer, x, cos, sin, None, index, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, cache, index)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., d) -> (..., vocab)."""
+        tied = self.config.tie_word_embeddings
+        return F.linear(hidden, self.embed_tokens.weight if tied else self.lm_head.weight)
+
+    def loss(self, hidden: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
+        """Sum of cross-entropies of hidden (k, d) against targets (k,), in nats.
+
+        FIX: only at labelled positions, in chunks that are recomputed in the backward pass, so that
+        only (chunk, vocab) logits ever exist. The authors make logits for every position, 32000
+        wide in float32, which is more than all other activations together (ledger F14).
+        """
+
+        def one(hidden: Tensor, targets: Tensor) -> Tensor:
+            return F.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")
+
+        parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        return sum(
+            (checkpoint(one, h, t, use_reentrant=False) for h, t in parts), start=hidden.sum() * 0.0
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        lengths: Tensor | None = None,
+        prefix: KVCache | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        generator: torch.Generator | None = None,
+        eos_id: int = 2,
+    ) -> list[list[int]]:
+        """Continue each row until </s> or max_new_tokens; the new ids of each row, without </s>.
+
+        lengths (b,): real tokens of each right-padded row. temperature 0 is greedy; otherwise ids
+        are drawn from the smallest set with probability top_p. prefix: what all rows follow.
+        """
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        b, s, _ = x.shape
+        lengths = torch.full((b,), s, device=x.device) if lengths is None else lengths.to(x.device)
+        cache = KVCache(self.config, b, s + max_new_tokens, x.dtype, x.device, prefix)
+        hidden = self.hidden_states(inputs_embeds=x, cache=cache, lengths=lengths)
+        hidden = hidden[torch.arange(b, device=x.device), lengths - 1]
+        answers: list[list[int]] = [[] for _ in range(b)]
+        finished = [False] * b
+        for step in range(max_new_tokens):
+            next_ids = sample(self.logits(hidden), temperature, top_p, generator)
+            for row, token in enumerate(next_ids.tolist()):
+                finished[row] = finished[row] or token == eos_id
+                if not finished[row]:
+                    answers[row].append(token)
+            if all(finished) or step == max_new_tokens - 1:
+                break
+            hidden = self.hidden_states(input_ids=next_ids[:, None], cache=cache)[:, 0]
+        return answers
+
+
+def sample(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """One id a row (b,) from logits (b, vocab): the likeliest at temperature 0, else nucleus."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities, ids = (logits.float() / temperature).softmax(-1).sort(descending=True)
+    # Keep an id if the likelier ones together have not reached top_p yet; the first always stays.
+    dropped = probabilities.cumsum(-1) - probabilities >= top_p
+    dropped[..., 0] = False
+    probabilities[dropped] = 0
+    choice = torch.multinomial(probabilities, 1, generator=generator)
+    return ids.gather(-1, choice).squeeze(-1)
+
+
+# ------------------------------------------------------------------------------------------ weights
+
+FILES = (
+    "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json",
+)  # fmt: skip
+
+NAME_TABLE = (  # ours, Hugging Face's, Meta's; "*" is the number of the layer
+    ("embed_tokens", "model.embed_tokens", "tok_embeddings"),
+    ("layers.*.input_layernorm", "model.layers.*.input_layernorm", "layers.*.attention_norm"),
+    ("layers.*.self_attn.q_proj", "model.layers.*.self_attn.q_proj", "layers.*.attention.wq"),
+    ("layers.*.self_attn.k_proj", "model.layers.*.self_attn.k_proj", "layers.*.attention.wk"),
+    ("layers.*.self_attn.v_proj", "model.layers.*.self_attn.v_proj", "layers.*.attention.wv"),
+    ("layers.*.self_attn.o_proj", "model.layers.*.self_attn.o_proj", "layers.*.attention.wo"),
+    (
+        "layers.*.post_attention_layernorm",
+        "model.layers.*.post_attention_layernorm",
+        "layers.*.ffn_norm",
+    ),
+    ("layers.*.mlp.gate_proj", "model.layers.*.mlp.gate_proj", "layers.*.feed_forward.w1"),
+    ("layers.*.mlp.up_proj", "model.layers.*.mlp.up_proj", "layers.*.feed_forward.w3"),
+    ("layers.*.mlp.down_proj", "model.layers.*.mlp.down_proj", "layers.*.feed_forward.w2"),
+    ("norm", "model.norm", "norm"),
+    ("lm_head", "lm_head", "output"),
+)
+NAMES = {ours: theirs for ours, theirs, _ in NAME_TABLE}
+META_NAMES = {ours: theirs for ours, _, theirs in NAME_TABLE}
+META_FILES = ("consolidated.00.pth",)  # as Meta ships LLaMA-2, before conversion
+SKIP = {"model.layers.*.self_attn.rotary_emb.inv_freq": "computed in rope()", "rope.freqs": "too"}
+
+
+def load_llama(
+    config_or_name_or_folder: LlamaConfig | str | Path,
+    source: str | Path | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+) -> Llama:
+    """A LLaMA with released weights, or random ones if only a configuration or its name is given.
+
+    A folder or hub id gives both: config.json and weights in Hugging Face format, or Meta's own
+    params.json and consolidated.*.pth.
+    """
+    config = config_or_name_or_folder
+    if isinstance(config, str) and config in LLAMAS:
+        config = LLAMAS[config]
+    if not isinstance(config, LlamaConfig):
+        source = config if source is None else source
+        config = read_config(config)
+    names = NAMES
+    if source is None:
+        with torch.device("meta"):
+            model = Llama(config)
+        initialise(model.to_empty(device="cpu"), torch.Generator().manual_seed(0))
+    else:
+        with torch.device("meta"):
+            model = Llama(config)
+        skip = SKIP | ({"lm_head.weight": "tied"} if config.tie_word_embeddings else {})
+        if find_file(source, FILES + META_FILES).name in META_FILES and not Path(source).is_file():
+            tensors, names = read_meta(source, config), META_NAMES
+        else:
+            tensors = read_tensors(source, FILES)
+        assign_weights(model, tensors, names, skip, f"{config.name} from {source}", dtype)
+    return model.to(device, dtype)
+
+
+def read_meta(source: str | Path, config: LlamaConfig) -> dict[str, Tensor]:
+    """Meta's shards as whole tensors, with the rows of wq and wk in our order.
+
+    WHY: Meta rotates neighbouring channels (0, 1), (2, 3) ... of a head; we, like Hugging Face,
+    rotate channel i with i + head_dim/2. Same rotations, so sorting the rows even-then-odd is all:
+    [r0 r1 r2 r3] -> [r0 r2 r1 r3].
+    """
+    shards = [read_tensors(source, META_FILES)]
+    count = config.hidden_size // shards[0]["layers.0.attention.wq.weight"].shape[0]
+    shards += [read_tensors(source, (f"consolidated.{i:02d}.pth",)) for i in range(1, count)]
+    tensors = {}
+    for name, first in shards[0].items():
+        if first.ndim == 2 and len(shards) > 1:  # split by input width or by output width
+            by_input = name.split(".")[-2] in ("tok_embeddings", "wo", "w2")
+            first = torch.cat([shard[name] for shard in shards], dim=1 if by_input else 0)
+        if name.endswith(("wq.weight", "wk.weight")):
+            heads = first.unflatten(0, (-1, config.head_dim // 2, 2))
+            first = heads.transpose(1, 2).flatten(0, 2)
+        tensors[name] = first
+    return tensors
+
+
+def read_params(path: Path, source: str | Path) -> LlamaConfig:
+    """The configuration of Meta's params.json; what it leaves out is read off the weights."""
+    found = read_json(path)
+    tensors = read_tensors(source, META_FILES)
+    shards = found["dim"] // tensors["layers.0.attention.wq.weight"].shape[0]
+    return LlamaConfig(
+        name=Path(source).name,
+        source=str(source),
+        vocab_size=tensors["tok_embeddings.weight"].shape[0],
+        hidden_size=found["dim"],
+        intermediate_size=tensors["layers.0.feed_forward.w1.weight"].shape[0] * shards,
+        num_layers=found["n_layers"],
+        num_heads=found["n_heads"],
+        num_kv_heads=found.get("n_kv_heads") or found["n_heads"],
+        norm_eps=found["norm_eps"],
+    )
+
+
+def read_config(source: str | Path) -> LlamaConfig:
+    """The configuration of a folder or hub id."""
+    path = find_file(source, ("config.json", "params.json"))
+    if path.name == "params.json":
+        return read_params(path, source)
+    found = read_json(path)
+    rotary = found.get("rope_parameters") or {}  # transformers 5; earlier: rope_theta, rope_scaling
+    unsupported = [
+        f"{key} = {found[key]!r}"
+        for key, plain in {
+            "rope_scaling": None, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
+        }.items()
+        if found.get(key, plain) != plain
+    ]  # fmt: skip
+    if rotary.get("rope_type", "default") != "default":
+        unsupported.append(f"rope_type = {rotary['rope_type']!r}")
+    if found.get("model_type") != "llama" or unsupported:
+        raise CheckpointError(
+            f"{source} is no plain LLaMA: {', '.join(unsupported) or found.get('model_type')}.",
+            "this file has the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only.",
+            "choose one of those.",
+        )
+    name = Path(source).name
+    hub_id = str(source).partition("@")[0]  # a pinned revision is the same model
+    known = [c for c in LLAMAS.values() if c.source == hub_id or c.name == name]
+    return LlamaConfig(
+        name=known[0].name if known else name,
+        source=str(source),
+        vocab_size=found["vocab_size"],
+        hidden_size=found["hidden_size"],
+        intermediate_size=found["intermediate_size"],
+        num_layers=found["num_hidden_layers"],
+        num_heads=found["num_attention_heads"],
+        num_kv_heads=found.get("num_key_value_heads", found["num_attention_heads"]),
+        max_positions=found.get("max_position_embeddings", 2048),
+        rope_theta=rotary.get("rope_theta", found.get("rope_theta", 10000.0)),
+        norm_eps=found["rms_norm_eps"],
+        tie_word_embeddings=found.get("tie_word_embeddings", False),
+        template=known[0].template if known else "base",
+    )
+
+
+# ---------------------------------------------------------------------------------------- tokenizer
+
+
+@dataclass
+class Tokenizer:
+    """LLaMA's SentencePiece model: text -> ids and back. BOS and </s> are never added silently."""
+
+    path: str | Path
+    pieces: sentencepiece.SentencePieceProcessor = field(init=False, repr=False)
+
+    def __post_init__(self):
+        if not Path(self.path).is_file():
+            raise CheckpointError(
+                f"No tokenizer at {self.path}.",
+                "text becomes ids by a SentencePiece model.",
+                "point at LLaMA-2's tokenizer.model; it lies beside the weights.",
+            )
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
+        self.vocab_size = self.pieces.vocab_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text on its own: SentencePiece marks its beginning like that of a word."""
+        return self.pieces.encode(text)
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids."""
+        return self.pieces.decode(ids)

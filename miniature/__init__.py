@@ -1,0 +1,43 @@
+"""The default data and encoders, made from nothing: a few minutes on two cores.
+
+Read world.py for what the clips show, specialists.py for how the encoders learn.
+"""
+
+import hashlib
+import shutil
+import time
+from pathlib import Path
+
+import encoders
+from miniature import specialists, world
+
+
+def prepare(folder: str | Path = "data/miniature") -> Path:
+    """The folder with the world and encoders/NAME.safetensors, made first if this code has not yet.
+
+    Until it is complete it carries another name. Not for two processes at once: rank 0 goes first.
+    """
+    digest = hashlib.sha256()  # of all that decides what is made
+    for module in (world, specialists, encoders):
+        digest.update(Path(module.__file__).read_bytes())
+    folder = Path(folder)
+    made_by, partial = folder / "made_by.txt", folder.with_name(folder.name + ".partial")
+    if made_by.exists() and made_by.read_text() == digest.hexdigest():
+        return folder
+    if folder.exists() and not made_by.exists():
+        raise encoders.UserError(
+            f"{folder} is in the way.",
+            "it was not made by miniature.prepare, which would replace it.",
+            "remove it, or run from another folder.",
+        )
+    start = time.time()
+    again = " again, by changed code" if folder.exists() else ""
+    print(f"Making {folder}{again}: a video world, then four encoders.", flush=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    world.write_world(world.World(), partial)
+    specialists.pretrain(partial / "encoders")
+    (partial / made_by.name).write_text(digest.hexdigest())
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+    print(f"{folder} is ready after {time.time() - start:.0f} s.", flush=True)
+    return folder

@@ -1,0 +1,496 @@
+"""Loading by hub id with the real client, against a hub on this machine (hub_server.py).
+
+Hugging Face's client reads its environment when it is imported, so what loads here are worker
+processes with an environment of their own: one online, one with HF_HUB_OFFLINE=1, one whose hub
+does not answer. All share one cache; every test has repositories of its own.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import unit_scale
+from hub_server import Fault, Hub, commit
+from safetensors.torch import load_file, save
+from torch import nn
+
+from encoders import ENCODERS, CheckpointError, EncoderConfig, load_encoder, save_encoder
+from llama import LLAMAS, load_llama
+
+pytestmark = pytest.mark.slow
+
+SIGLIP = ENCODERS["miniature-siglip"]
+
+
+# ------------------------------------------------------------------------------- clients of the hub
+
+
+@dataclass
+class Client:
+    """A process that loads models; `cache` is where its downloads go."""
+
+    pool: ProcessPoolExecutor
+    cache: Path
+
+    def load(self, load: Callable, *arguments: object) -> tuple[object, dict[str, np.ndarray]]:
+        """load(*arguments) over there: the model's configuration and its weights."""
+        return self.pool.submit(loaded, load, *arguments).result(timeout=60)
+
+    def folder(self, name: str) -> Path:
+        """What the cache holds of the repository "owner/name"."""
+        return self.cache / f"models--{name.replace('/', '--')}"
+
+
+def loaded(load: Callable, *arguments: object) -> tuple[object, dict[str, np.ndarray]]:
+    model = load(*arguments)
+    return model.config, {name: x.numpy() for name, x in model.state_dict().items()}
+
+
+def start(home: Path, **environment: str) -> Iterator[Client]:
+    environment |= {
+        "HF_HOME": str(home),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "NO_PROXY": "*",
+        "no_proxy": "*",
+        "OMP_NUM_THREADS": "1",
+    }
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_HUB_CACHE", "HF_TOKEN_PATH"):
+                patch.delenv(name, raising=False)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            pool.submit(loaded, load_encoder, SIGLIP).result(timeout=60)  # starts the process
+        yield Client(pool, home / "hub")
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def online(hub, home) -> Iterator[Client]:
+    yield from start(home, HF_ENDPOINT=hub.endpoint)
+
+
+@pytest.fixture(scope="module")
+def offline(hub, home) -> Iterator[Client]:
+    yield from start(home, HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="1")
+
+
+@pytest.fixture(scope="module")
+def out_of_reach(home) -> Iterator[Client]:
+    """Not told to be offline, but nobody listens."""
+    yield from start(home, HF_ENDPOINT="http://127.0.0.1:9")
+
+
+# -------------------------------------------------------------------------------- what is published
+
+
+def tensors_of(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: x.numpy() for name, x in model.state_dict().items()}
+
+
+def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert list(ours) == list(theirs)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def encoder_file(
+    folder: Path, config: EncoderConfig = SIGLIP, seed: int = 0, file: str = "model.safetensors"
+) -> bytes:
+    """A checkpoint in the released format, all its blocks; it stays in `folder` as `file`."""
+    encoder = unit_scale(load_encoder(replace(config, num_layers=config.released_layers)), seed)
+    save_encoder(encoder, folder / "model.safetensors")
+    if file.endswith(".bin"):
+        torch.save(load_file(folder / "model.safetensors"), folder / file)
+        (folder / "model.safetensors").unlink()
+    return (folder / file).read_bytes()
+
+
+TINY_LLAMA = replace(LLAMAS["miniature"], name="tiny", vocab_size=97, hidden_size=32, num_heads=4)
+
+
+def sharded_llama(seed: int = 0) -> dict[str, bytes]:
+    """The files of a repository such as meta-llama/Llama-2-7b-hf: config, index and two shards."""
+    model = unit_scale(load_llama(TINY_LLAMA), seed)
+    tensors = {
+        name if name.startswith("lm_head") else f"model.{name}": x
+        for name, x in model.state_dict().items()
+    }
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    where = {name: shards[i % 2] for i, name in enumerate(tensors)}
+    config = {
+        "model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 256,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    return {
+        "config.json": json.dumps(config).encode(),
+        "model.safetensors.index.json": json.dumps({"weight_map": where}).encode(),
+        **{s: save({n: x for n, x in tensors.items() if where[n] == s}) for s in shards},
+    }
+
+
+META = {  # ours -> Meta's, and the dimension in which Meta splits it over its files
+    "embed_tokens": ("tok_embeddings", 1), "norm": ("norm", None), "lm_head": ("output", 0),
+    "input_layernorm": ("attention_norm", None), "post_attention_layernorm": ("ffn_norm", None),
+    "self_attn.q_proj": ("attention.wq", 0), "self_attn.k_proj": ("attention.wk", 0),
+    "self_attn.v_proj": ("attention.wv", 0), "self_attn.o_proj": ("attention.wo", 1),
+    "mlp.gate_proj": ("feed_forward.w1", 0), "mlp.up_proj": ("feed_forward.w3", 0),
+    "mlp.down_proj": ("feed_forward.w2", 1),
+}  # fmt: skip
+
+
+def llama_of_meta(seed: int = 0) -> dict[str, bytes]:
+    """The files of a repository such as meta-llama/Llama-2-13b: params.json, two .pth files."""
+    shards: list[dict[str, torch.Tensor]] = [{}, {}]
+    for name, x in unit_scale(load_llama(TINY_LLAMA), seed).state_dict().items():
+        head, module = "", name.removesuffix(".weight")
+        if module.startswith("layers."):
+            _, index, module = module.split(".", 2)
+            head = f"layers.{index}."
+        theirs, dim = META[module]
+        if theirs.endswith(("wq", "wk")):  # Meta turns neighbours: [r0 r2 r1 r3] -> [r0 r1 r2 r3]
+            x = x.unflatten(0, (4, 2, 4)).transpose(1, 2).flatten(0, 2)
+        for shard, part in zip(shards, [x, x] if dim is None else x.chunk(2, dim), strict=True):
+            shard[f"{head}{theirs}.weight"] = part.clone()
+    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5, "vocab_size": -1}
+    files = {"params.json": json.dumps(params).encode()}
+    for i, shard in enumerate(shards):
+        buffer = io.BytesIO()
+        torch.save(shard, buffer)
+        files[f"consolidated.0{i}.pth"] = buffer.getvalue()
+    return files
+
+
+# ------------------------------------------------------------------------------- download and cache
+
+
+def test_an_encoder_from_the_hub_is_the_one_in_the_local_file(hub, online, tmp_path):
+    """Asked for once by name, fetched once from where large files lie, kept under its commit."""
+    files = {"model.safetensors": encoder_file(tmp_path)}
+    hub.publish("owner/first", files)
+    config, weights = online.load(load_encoder, SIGLIP, "owner/first")
+    assert config == SIGLIP
+    assert_same(weights, tensors_of(load_encoder(SIGLIP, tmp_path)))
+    (head, path, _), (get, large, _) = hub.asked("owner/first")
+    assert (head, path) == ("HEAD", "/owner/first/resolve/main/model.safetensors")
+    assert (get, large[:5]) == ("GET", "/cdn/")
+    kept = online.folder("owner/first") / "snapshots" / commit(files) / "model.safetensors"
+    assert kept.read_bytes() == files["model.safetensors"]
+
+
+def test_the_second_time_only_metadata_is_asked_for(hub, online, tmp_path):
+    hub.publish("owner/twice", {"model.safetensors": encoder_file(tmp_path)})
+    _, first = online.load(load_encoder, SIGLIP, "owner/twice")
+    before = len(hub.asked("owner/twice"))
+    _, second = online.load(load_encoder, SIGLIP, "owner/twice")
+    assert_same(first, second)
+    assert [method for method, *_ in hub.asked("owner/twice")[before:]] == ["HEAD"]
+
+
+def test_a_new_commit_on_main_is_seen(hub, online, tmp_path):
+    """The cache never answers for a branch that has moved on."""
+    hub.publish("owner/moves", {"model.safetensors": encoder_file(tmp_path, seed=1)})
+    _, old = online.load(load_encoder, SIGLIP, "owner/moves")
+    hub.publish("owner/moves", {"model.safetensors": encoder_file(tmp_path, seed=2)})
+    _, new = online.load(load_encoder, SIGLIP, "owner/moves")
+    assert_same(new, tensors_of(load_encoder(SIGLIP, tmp_path)))
+    assert not np.array_equal(old["position_embedding"], new["position_embedding"])
+
+
+def test_a_pinned_revision_gives_the_bytes_of_that_revision(hub, online, tmp_path):
+    """By its tag, "owner/name@v1", or by the whole commit; "owner/name" is still main."""
+    (tmp_path / "main").mkdir()
+    (tmp_path / "v1").mkdir()
+    old = {"model.safetensors": encoder_file(tmp_path / "v1", seed=1)}
+    hub.publish("owner/pinned", {"model.safetensors": encoder_file(tmp_path / "main", seed=2)})
+    hub.publish("owner/pinned", old, "v1")
+    for source, folder in [
+        ("owner/pinned", "main"),
+        ("owner/pinned@v1", "v1"),
+        (f"owner/pinned@{commit(old)}", "v1"),
+        ("owner/pinned@main", "main"),
+    ]:
+        _, weights = online.load(load_encoder, SIGLIP, source)
+        assert_same(weights, tensors_of(load_encoder(SIGLIP, tmp_path / folder)))
+
+
+def as_the_hub_has_it(kind: str, folder: Path) -> tuple[dict[str, bytes], tuple]:
+    """The files of a repository laid out like the released one, and how it is loaded."""
+    if kind == "llama":
+        return sharded_llama(), (load_llama,)
+    if kind == "llama of Meta":
+        return llama_of_meta(), (load_llama,)
+    config = ENCODERS[f"miniature-{kind}"]
+    file = "model.safetensors" if kind in ("siglip", "dinov2") else "pytorch_model.bin"
+    files = {file: encoder_file(folder, config, file=file)}
+    if kind == "languagebind":
+        files["config.json"] = b'{"vision_config": {"hidden_act": "quick_gelu"}}'
+    return files, (load_encoder, config)
+
+
+@pytest.mark.parametrize(
+    "kind", ["siglip", "dinov2", "vivit", "languagebind", "llama", "llama of Meta"]
+)
+def test_what_was_downloaded_loads_offline(kind, hub, online, offline, tmp_path):
+    """HF_HUB_OFFLINE=1 asks nobody, whichever of the names that are looked for the hub has: ViViT
+    and LanguageBind are released as pytorch_model.bin, LLaMA as an index and shards.
+
+    `hf download`, which our error message advises, does not note which files a repository lacks,
+    so those notes are removed here.
+    """
+    files, how = as_the_hub_has_it(kind, tmp_path)
+    name = f"owner/off-{kind.replace(' ', '-')}"
+    hub.publish(name, files)
+    config, before = online.load(*how, name)
+    shutil.rmtree(online.folder(name) / ".no_exist", ignore_errors=True)
+    asked = len(hub.requests)
+    again, after = offline.load(*how, name)
+    assert_same(after, before)
+    assert again == config
+    assert len(hub.requests) == asked
+
+
+def test_offline_and_never_downloaded_is_explained(hub, offline, tmp_path):
+    hub.publish("owner/never", {"model.safetensors": encoder_file(tmp_path)})
+    with pytest.raises(CheckpointError) as error:
+        offline.load(load_encoder, SIGLIP, "owner/never")
+    assert "Cannot get model.safetensors" in str(error.value)
+    assert "of owner/never" in str(error.value)
+    assert "Why: it is not in the cache and the hub is out of reach." in str(error.value)
+    assert "Fix: connect, or run `hf download owner/never` beforehand" in str(error.value)
+    assert hub.asked("owner/never") == []
+
+
+def test_a_pinned_revision_loads_offline_and_no_other_takes_its_place(
+    hub, online, offline, tmp_path
+):
+    files = {"model.safetensors": encoder_file(tmp_path, seed=1)}
+    hub.publish("owner/kept", {"model.safetensors": encoder_file(tmp_path, seed=2)})
+    hub.publish("owner/kept", files, "v1")
+    _, before = online.load(load_encoder, SIGLIP, "owner/kept@v1")
+    _, after = offline.load(load_encoder, SIGLIP, "owner/kept@v1")
+    assert_same(after, before)
+    with pytest.raises(CheckpointError, match="not in the cache"):
+        offline.load(load_encoder, SIGLIP, "owner/kept")
+
+
+def test_a_hub_that_does_not_answer_leaves_what_is_cached(hub, online, out_of_reach, tmp_path):
+    """Without HF_HUB_OFFLINE: the connection is refused, the cache is used."""
+    hub.publish("owner/refused", {"model.safetensors": encoder_file(tmp_path)})
+    _, before = online.load(load_encoder, SIGLIP, "owner/refused")
+    _, after = out_of_reach.load(load_encoder, SIGLIP, "owner/refused")
+    assert_same(after, before)
+
+
+# ----------------------------------------------------------------------------- what the hub refuses
+
+
+def explanation(client: Client, *arguments: object) -> str:
+    with pytest.raises(CheckpointError) as error:
+        client.load(*arguments)
+    return str(error.value)
+
+
+def test_a_gated_repository_is_explained(hub, online):
+    gated = hub.publish("owner/gated", {"model.safetensors": b""})
+    gated.refusal = (401, {"X-Error-Code": "GatedRepo"})
+    assert explanation(online, load_encoder, SIGLIP, "owner/gated") == (
+        "The hub refuses owner/gated.\n"
+        "Why: its owner asks for a licence to be accepted first.\n"
+        "Fix: accept it at https://huggingface.co/owner/gated, then run `hf auth login`."
+    )
+
+
+def test_a_repository_that_does_not_exist_is_explained(online):
+    assert explanation(online, load_encoder, SIGLIP, "owner/nobody") == (
+        "The hub has no owner/nobody.\n"
+        "Why: the name is wrong, or the repository is private.\n"
+        "Fix: check the name (a local path must exist); for a private one run `hf auth login`."
+    )
+
+
+def test_a_revision_that_does_not_exist_is_explained(hub, online):
+    hub.publish("owner/revisions", {"model.safetensors": b""})
+    assert explanation(online, load_encoder, SIGLIP, "owner/revisions@v7") == (
+        "owner/revisions has no revision v7.\n"
+        "Why: a revision is a branch, a tag or a commit of that repository.\n"
+        "Fix: check it at https://huggingface.co/owner/revisions/tree/main."
+    )
+
+
+def test_a_token_that_has_expired_is_explained(hub, online):
+    """The hub refuses even public repositories then; its words are passed on."""
+    expired = hub.publish("owner/expired", {"model.safetensors": b""})
+    words = "Invalid credentials in Authorization header"
+    expired.refusal = (401, {"X-Error-Message": words})
+    message = explanation(online, load_encoder, SIGLIP, "owner/expired")
+    assert "owner/expired" in message
+    assert words in message
+
+
+@pytest.mark.parametrize("name", ["./weights", "owner/a--b"])
+def test_a_name_that_no_repository_can_have_is_explained(name, online):
+    """Most likely a path with a typing error: it is named, with a reason and a way out."""
+    message = explanation(online, load_encoder, SIGLIP, name)
+    assert name in message
+    assert "\nWhy: " in message
+    assert "\nFix: " in message
+
+
+def test_a_repository_without_weights_is_explained(hub, online):
+    """Each name that the released format may have is looked for, then all are told."""
+    hub.publish("owner/empty", {"README.md": b"weights follow"})
+    assert explanation(online, load_encoder, SIGLIP, "owner/empty") == (
+        "owner/empty has none of model.safetensors, open_clip_pytorch_model.bin.\n"
+        "Why: that is how released weights are named.\n"
+        "Fix: point at the folder that holds them, or at the file itself."
+    )
+    assert [path.rpartition("/")[2] for _, path, _ in hub.asked("owner/empty")] == [
+        "model.safetensors", "open_clip_pytorch_model.bin"
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------- downloads that break off
+
+
+def left_over(client: Client, name: str) -> list[Path]:
+    """Files of a repository in the cache, whole or in part, other than the names of branches."""
+    files = [path for path in client.folder(name).rglob("*") if path.is_file()]
+    return [path for path in files if "refs" not in path.parts]
+
+
+def test_a_download_that_is_cut_off_goes_on_where_it_stopped(hub, online, tmp_path):
+    """The client writes 10 MB at a time, so a file of 13 MB cut after 11 resumes at 10."""
+    config = replace(SIGLIP, hidden_size=512, released_layers=1, num_layers=1)
+    content = encoder_file(tmp_path, config)
+    assert len(content) > 12_000_000
+    hub.publish("owner/cut", {"model.safetensors": content}).fault = Fault(11_000_000, times=1)
+    _, weights = online.load(load_encoder, config, "owner/cut")
+    assert_same(weights, tensors_of(load_encoder(config, tmp_path)))
+    downloads = [wanted for method, _, wanted in hub.asked("owner/cut") if method == "GET"]
+    assert downloads == [None, "bytes=10485760-"]
+
+
+@pytest.mark.parametrize(
+    ("times", "honest"), [(6, True), (1, False)], ids=["cut off every time", "too short"]
+)
+def test_a_download_that_never_completes_is_explained(times, honest, hub, online, tmp_path):
+    """Cut off at every attempt of the client (it makes 6, a second apart), or complete by its own
+    account and yet shorter than the hub says the file is."""
+    name = f"owner/broken-{times}"
+    broken = hub.publish(name, {"model.safetensors": encoder_file(tmp_path)})
+    broken.fault = Fault(100_000, times, honest)
+    message = explanation(online, load_encoder, SIGLIP, name)
+    assert "model.safetensors" in message
+    assert name in message
+    assert "\nWhy: " in message
+    assert "\nFix: " in message
+
+
+def test_a_download_that_fails_leaves_nothing_and_the_next_one_works(hub, online, tmp_path):
+    """No half a file under the final name, where the next run would take it for a whole one."""
+    heals = hub.publish("owner/heals", {"model.safetensors": encoder_file(tmp_path)})
+    heals.fault = Fault(100_000, times=1, honest=False)
+    with pytest.raises((CheckpointError, OSError)):  # how it is told: the test above
+        online.load(load_encoder, SIGLIP, "owner/heals")
+    assert left_over(online, "owner/heals") == []
+    _, weights = online.load(load_encoder, SIGLIP, "owner/heals")
+    assert_same(weights, tensors_of(load_encoder(SIGLIP, tmp_path)))
+
+
+# -------------------------------------------------------------------------- models of several files
+
+
+def test_a_sharded_llama_loads_by_its_hub_id(hub, online):
+    """config.json, the index, then each shard; there is no model.safetensors."""
+    hub.publish("owner/sharded", sharded_llama())
+    config, weights = online.load(load_llama, "owner/sharded")
+    assert config == replace(TINY_LLAMA, name="sharded", source="owner/sharded")
+    assert_same(weights, tensors_of(unit_scale(load_llama(TINY_LLAMA))))
+
+
+def test_a_llama_as_meta_ships_it_loads_by_its_hub_id(hub, online):
+    """params.json and consolidated.*.pth, as in meta-llama/Llama-2-13b: no shard is forgotten."""
+    hub.publish("owner/meta", llama_of_meta())
+    config, weights = online.load(load_llama, "owner/meta")
+    assert (config.name, config.source) == ("meta", "owner/meta")
+    assert (config.intermediate_size, config.vocab_size) == (256, 97)
+    assert_same(weights, tensors_of(unit_scale(load_llama(TINY_LLAMA))))
+
+
+def test_of_two_formats_only_one_is_downloaded(hub, online):
+    """A repository with both Hugging Face's files and Meta's: 13 GB, not 26, and no mixture."""
+    hub.publish("owner/both", sharded_llama(seed=1) | llama_of_meta(seed=2))
+    _, weights = online.load(load_llama, "owner/both")
+    assert_same(weights, tensors_of(unit_scale(load_llama(TINY_LLAMA), seed=1)))
+    assert len([1 for method, path, _ in hub.asked("owner/both") if "/cdn/" in path]) == 2
+
+
+def test_all_shards_are_of_the_revision_asked_for(hub, online):
+    hub.publish("owner/revised", sharded_llama(seed=1))
+    hub.publish("owner/revised", sharded_llama(seed=2), "v1")
+    _, weights = online.load(load_llama, "owner/revised@v1")
+    assert_same(weights, tensors_of(unit_scale(load_llama(TINY_LLAMA), seed=2)))
+
+
+def test_a_shard_that_the_hub_lacks_is_named(hub, online):
+    files = sharded_llama()
+    del files["model-00002-of-00002.safetensors"]
+    hub.publish("owner/lacking", files)
+    message = explanation(online, load_llama, "owner/lacking")
+    assert "owner/lacking has none of model-00002-of-00002.safetensors." in message
+
+
+@pytest.mark.parametrize("source", ["lmsys/vicuna-7b-v1.5", "lmsys/vicuna-7b-v1.5@v1"])
+def test_a_known_model_keeps_its_prompt_template_when_its_revision_is_pinned(source, hub, online):
+    """Vicuna asked with the prompts of base LLaMA would answer, only worse: nobody would notice."""
+    hub.publish("lmsys/vicuna-7b-v1.5", sharded_llama())
+    hub.publish("lmsys/vicuna-7b-v1.5", sharded_llama(), "v1")
+    config, _ = online.load(load_llama, source)
+    assert config.template == "vicuna"
+
+
+@pytest.mark.parametrize("revision", ["", "@v1"])
+def test_languagebinds_config_is_read_beside_its_pytorch_bin(revision, hub, online, tmp_path):
+    """Its activation stands there: quick_gelu on main, gelu in v1."""
+    config = ENCODERS["miniature-languagebind"]
+    weights = {"pytorch_model.bin": encoder_file(tmp_path, config, file="pytorch_model.bin")}
+    for name, activation in (("main", "quick_gelu"), ("v1", "gelu")):
+        vision_config = {"vision_config": {"hidden_act": activation}}
+        hub.publish(
+            "owner/bind", weights | {"config.json": json.dumps(vision_config).encode()}, name
+        )
+    found, weights = online.load(load_encoder, config, f"owner/bind{revision}")
+    assert found.activation == ("gelu" if revision else "quick_gelu")
+    assert found.temporal_window == 4
+    assert_same(weights, tensors_of(load_encoder(config, tmp_path)))
+
+
+def test_languagebind_without_a_config_has_the_released_activation(hub, online, tmp_path):
+    config = ENCODERS["miniature-languagebind"]
+    content = encoder_file(tmp_path, config, file="pytorch_model.bin")
+    hub.publish("owner/bare", {"pytorch_model.bin": content})
+    found, _ = online.load(load_encoder, config, "owner/bare")
+    assert found.activation == "gelu"

@@ -1,0 +1,97 @@
+"""Loading a checkpoint takes the memory of the model, not of the checkpoint (ledger F11)."""
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import merv
+from encoders import load_encoder, save_encoder
+from llama import LLAMAS, Llama, LlamaConfig
+from merv import AUTHORS_ENCODERS, FOUR, MERV
+
+pytestmark = pytest.mark.slow
+LLAMA = replace(
+    LLAMAS["llama2-7b"],
+    vocab_size=32064,
+    hidden_size=1024,
+    intermediate_size=2752,
+    num_layers=8,
+    num_heads=8,
+    num_kv_heads=8,
+)
+
+
+def anonymous_memory() -> int:
+    """Resident bytes of this process that are not pages of a file (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no RssAnon in /proc/self/status")
+
+
+def use_small_model(llama: LlamaConfig) -> None:
+    """Let the authors' names stand for miniature encoders and a small LLaMA, in this process."""
+    merv.LLAMAS["llama2-7b"] = llama
+    for name in FOUR:
+        merv.ENCODERS[name] = replace(merv.ENCODERS[f"miniature-{name}"], name=name)
+
+
+def measure(folder: str, tokenizer: str) -> None:
+    """Load in bfloat16 and print the model's bytes and the peak of anonymous memory on top."""
+    use_small_model(LLAMA)
+    MERV.create(merv.MERVS["miniature"], merv.ByteTokenizer())  # what libraries take at first use
+    before, peak, done = anonymous_memory(), 0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, anonymous_memory())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    sources = {name: Path(folder) / f"{name}.safetensors" for name in FOUR}
+    model = MERV.from_pretrained(folder, torch.bfloat16, tokenizer=tokenizer, sources=sources)
+    done.set()
+    watcher.join()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(json.dumps({"model": size, "peak": peak - before}))
+
+
+def test_loading_peaks_at_the_size_of_the_model(tmp_path, shared_folder):
+    """A float32 checkpoint of 660 MB becomes 330 MB of bfloat16: at most 1.1 times that is used."""
+    torch.manual_seed(0)
+    language = {f"llm.model.{k}": v for k, v in Llama(LLAMA).state_dict().items()}
+    language["llm.lm_head.weight"] = language.pop("llm.model.lm_head.weight")
+    d, inner, projectors = LLAMA.hidden_size, 768, {}
+    for index in range(4):
+        projectors[f"{index}.projector.projector.weight"] = torch.randn(d, 96)
+        projectors[f"{index}.projector.projector.bias"] = torch.randn(d)
+    attention = torch.nn.MultiheadAttention(inner, 1, kdim=d, vdim=d)
+    fusion = {f"attention.{k}": v for k, v in attention.state_dict().items()}
+    fusion["Q"] = torch.randn(1, inner)
+    parts = {"projectors": projectors, "feature_fusion": fusion, "llm_backbone": language}
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"model": parts}, tmp_path / "checkpoints" / "latest-checkpoint.pt")
+    settings = {"video_backbone_ids": list(AUTHORS_ENCODERS), "projector_token_length": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"model": settings}))
+    for name in FOUR:
+        save_encoder(load_encoder(f"miniature-{name}"), tmp_path / f"{name}.safetensors")
+    tokenizer = str(shared_folder / "data" / "llama2_tokenizer.model")
+    code = f"import test_memory; test_memory.measure({str(tmp_path)!r}, {tokenizer!r})"
+    here = Path(__file__).parent
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(here)!r}, '.']; {code}"],
+        capture_output=True, text=True, timeout=200, cwd=here.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["model"] > 300e6
+    assert found["peak"] < 1.1 * found["model"], found

@@ -1,0 +1,161 @@
+"""train.py under real processes: the same curve on any number of them, and what a run leaves."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from encoders import load_encoder, save_encoder
+from llama import Tokenizer
+from merv import FOUR, MERV, MERVS
+from miniature.world import World, write_world
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a very small world in it and four untrained specialists."""
+    folder = tmp_path_factory.mktemp("workplace")
+    world = World(train_clips=10, train_images=4, train_texts=4, val_clips=1, test_clips=2)
+    write_world(world, folder / "data" / "miniature")
+    for name in FOUR:
+        encoder = load_encoder(f"miniature-{name}")
+        save_encoder(encoder, folder / "data" / "miniature" / "encoders" / f"{name}.safetensors")
+    return folder
+
+
+def run(workplace: Path, name: str, *options: str, processes: int = 1, script: str = "train.py"):
+    """Run a script of the repository under torchrun in the workplace; what it printed."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command += ["--standalone", str(ROOT / script)]
+    data = ["--data", "data/miniature/train", "--tokenizer", "data/miniature/tokenizer.model"]
+    command += ["--name", name, "--workers", "0", *data, *options]
+    return subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=300)
+
+
+def losses(workplace: Path, name: str) -> list[float]:
+    """The loss of every step of a run."""
+    lines = (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+MUON = pytest.param("0.01", 1e-3, marks=pytest.mark.slow)
+STEPS = ("--global-batch", "4", "--epochs", "1", "--cache-features", "none")
+
+
+@pytest.mark.parametrize(
+    ("muon", "rounding"), [("0", 1e-4), pytest.param("0.01", 1e-3, marks=pytest.mark.slow)]
+)
+def test_one_process_and_two_take_the_same_steps(workplace, muon, rounding):
+    """Text, image and video rows, encoders sharded, some micro-batches without any picture.
+
+    Muon orthogonalises in bfloat16, which makes more of the same rounding than AdamW does.
+    """
+    first_name, second_name = f"one-{muon}", f"two-{muon}"
+    one = run(workplace, first_name, *STEPS, "--micro-batch", "4", "--muon-lr", muon)
+    two = run(workplace, second_name, *STEPS, "--micro-batch", "1", "--muon-lr", muon, processes=2)
+    assert one.returncode == 0, one.stderr
+    assert two.returncode == 0, two.stderr
+    assert len(losses(workplace, first_name)) == math.ceil(18 / 4)
+    curve = pytest.approx(losses(workplace, first_name), rel=rounding)
+    assert losses(workplace, second_name) == curve
+    first, second = (
+        MERV.from_pretrained(workplace / "runs" / name).llm.state_dict()
+        for name in (first_name, second_name)
+    )
+    for name, weight in first.items():
+        torch.testing.assert_close(second[name], weight, rtol=0, atol=20 * rounding, msg=name)
+
+
+@pytest.mark.slow
+def test_cached_features_give_the_same_curve(workplace):
+    """To the rounding of its bfloat16; plain `python` works as well as torchrun."""
+    command = [sys.executable, str(ROOT / "train.py"), "--name", "cached", "--workers", "0"]
+    command += ["--data", "data/miniature/train", "--tokenizer", "data/miniature/tokenizer.model"]
+    command += ["--global-batch", "4", "--epochs", "1", "--cache-features", "features"]
+    long_way = run(workplace, "long", *STEPS)
+    assert long_way.returncode == 0, long_way.stderr
+    for name in ("cached", "cached-2"):  # the second time everything comes from the cache
+        done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert losses(workplace, name) == pytest.approx(losses(workplace, "long"), rel=1e-2)
+    assert "encode clips once" not in done.stderr
+    assert len(list((workplace / "features").rglob("*.safetensors"))) == 4 * 14
+
+
+def test_a_run_describes_itself(workplace):
+    """config.json says all that was asked for; the checkpoint loads and moves with its encoders."""
+    done = run(workplace, "described", *STEPS, "--max-steps", "2", "--encoders", "dinov2,vivit")
+    assert done.returncode == 0, done.stderr
+    folder = workplace / "runs" / "described"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["max_steps"] == 2 and config["encoders"] == "dinov2,vivit"
+    moved = folder.rename(workplace / "moved")
+    model = MERV.from_pretrained(moved)
+    assert list(model.encoders) == ["miniature-dinov2", "miniature-vivit"]
+    line = json.loads((moved / "metrics.jsonl").read_text().splitlines()[0])
+    assert set(line) >= {"step", "loss", "lr", "gradient_norm", "labels_per_second", "weights"}
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--modle", "miniature"], "did you mean --model?"),
+        (["--recipe", "froozen"], "No recipe froozen"),
+        (["--encoders", "clip"], "No encoder miniature-clip"),
+        (["--global-batch", "5", "--micro-batch", "2"], "choose a multiple of 2"),
+        (["--data", "nowhere"], "Cannot read nowhere/stage2.json"),
+    ],
+)
+def test_a_wrong_option_is_explained(workplace, options, wanted):
+    """No traceback: what is wrong and how to fix it."""
+    command = [sys.executable, str(ROOT / "train.py"), "--name", "wrong", "--evaluate"]
+    command += ["--data", "data/miniature/train", "--tokenizer", "data/miniature/tokenizer.model"]
+    done = subprocess.run(
+        command + options, cwd=workplace, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode != 0
+    assert wanted in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    """3 % warm-up, then half a cosine (appendix B)."""
+    rates = [train.learning_rate(step, 1000, 2e-5, 0.03) for step in range(1000)]
+    assert rates[0] == pytest.approx(2e-5 / 30)
+    assert max(rates) == rates[30] == pytest.approx(2e-5)
+    assert rates[30:] == sorted(rates[30:], reverse=True)
+    assert rates[515] == pytest.approx(1e-5, rel=1e-2)
+    assert rates[-1] < 1e-9
+
+
+def test_vectors_do_not_decay(workplace):
+    """Norms, biases and the mixer's query are left alone by weight decay; matrices are not."""
+    tokenizer = Tokenizer(workplace / "data" / "miniature" / "tokenizer.model")
+    model = MERV.create(MERVS["miniature"], tokenizer)
+    matrices, vectors = train.decay_groups(model, 0.1)
+    assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0
+    assert all(parameter.ndim >= 2 for parameter in matrices["params"])
+    assert any(parameter is model.mixer.query for parameter in vectors["params"])
+    trained = {id(p) for group in (matrices, vectors) for p in group["params"]}
+    assert not trained & {id(p) for p in model.encoders.parameters()}
+    assert len(trained) == sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["video-llava", "full"])
+def test_a_recipe_of_two_stages_runs_through(workplace, recipe):
+    """Captions, then instructions, on two processes; stage 2 begins where stage 1 has arrived."""
+    options = (*STEPS, "--recipe", recipe, "--micro-batch", "2")
+    done = run(workplace, recipe, *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    captions, instructions = math.ceil(14 / 4), math.ceil(18 / 4)
+    curve = losses(workplace, recipe)
+    assert len(curve) == captions + instructions
+    assert curve[-1] < curve[captions] < curve[0]
