@@ -256,11 +256,12 @@ def load_pixels(
     start: float | None = None,
     end: float | None = None,
     end_frame: int | None = None,
+    fps: float | None = None,
 ) -> dict[str, Tensor]:
     """A file as each encoder wants it: encoder -> (T_e, 3, side, side); a still stays one frame."""
     still = Path(path).suffix.lower() in IMAGE_SUFFIXES
     num_frames = 1 if still else max(config.num_frames for config in encoders)
-    frames = load_video(path, num_frames, start, end, end_frame)
+    frames = load_video(path, num_frames, start, end, end_frame, fps)
     return {config.name: preprocess(frames, config) for config in encoders}
 
 

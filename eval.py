@@ -1,75 +1,51 @@
 """Ask a trained MERV the questions of a benchmark and count the right answers (paper 4).
 
     python eval.py --benchmark miniature-open --data data/miniature/test
-    python eval.py --checkpoint runs/NAME --benchmark msvd --data DIR
-    python eval.py --table efficiency      parameters and multiply-adds, without any weights
+    torchrun --nproc-per-node 8 eval.py --checkpoint merv-frozen --benchmark msvd --data DIR
+    python eval.py --check --benchmark msvd --data DIR     what is missing, before anything runs
+    python eval.py --judge URL --judge-model NAME RUN      an LLM judges the stored answers
+    python eval.py --report RUN RUN ...                    stored answers as one HTML page
+    python eval.py --table efficiency                      the paper's costs, without any weights
 
-A benchmark is a folder with two JSON lists and the videos, in videos/, found by stem:
-    questions  [{"question_id", "video_name", "question"}]     multiple choice: and "options"
-    answers    [{"question_id", "answer", "type"}]             multiple choice: "answer_id", from 0
-All questions of a video are answered together: it is decoded, encoded and read once.
-Read before: merv.py.
+A benchmark is a folder with its annotations and the videos, in videos/, found by stem. All
+questions of a clip are answered together: it is decoded, encoded and read once. They are on disk
+before the next clip is asked about, so a run that was killed goes on where it was.
+Read before: merv.py. Read next: train.py.
 """
 
 from __future__ import annotations
 
-import glob
+import base64
+import csv
+import hashlib
+import io
 import json
+import os
+import random
 import re
 import sys
-from collections import defaultdict
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from datetime import date
+from functools import partial
 from pathlib import Path
 
+import jinja2
 import torch
-from torch.utils.data import DataLoader, Dataset
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
+from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import merv
-from data import VideoError, load_pixels, mcq_prompt
+from data import IMAGE_SUFFIXES, VideoError, load_pixels, load_video, mcq_prompt
 from encoders import ENCODERS, FAMILIES, UserError
 from llama import LLAMAS, Llama
-from merv import MERV, MERVConfig, choose, option, parse_options, progress
-
-# ------------------------------------------------------------------------------------------- config
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """Which files of its folder hold a benchmark, and how it is scored."""
-
-    name: str
-    kind: str  # "open": the answer in words; "mcq": the letter of an option
-    questions: str = "test_q.json"
-    answers: str = "test_a.json"
-
-
-BENCHMARKS: dict[str, Benchmark] = {
-    benchmark.name: benchmark
-    for benchmark in [
-        Benchmark("msvd", "open"),
-        Benchmark("msrvtt", "open"),
-        Benchmark("tgif", "open"),
-        Benchmark("activitynet", "open"),
-        Benchmark("perception", "mcq"),
-        Benchmark("miniature-open", "open", "open_q.json", "open_a.json"),
-        Benchmark("miniature-mcq", "mcq", "mcq_q.json", "mcq_a.json"),
-    ]
-}
-
-
-@dataclass(frozen=True)
-class EvalConfig:
-    """The command line of eval.py."""
-
-    table: str = option("", "efficiency: print tables 2a, 2c and 8 of the paper, next to ours")
-    benchmark: str = option("miniature-open", f"one of {', '.join(BENCHMARKS)}")
-    data: str = option("data/miniature/test", "folder with the questions, the answers and videos/")
-    checkpoint: str = option("", "a run or checkpoint folder; the latest run if empty")
-    max_new_tokens: int = option(64, "longest answer")
-    workers: int = option(2, "processes that decode videos ahead of the model")
-    device: str = option("auto", "auto, cuda, mps or cpu")
-
+from merv import MERV, choose, option, parse_options, progress
 
 # ---------------------------------------------------------------------------------------- questions
 
@@ -80,92 +56,266 @@ class Question:
 
     id: str
     video: str  # stem of its file
-    text: str  # as asked
+    text: str  # without the options
     expected: str  # the words, or the letter
-    kind: str  # the row of the table it counts in
-    options: tuple[str, ...] = ()
+    kind: str = ""  # the row of the table it counts in; "": its first word, a WH-word (figure 5)
+    options: tuple[str, ...] = ()  # of multiple choice
+    start: float | None = None  # seconds
+    end: float | None = None
     end_frame: int | None = None  # Perception Test: the last frame that may be seen
     answer: str = ""
-    correct: bool = False
+    weights: tuple[float, ...] = ()  # mixing weights, in the order of the encoders
     failure: str = ""  # why there is no answer
-    weights: tuple[float, ...] = ()  # mixing weights, in the order of the config
+    correct: bool = False
+    f1: float = 0.0  # of the words, where the answer is open
+    verdict: str = ""  # a judge's: "yes", "no", "unparsable" or "no reply"; its mark, 0 to 5, below
+    mark: int = 0
+
+    def __post_init__(self):
+        self.id, self.kind = str(self.id), self.kind or first_word(self.text)
+
+    @property
+    def prompt(self) -> str:
+        """What the model is asked."""
+        return mcq_prompt(self.text, list(self.options)) if self.options else self.text
+
+    @property
+    def clip(self) -> tuple:
+        """Questions with the same clip are answered together."""
+        return self.video, self.start, self.end, self.end_frame
 
 
-def load_questions(benchmark: Benchmark, folder: str | Path) -> list[Question]:
-    """Join questions and answers by question_id."""
-    folder = Path(folder)
-    try:
-        questions, answers = (
-            json.loads((folder / name).read_text())
-            for name in (benchmark.questions, benchmark.answers)
+def first_word(text: str) -> str:
+    """ "What's there?" -> "what"."""
+    return re.match(r"\W*(\w*)", text)[1].lower()
+
+
+def letter(index: int) -> str:
+    """0 -> "A"."""
+    return chr(ord("A") + index)
+
+
+def read_pairs(folder: Path, questions: str = "test_q.json", answers: str = "test_a.json"):
+    """Most sets, as Video-LLaVA and the paper's authors ship them: two lists, joined by id.
+
+    test_q.json  [{"question_id": "v1_0", "video_name": "v1", "question": "who is it?"}, ...]
+    test_a.json  [{"question_id": "v1_0", "answer": "a man", "type": 3}, ...]
+    Multiple choice: the question has "options" and perhaps "start", "end" (seconds) or "end_frame";
+    the answer has "answer_id", from 0.
+    """
+    by_id = {a["question_id"]: a for a in json.loads((folder / answers).read_text())}
+    for q in json.loads((folder / questions).read_text()):
+        a, options = by_id[q["question_id"]], tuple(q.get("options", ()))
+        expected = letter(a["answer_id"]) if options else str(a["answer"])
+        kind = a.get("type", "")
+        yield Question(
+            q["question_id"], q["video_name"], q["question"], expected, str(kind), options,
+            q.get("start"), q.get("end"), q.get("end_frame"),
+        )  # fmt: skip
+
+
+def read_perception(folder: Path) -> Iterator[Question]:
+    """Perception Test; a positive number in the second file is the last frame to be seen.
+
+    mc_question_valid.json        {"video_1": {"mc_question": [{"id": 0, "question": "what is it?",
+                                    "options": ["a", "b", "c"], "answer_id": 2, "area": "x"}]}}
+    cut_frame_mapping_valid.json  {"video_1": 120, "video_2": -1}
+    """
+    cuts = json.loads((folder / "cut_frame_mapping_valid.json").read_text())
+    for video, found in json.loads((folder / "mc_question_valid.json").read_text()).items():
+        end_frame = cuts.get(video, -1) if cuts.get(video, -1) > 0 else None
+        for q in found["mc_question"]:
+            yield Question(
+                f"{video}_{q['id']}", video, q["question"], letter(q["answer_id"]), q["area"],
+                tuple(q["options"]), end_frame=end_frame,
+            )  # fmt: skip
+
+
+def read_nextqa(folder: Path) -> Iterator[Question]:
+    """NExT-QA, multiple choice. The first letter of a type: causal, temporal or descriptive.
+
+    val.csv  video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4
+             4010069381,369,640,480,how do the two man play,0,6,CH,roll it,sing,jump,run,walk
+    """
+    for q in csv.DictReader(io.StringIO((folder / "val.csv").read_text())):
+        kind = {"C": "causal", "T": "temporal", "D": "descriptive"}[q["type"][0]]
+        options = tuple(q[f"a{i}"] for i in range(5))
+        expected = letter(int(q["answer"]))
+        yield Question(
+            f"{q['video']}_{q['qid']}", q["video"], q["question"], expected, kind, options
         )
-        by_id = {answer["question_id"]: answer for answer in answers}
-        return [_question(benchmark, q, by_id[q["question_id"]]) for q in questions]
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+
+
+def read_vlep(folder: Path) -> Iterator[Question]:
+    """VLEP: which event is likelier to follow? Videos are folders of frames at 3 a second.
+
+    vlep_dev_release.jsonl  {"example_id": 1, "vid_name": "friends_s01e01_ep", "ts": [10.5, 13.5],
+                             "events": ["He eats.", "He leaves."], "answer": 1, "split": "dev"}
+    """
+    for line in (folder / "vlep_dev_release.jsonl").read_text().splitlines():
+        q, text = json.loads(line), "Which of these is more likely to happen next?"
+        yield Question(
+            q["example_id"], q["vid_name"], text, letter(q["answer"]), "all",
+            tuple(q["events"]), *q["ts"],
+        )  # fmt: skip
+
+
+def read_tvqa(folder: Path) -> Iterator[Question]:
+    """TVQA: five answers, a stretch of the clip; "nan-nan" is the whole clip. Frames as for VLEP.
+
+    tvqa_val.jsonl  {"qid": 1, "q": "Who is it?", "a0": "Ann", ..., "a4": "Eve", "answer_idx": 1,
+                     "ts": "76.01-84.2", "vid_name": "castle_s01e02_seg02_clip_09"}
+    """
+    for line in (folder / "tvqa_val.jsonl").read_text().splitlines():
+        q = json.loads(line)
+        start, end = (None if t != t else t for t in map(float, q["ts"].split("-")))
+        options = tuple(q[f"a{i}"] for i in range(5))
+        yield Question(
+            q["qid"], q["vid_name"], q["q"], letter(int(q["answer_idx"])), "", options, start, end
+        )
+
+
+TEMPORAL = {  # appendix B.2.2: played backwards, each looks like another class
+    "Approaching something with your camera", "Moving away from something with your camera",
+    "Turning the camera downwards while filming something",
+    "Turning the camera upwards while filming something",
+    "Turning the camera left while filming something",
+    "Turning the camera right while filming something",
+    "Moving something away from the camera", "Moving something towards the camera",
+    "Pulling something from left to right", "Pulling something from right to left",
+    "Pushing something from left to right", "Pushing something from right to left",
+}  # fmt: skip
+
+
+def read_ssv2(folder: Path, num_options: int, temporal: bool = False) -> Iterator[Question]:
+    """Something-Something v2 as questions (appendix B.2): the class in words, or one of five.
+
+    labels.json      {"Holding something": "0", "Moving something up": "1", ...}
+    validation.json  [{"id": "74225", "label": "holding a cup", "template": "Holding [something]"}]
+    """
+    classes = json.loads((folder / "labels.json").read_text())
+    for row in json.loads((folder / "validation.json").read_text()):
+        name = row["template"].replace("[", "").replace("]", "")
+        if temporal and name not in TEMPORAL:
+            continue
+        draw = random.Random(f"MERV {row['id']}")  # the same wrong options on every machine
+        options = [name, *draw.sample(sorted(set(classes) - {name}), num_options)]
+        draw.shuffle(options)
+        expected = letter(options.index(name)) if num_options else name
+        yield Question(
+            row["id"], row["id"], "How is the object in the video being interacted with?",
+            expected, name, tuple(options) if num_options else (),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How the annotations of a benchmark are read, and what is special about its videos."""
+
+    read: Callable[[Path], Iterator[Question]] = read_pairs
+    fps: float | None = None  # of videos that are folders of frames
+
+
+BENCHMARKS: dict[str, Benchmark] = {
+    **dict.fromkeys(("msvd", "msrvtt", "tgif", "activitynet"), Benchmark()),
+    "perception": Benchmark(read_perception),
+    "nextqa": Benchmark(read_nextqa),
+    "vlep": Benchmark(read_vlep, fps=3),
+    "tvqa": Benchmark(read_tvqa, fps=3),
+    "ssv2-open": Benchmark(partial(read_ssv2, num_options=0)),
+    "ssv2-mcq": Benchmark(partial(read_ssv2, num_options=4)),
+    "ssv2-temporal": Benchmark(partial(read_ssv2, num_options=4, temporal=True)),
+    "miniature-open": Benchmark(
+        partial(read_pairs, questions="open_q.json", answers="open_a.json")
+    ),
+    "miniature-mcq": Benchmark(partial(read_pairs, questions="mcq_q.json", answers="mcq_a.json")),
+}
+
+
+def load_questions(name: str, folder: str | Path) -> list[Question]:
+    """The questions of a benchmark, as it was published or, if there is one, as `read_pairs`."""
+    folder, read = Path(folder), choose(BENCHMARKS, name, "benchmark").read
+    if (folder / "test_q.json").exists():
+        read = read_pairs
+    try:
+        questions = list(read(folder))
+        if twice := [id for id, n in Counter(q.id for q in questions).items() if n > 1]:
+            raise ValueError(f"more than one question has the id {twice[0]}")
+        return questions
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        shown = getattr(read, "func", read).__doc__.replace("\n    ", "\n")
         raise UserError(
-            f"Cannot read the benchmark {benchmark.name} in {folder}.",
+            f"Cannot read the benchmark {name} in {folder}.",
             f"{type(error).__name__}: {error}",
-            f"it needs {benchmark.questions} and {benchmark.answers}, see the top of eval.py.",
+            f"check that folder; this is how it is laid out:\n\n{shown}",
         ) from error
 
 
-def _question(benchmark: Benchmark, question: dict, answer: dict) -> Question:
-    kind = answer.get("type")
-    text, expected = question["question"], str(answer.get("answer", ""))
-    options = tuple(question["options"]) if benchmark.kind == "mcq" else ()
-    if options:
-        expected = chr(ord("A") + answer["answer_id"])
-    return Question(
-        id=str(question["question_id"]),
-        video=question["video_name"],
-        text=mcq_prompt(text, list(options)) if options else text,
-        expected=expected,
-        kind=kind if isinstance(kind, str) else text.split()[0].lower(),
-        options=options,
-        end_frame=question.get("end_frame"),
-    )
+def list_videos(folder: Path) -> dict[str, Path]:
+    """Stem -> file, or folder of frames, in a folder and the folders in it.
+
+    WHY: names in annotations are only looked up here, so none can lead out of the folder.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if not path.is_dir():
+            found[path.stem] = path
+        elif next((p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES), None):
+            found[path.name] = path
+        else:
+            found |= list_videos(path)
+    return found
 
 
-def find_video(folder: Path, stem: str) -> Path:
-    """videos/STEM with any extension, or a folder of frames. The name may not leave the folder."""
-    videos = folder / "videos"
-    if Path(stem).name != stem:
-        raise VideoError(
-            f"{stem}: is no name of a video.",
-            "it would leave the video folder.",
-            "correct video_name in the question file.",
-        )
-    found = sorted(p for p in videos.glob(f"{glob.escape(stem)}*") if stem in (p.name, p.stem))
-    if not found:
-        raise VideoError(
-            f"{videos / stem}: no such video.",
-            "the question file names it.",
-            "put it there; any extension will do.",
-        )
-    return found[0]
+class Clips(torch.utils.data.Dataset):
+    """The clips of a benchmark, each with the questions asked of it, ready for the encoders."""
 
-
-class Clips(Dataset):
-    """The videos of a benchmark, each with the questions asked of it, ready for the encoders."""
-
-    def __init__(self, questions: list[Question], folder: str | Path, config: MERVConfig):
-        self.folder, self.config = Path(folder), config
-        groups: dict[tuple[str, int | None], list[int]] = defaultdict(list)
-        for index, question in enumerate(questions):
-            groups[question.video, question.end_frame].append(index)
-        self.groups = list(groups.items())
+    def __init__(self, name: str, questions: list[Question], folder: str | Path, encoders):
+        self.fps, self.encoders = BENCHMARKS[name].fps, encoders
+        self.folder = Path(folder) / "videos"
+        self.videos = list_videos(self.folder)
+        groups: dict[tuple, list[Question]] = defaultdict(list)
+        for question in questions:
+            groups[question.clip].append(question)
+        self.groups = list(groups.values())
 
     def __len__(self) -> int:
         return len(self.groups)
 
-    def __getitem__(self, number: int) -> tuple[list[int], dict, str]:
-        """Numbers of the questions, encoder -> pixels, and why there are none if there are none."""
-        (video, end_frame), indices = self.groups[number]
+    def find(self, name: str) -> Path:
+        """The video of that stem."""
+        if name not in self.videos:
+            raise VideoError(
+                f"{self.folder}: has no video {name}.",
+                "the annotations ask about it.",
+                "put it there; any extension will do.",
+            )
+        return self.videos[name]
+
+    def __getitem__(self, number: int) -> tuple[int, dict, str]:
+        """The number, encoder -> pixels, and why there are none if there are none."""
+        video, *cut = self.groups[number][0].clip
         try:
-            path = find_video(self.folder, video)
-            return indices, load_pixels(path, self.config.encoders, end_frame=end_frame), ""
+            return number, load_pixels(self.find(video), self.encoders, *cut, self.fps), ""
         except VideoError as error:
-            return indices, {}, str(error)
+            return number, {}, str(error)
+
+
+def check(name: str, folder: str | Path, workers: int) -> int:
+    """Print what is missing or cannot be decoded before anything runs; how many clips are bad."""
+    questions = load_questions(name, folder)
+    clips = Clips(name, questions, folder, [ENCODERS["siglip"]])
+    names = {question.video for question in questions}
+    found = len(names & set(clips.videos))
+    print(f"{len(questions)} questions, {found}/{len(names)} videos found in {clips.folder}")
+    bad = 0
+    for number, _, failure in DataLoader(clips, batch_size=None, num_workers=workers):
+        progress("decode", number + 1, len(clips))
+        if failure:
+            bad += 1
+            print(f"bad  {clips.groups[number][0].video}: {failure.splitlines()[0]}")
+    print(f"{len(clips) - bad}/{len(clips)} clips can be decoded")
+    return bad
 
 
 # ------------------------------------------------------------------------------------------ scoring
@@ -182,7 +332,7 @@ def parse_letter(reply: str, options: tuple[str, ...]) -> str:
 
     FIX: the authors take the first character, so "Both" is B and "The answer is B" is T (F9).
     """
-    last = chr(ord("A") + len(options) - 1)
+    last = letter(len(options) - 1)
     reply = reply.strip()
     patterns = (
         rf"\(?([A-{last}])\)?(?:[.:)]|\s|$)",  # at the start: "B", "B.", "(B) red", "B: red"
@@ -196,93 +346,308 @@ def parse_letter(reply: str, options: tuple[str, ...]) -> str:
         if match and not (article and normalise(options[0]) not in normalise(reply)):
             return match[1]
     same = [i for i, option in enumerate(options) if normalise(option) == normalise(reply)]
-    return chr(ord("A") + same[0]) if len(same) == 1 else ""
+    return letter(same[0]) if len(same) == 1 else ""
 
 
-def is_correct(question: Question) -> bool:
-    """Exact match of the words after `normalise`, or the right letter."""
+def token_f1(answer: str, expected: str) -> float:
+    """Harmonic mean of precision and recall of the words: "a red square", "red" -> 2/3."""
+    ours, theirs = Counter(normalise(answer).split()), Counter(normalise(expected).split())
+    return 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
+
+
+def score(question: Question, rule: str) -> None:
+    """Fill in what is right. A failed answer counts as wrong: else failing on hard clips would pay.
+
+    Multiple choice: the letter, parsed or ("released", the authors' rule) the first character.
+    Open-ended: the judge's verdict if there is one, else exact match of the words.
+    """
     if question.options:
-        return parse_letter(question.answer, question.options) == question.expected
-    return normalise(question.answer) == normalise(question.expected)
+        parsed = parse_letter(question.answer, question.options)
+        chosen = question.answer[:1] if rule == "released" else parsed
+        question.correct = chosen == question.expected
+        return
+    exact = normalise(question.answer) == normalise(question.expected)
+    question.correct = question.verdict == "yes" if question.verdict else exact
+    question.correct &= not question.failure
+    question.f1 = token_f1(question.answer, question.expected)
 
 
-# --------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------------- answering
+
+
+class Journal:
+    """Records on disk as they come, one JSON line each: a kill loses none, a rerun repeats none.
+
+    One file a process, so that processes never write into each other's lines. settings: of the run;
+    a journal of other settings is refused, because its answers are not this run's.
+    """
+
+    def __init__(self, folder: Path, settings: dict, rank: int = 0):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, known = folder / f"{rank}.jsonl", folder / "settings.json"
+        if known.exists() and json.loads(known.read_text()) != settings:
+            raise UserError(
+                f"{folder} holds the answers of another run.",
+                f"it was made with {known.read_text()}, this is {json.dumps(settings)}.",
+                "give another --output, or delete that folder.",
+            )
+        write_file(known, json.dumps(settings), rank)
+        if self.file.exists():  # the kill may have hit in the middle of a line
+            whole = self.file.read_bytes().rpartition(b"\n")[0]
+            with self.file.open("r+b") as file:
+                file.truncate(len(whole) + bool(whole))
+
+    def records(self) -> Iterator[dict]:
+        """Everything any process has written; a line still being written is left out."""
+        for path in sorted(self.file.parent.glob("*.jsonl")):
+            whole = path.read_bytes().rpartition(b"\n")[0]
+            yield from map(json.loads, whole.splitlines())
+
+    def append(self, record: dict) -> None:
+        """On disk when this returns."""
+        with self.file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def write_file(path: Path, text: str, rank: int = 0) -> None:
+    """Complete or not there at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial_path = path.with_name(f"{path.name}.{rank}.partial")
+    partial_path.write_text(text)
+    partial_path.replace(path)
 
 
 def evaluate(
-    model: MERV,
-    benchmark: Benchmark,
-    folder: str | Path,
-    max_new_tokens: int = 64,
-    workers: int = 2,
-) -> list[Question]:
-    """Answer every question; a video that cannot be read is a failed answer with its reason.
+    model: MERV, name: str, folder: str | Path, output: str | Path, config: EvalConfig | None = None
+) -> list[Question] | None:
+    """Answer the questions of a benchmark that are not answered yet and write OUTPUT/NAME.json.
 
+    Under torchrun each process takes its share of the clips; the one that finds all answers there
+    writes the result and gives the questions, the others give None.
     FIX: the authors never merge the results once a single video has failed (ledger F10).
     """
-    questions = load_questions(benchmark, folder)
-    clips = Clips(questions, folder, model.config)
-    loader = DataLoader(clips, batch_size=None, num_workers=workers)
-    for done, (indices, pixels, failure) in enumerate(loader, start=1):
-        asked = [questions[index] for index in indices]
-        if failure:
-            for question in asked:
-                question.failure = failure
-            continue
-        answers = model.answer(pixels, [q.text for q in asked], max_new_tokens)
-        for question, answer in zip(asked, answers, strict=True):
-            question.answer = answer.text
-            question.weights = tuple(answer.weights.tolist())
-            question.correct = is_correct(question)
-        progress(f"{benchmark.name}", done, len(clips))
+    config = config or EvalConfig()
+    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
+    questions, output = load_questions(name, folder), Path(output)
+    trained = [*model.projectors.parameters(), *model.mixer.parameters()]
+    digest = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in trained))
+    likelihood = config.mcq_rule == "likelihood" and bool(questions[0].options)
+    settings = {
+        "benchmark": name, "data": str(folder), "checkpoint": model.config.name, "encoders":
+        [e.name for e in model.config.encoders], "max_new_tokens": config.max_new_tokens,
+        "likelihood": likelihood, "weights": digest.hexdigest()[:16],
+    }  # fmt: skip
+    journal = Journal(output / f"{name}.answers", settings, rank)
+    done = {id for record in journal.records() for id in record["answers"]}
+    clips = Clips(name, questions, folder, model.config.encoders)
+    mine = [n for n in range(rank, len(clips), world) if clips.groups[n][0].id not in done]
+    loader = DataLoader(torch.utils.data.Subset(clips, mine), None, num_workers=config.workers)
+    for count, (number, pixels, failure) in enumerate(loader, start=1):
+        asked, answers, weights = clips.groups[number], [""] * len(clips.groups[number]), []
+        if not failure:
+            prompts = [question.prompt for question in asked]
+            if likelihood:
+                letters = [[letter(i) for i in range(len(q.options))] for q in asked]
+                scores = model.likelihoods(pixels, prompts, letters)
+                answers = [letter(int(row.argmax())) for row in scores]
+            else:
+                replies = model.answer(pixels, prompts, config.max_new_tokens)
+                answers, weights = [r.text for r in replies], replies[0].weights.tolist()
+        answers = dict(zip((question.id for question in asked), answers, strict=True))
+        journal.append({"answers": answers, "weights": weights, "failure": failure})
+        progress(name, count, len(mine))
+    outcome = {id: record for record in journal.records() for id in record["answers"]}
+    complete = len(outcome) == len({question.id for question in questions})
+    if not complete or not (mine or rank == 0):
+        return None
+    for question in questions:
+        record = outcome[question.id]
+        question.answer, question.failure = record["answers"][question.id], record["failure"]
+        question.weights = tuple(record["weights"])
+    write_results(output / f"{name}.json", settings, questions, config.mcq_rule, rank)
     return questions
 
 
-def summarise(questions: list[Question]) -> dict[str, tuple[float, int, int]]:
+# -------------------------------------------------------------------------------------------- judge
+
+JUDGE_PROMPT = """\
+You grade answers to questions about a video. Compare the given answer with the correct one: they \
+agree if they mean the same, whatever the wording; synonyms and paraphrases count.
+
+Question: {question}
+Correct answer: {expected}
+Given answer: {answer}
+
+Reply with one JSON object and nothing else: {{"pred": "yes" or "no", "score": a whole number from \
+0 (unrelated) to 5 (the same meaning)}}. Example: {{"pred": "yes", "score": 4}}"""
+
+
+def parse_verdict(reply: str) -> tuple[str, int]:
+    """A judge's reply -> ("yes" or "no", 0..5), or ("unparsable", 0): never a guess."""
+    try:
+        found = json.loads(reply)
+    except ValueError:
+        return "unparsable", 0
+    pred, mark = (found.get(k) for k in ("pred", "score")) if isinstance(found, dict) else (0, 0)
+    fits = pred in ("yes", "no") and type(mark) is int and 0 <= mark <= 5
+    return (pred, mark) if fits else ("unparsable", 0)
+
+
+def ask_judge(client: InferenceClient, model: str, question: Question, retries: int) -> str | None:
+    """The raw reply, or None if there is none after so many retries, each after a longer wait."""
+    known = {"question": question.text, "expected": question.expected, "answer": question.answer}
+    messages = [{"role": "user", "content": JUDGE_PROMPT.format(**known)}]
+    for attempt in range(retries + 1):
+        if attempt:
+            time.sleep(min(60, 0.5 * 2**attempt) * random.uniform(0.5, 1))
+        try:
+            reply = client.chat_completion(messages, model=model, max_tokens=64, temperature=0)
+            return reply.choices[0].message.content or ""
+        except HfHubHTTPError as error:
+            status = error.response.status_code
+            if status < 500 and status not in (408, 429):
+                raise UserError(
+                    f"The judge refuses: {error}",
+                    "asking again would not help.",
+                    "check --judge, --judge-model and the key in JUDGE_API_KEY.",
+                ) from error
+        except Exception as error:  # time-outs, cut connections, replies that are no JSON
+            print(f"judge: {type(error).__name__}: {error}", file=sys.stderr)
+    return None
+
+
+def judge(path: Path, config: EvalConfig) -> None:
+    """Have an LLM judge the open-ended answers in a result file: yes or no, and 0 to 5 (paper 4).
+
+    Raw replies are kept beside it, so a rerun asks only about those that are not judged yet.
+    """
+    result = json.loads(path.read_text())
+    questions = [Question(**q) for q in result["questions"]]
+    prompt = {"model": config.judge_model, "prompt": JUDGE_PROMPT}
+    journal = Journal(path.with_suffix(".judge"), prompt)
+    replies = {(r["id"], r["answer"]): r for r in journal.records()}
+    todo = [q for q in questions if not q.failure and (q.id, q.answer) not in replies]
+    client = InferenceClient(
+        base_url=config.judge, api_key=os.environ.get("JUDGE_API_KEY", "none"), timeout=60
+    )
+    with ThreadPoolExecutor(config.judge_parallel) as pool:
+        ask = partial(ask_judge, client, config.judge_model, retries=config.judge_retries)
+        for done, (question, reply) in enumerate(zip(todo, pool.map(ask, todo), strict=True)):
+            progress("judge", done + 1, len(todo))
+            if reply is not None:
+                record = {"id": question.id, "answer": question.answer, "reply": reply}
+                journal.append(record | {"date": date.today().isoformat()})
+    replies = {(r["id"], r["answer"]): r for r in journal.records()}
+    for question in questions:
+        reply = replies.get((question.id, question.answer))
+        if not question.failure:
+            question.verdict, question.mark = ("no reply", 0)
+            if reply:
+                question.verdict, question.mark = parse_verdict(reply["reply"])
+    dates = sorted({reply["date"] for reply in replies.values()})
+    result["settings"]["judge"] = {**prompt, "url": config.judge, "dates": dates}
+    write_results(path, result["settings"], questions, result["rule"])
+    print_table(path.stem, questions)
+
+
+# ------------------------------------------------------------------------------------------ results
+
+
+def write_results(path: Path, settings: dict, questions: list[Question], rule: str, rank=0) -> None:
+    """Score, then write one JSON file with the table and every answer."""
+    for question in questions:
+        score(question, rule)
+    table = {kind: row[0] for kind, row in summarise(questions).items()}
+    result = {"settings": settings, "rule": rule, "accuracy": table}
+    result["questions"] = [asdict(question) for question in questions]
+    write_file(path, json.dumps(result, indent=1), rank)
+
+
+def summarise(
+    questions: list[Question], by: Callable[[str], str] | None = None
+) -> dict[str, tuple[float, int, int]]:
     """kind -> (accuracy over expected questions, answered, expected); "all" is the last row.
 
-    A failed answer counts as wrong: leaving it out would reward failing on hard videos.
+    by: of the question's text, such as first_word, instead of its kind.
+    Answers that a judge has not given a verdict on count in neither number.
     """
     groups: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
-        groups[question.kind].append(question)
-    rows = {**dict(sorted(groups.items())), "all": questions}
-    return {
-        kind: (
-            sum(q.correct for q in group) / max(1, len(group)),
-            sum(not q.failure for q in group),
-            len(group),
-        )
-        for kind, group in rows.items()
-    }
+        groups[by(question.text) if by else question.kind].append(question)
+    rows = {}
+    for kind, group in [*sorted(groups.items()), ("all", questions)]:
+        judged = [q for q in group if q.verdict not in ("unparsable", "no reply")]
+        right = sum(q.correct for q in judged)
+        rows[kind] = (right / max(1, len(judged)), sum(not q.failure for q in group), len(group))
+    return rows
 
 
 def print_table(title: str, questions: list[Question]) -> None:
-    """Accuracy by kind of question, and how many were answered."""
+    """Accuracy by kind of question, how many were answered, and what the judge said."""
     print(f"\n{title:<28} {'accuracy':>8}  {'answered/expected':>18}")
     for kind, (accuracy, answered, expected) in summarise(questions).items():
         print(f"  {kind:<26} {100 * accuracy:>7.1f}%  {f'{answered}/{expected}':>18}")
+    verdicts = Counter(q.verdict for q in questions if q.verdict)
+    if not questions[0].options:
+        print(f"  {'word F1':<26} {100 * sum(q.f1 for q in questions) / len(questions):>7.1f}%")
+    if verdicts:
+        marks = [q.mark for q in questions if q.verdict in ("yes", "no")]
+        print(f"  judged {dict(verdicts)}, mean score {sum(marks) / max(1, len(marks)):.2f} of 5")
 
 
-def write_results(path: Path, benchmark: Benchmark, questions: list[Question], model: MERV) -> None:
-    """One JSON file with the table and every answer, complete or not there at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    result = {
-        "benchmark": benchmark.name,
-        "encoders": [encoder.name for encoder in model.config.encoders],
-        "accuracy": {kind: row[0] for kind, row in summarise(questions).items()},
-        "questions": [asdict(question) for question in questions],
-    }
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(result, indent=1))
-    partial.replace(path)
+# ------------------------------------------------------------------------------------------- report
+
+
+def film_strip(question: Question, settings: dict, num_frames: int = 6) -> str:
+    """Frames of a question's clip side by side, as the address of an embedded JPEG; "" if gone."""
+    videos = list_videos(Path(settings["data"]) / "videos")
+    try:
+        fps = BENCHMARKS[settings["benchmark"]].fps
+        frames = load_video(videos[question.video], num_frames, *question.clip[1:], fps=fps)
+    except (KeyError, VideoError):
+        return ""
+    strip = Image.fromarray(torch.cat(list(frames), dim=2).permute(1, 2, 0).numpy())
+    strip.thumbnail((num_frames * 160, 120))
+    file = io.BytesIO()
+    strip.save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def write_report(runs: list[str], output: Path) -> None:
+    """One HTML page of the stored results of some runs: no network, no script, no model needed.
+
+    report.html says what is shown: the analyses of the paper's section 5. Jinja escapes whatever
+    comes from annotations, models and judges.
+    """
+    results = []
+    for run in runs:
+        files = sorted(Path(run).glob("eval/*.json"))
+        if not files:
+            raise UserError(
+                f"{run} has no results.",
+                "a report shows what is in RUN/eval/*.json.",
+                "run `python eval.py --checkpoint RUN --benchmark NAME --data DIR` first.",
+            )
+        for result in (json.loads(file.read_text()) for file in files):
+            questions = [Question(**q) for q in result.pop("questions")]
+            found = {"run": Path(run).name, "questions": questions}
+            results.append(result | result["settings"] | found)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.tests["temporal"] = lambda q: q.kind == "temporal" or q.kind in TEMPORAL
+    template = environment.get_template("report.html")
+    template.globals |= {"summarise": summarise, "first_word": first_word, "film_strip": film_strip}
+    write_file(output, template.render(results=results))
+    print(f"report: {output}")
 
 
 # ----------------------------------------------------------------------------------------- on paper
 
-TEXT = (
-    880  # text tokens; the paper took a random string for each row, so the last three rows differ
-)
+TEXT = 880  # tokens; the paper took a random string for each row, so the last three rows differ
 PAPER = (  # row, encoders, visual tokens, M parameters (table 8), T multiply-adds (tables 2c and 8)
     ("MERV", merv.FOUR, 1024, 7686, 17.19),
     ("LanguageBind alone", merv.FOUR[:1], 16 * 257, 7147, 41.3),
@@ -312,32 +677,29 @@ def multiply_adds(function, *inputs: torch.Tensor) -> int:
     return counter.get_total_flops() // 2
 
 
-def efficiency(names: tuple[str, ...], visual: int) -> tuple[float, float, float, float]:
-    """Millions of parameters and tera multiply-adds of one video + TEXT tokens: as released (all
-    blocks, unused parts, logits everywhere), then as here (blocks that are run, the last logits).
+def cost(names: tuple[str, ...], visual: int, released: bool) -> tuple[float, float]:
+    """Millions of parameters and tera multiply-adds of one video + TEXT tokens.
+
+    released: all blocks, unused parts, logits everywhere; else as here: the blocks that are run,
+    the last logits.
     """
     llama = replace(LLAMAS["llama2-7b"], vocab_size=32064)
     with torch.device("meta"):
         llm, embeds = Llama(llama), torch.empty(1, visual + TEXT, llama.hidden_size)
+        parameters = count(llm)
+        if len(names) > 1:
+            parameters += FUSION if released else llama.hidden_size
         work = multiply_adds(llm.hidden_states, None, embeds)
-        released = [
-            count(llm) + FUSION * (len(names) > 1),
-            work + multiply_adds(llm.logits, embeds),
-        ]
-        ours = [
-            count(llm) + 4096 * (len(names) > 1),
-            work + multiply_adds(llm.logits, embeds[0, :1]),
-        ]
+        work += multiply_adds(llm.logits, embeds if released else embeds[:, -1:])
         for config in (ENCODERS[name] for name in names):
-            frames = torch.empty(1, config.num_frames, 3, 224, 224)
+            layers = config.released_layers if released else config.num_layers
+            encoder = FAMILIES[config.family](replace(config, num_layers=layers))
             linear = torch.nn.Linear(config.hidden_size, llama.hidden_size)
+            parameters += count(encoder) + count(linear) + UNUSED[config.name] * released
             tokens = visual // len(names) if visual == 4096 else visual
-            for row, layers in (released, config.released_layers), (ours, config.num_layers):
-                encoder = FAMILIES[config.family](replace(config, num_layers=layers))
-                row[0] += count(encoder) + count(linear)
-                row[1] += multiply_adds(encoder, frames) + tokens * linear.weight.numel()
-            released[0] += UNUSED[config.name]
-    return released[0] / 1e6, released[1] / 1e12, ours[0] / 1e6, ours[1] / 1e12
+            work += multiply_adds(encoder, torch.empty(1, config.num_frames, 3, 224, 224))
+            work += tokens * linear.weight.numel()
+    return parameters / 1e6, work / 1e12
 
 
 def print_efficiency() -> None:
@@ -345,37 +707,74 @@ def print_efficiency() -> None:
     print(f"One video + {TEXT} text tokens: the paper, counted in the released form, done here\n")
     print(f"{'':<20} M: paper counted    here    T: paper counted (off)          here")
     for name, encoders, visual, millions, tera in PAPER:
-        counted_m, counted_t, ours_m, ours_t = efficiency(encoders, visual)
+        counted_m, counted_t = cost(encoders, visual, released=True)
+        ours_m, ours_t = cost(encoders, visual, released=False)
         known = f"{millions:>8}{int(counted_m):>8}" if millions else f"{'':>16}"
         off = f"({100 * (counted_t / tera - 1):+.1f} %)"
-        print(
-            f"{name:<20}{known}{ours_m:>8.0f}{tera:>12.2f}{counted_t:>8.2f} {off:<11}{ours_t:>8.2f}"
-        )
+        work = f"{tera:>12.2f}{counted_t:>8.2f} {off:<11}{ours_t:>8.2f}"
+        print(f"{name:<20}{known}{ours_m:>8.0f}{work}")
     print("\nM parameters of projectors before the final Linear (LanguageBind, width 4096)")
     with torch.device("meta"):
         for name, millions in PAPER_PROJECTORS.items():
             projector = merv.PROJECTORS[name](1024, 4096, 8)
-            print(
-                f"{name:<20}{millions:>8}{(count(projector) - count(projector.linear)) / 1e6:>8.1f}"
-            )
+            before = (count(projector) - count(projector.linear)) / 1e6
+            print(f"{name:<20}{millions:>8}{before:>8.1f}")
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """The command line of eval.py."""
+
+    benchmark: str = option("miniature-open", f"one of {', '.join(BENCHMARKS)}")
+    data: str = option("data/miniature/test", "folder with the annotations and videos/")
+    checkpoint: str = option("", "a run, a checkpoint folder or a released name; '': latest run")
+    output: str = option("", "where results go; '': eval/ in the run, or runs/NAME/eval")
+    check: bool = option(False, "list what is missing or cannot be decoded, and stop")
+    mcq_rule: str = option("parse", "the letter of a reply: parse, released or likelihood")
+    max_new_tokens: int = option(64, "longest answer")
+    workers: int = option(2, "processes that decode videos ahead of the model")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    dtype: str = option("float32", "float32 or bfloat16")
+    tokenizer: str = option("", "tokenizer.model, where the checkpoint has none")
+    judge: str = option("", "base URL of an OpenAI-compatible endpoint: judge the results of RUNS")
+    judge_model: str = option("", "name of the judging model")
+    judge_parallel: int = option(8, "questions that the judge is asked at once")
+    judge_retries: int = option(6, "times that it is asked again, later and later")
+    report: str = option("", "write stored results of RUNS to this HTML file")
+    table: str = option("", "efficiency: print tables 2a, 2c and 8 of the paper, next to ours")
+    runs: tuple[str, ...] = option((), "runs for --judge and --report", "*")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`eval.py`: score a checkpoint on a benchmark."""
+    """`eval.py`: score a checkpoint on a benchmark, or look at results that are stored."""
     config = parse_options(EvalConfig, arguments, "Score a trained MERV on a benchmark.")
     try:
+        choose(BENCHMARKS, config.benchmark, "benchmark")
+        choose(dict.fromkeys(("parse", "released", "likelihood")), config.mcq_rule, "rule")
         if config.table:
             return choose({"efficiency": print_efficiency}, config.table, "table")()
-        benchmark = choose(BENCHMARKS, config.benchmark, "benchmark")
-        checkpoint = Path(config.checkpoint) if config.checkpoint else merv.latest_run()
-        model = MERV.from_pretrained(checkpoint, device=merv.pick_device(config.device))
-        questions = evaluate(model, benchmark, config.data, config.max_new_tokens, config.workers)
+        if config.check:
+            sys.exit(bool(check(config.benchmark, config.data, config.workers)))
+        runs = config.runs or (str(config.checkpoint or merv.latest_run()),)
+        if config.judge:
+            for path in [path for run in runs for path in sorted(Path(run).glob("eval/*.json"))]:
+                judge(path, config)
+        elif config.report:
+            write_report(list(runs), Path(config.report))
+        else:
+            device, dtype = merv.pick_device(config.device), getattr(torch, config.dtype)
+            checkpoint = config.checkpoint or merv.latest_run()
+            model = MERV.from_pretrained(checkpoint, dtype, device, config.tokenizer or None)
+            base = Path(checkpoint) if Path(checkpoint).is_dir() else Path("runs") / checkpoint
+            output = Path(config.output or base / "eval")
+            if questions := evaluate(model, config.benchmark, config.data, output, config):
+                print_table(config.benchmark, questions)
+                print(f"\nevery answer: {output / config.benchmark}.json")
     except UserError as error:
         sys.exit(f"error: {error}")
-    output = checkpoint / "eval" / f"{benchmark.name}.json"
-    write_results(output, benchmark, questions, model)
-    print_table(benchmark.name, questions)
-    print(f"\nevery answer: {output}")
 
 
 if __name__ == "__main__":

@@ -378,10 +378,9 @@ def main(arguments: list[str] | None = None) -> None:
         if first and config.evaluate and config.data == "miniature":
             model = MERV.from_pretrained(run)
             for name in ("miniature-open", "miniature-mcq"):
-                benchmark = eval.BENCHMARKS[name]
-                questions = eval.evaluate(model, benchmark, MINIATURE / "test")
-                eval.write_results(run / "eval" / f"{name}.json", benchmark, questions, model)
+                questions = eval.evaluate(model, name, MINIATURE / "test", run / "eval")
                 eval.print_table(name, questions)
+            eval.write_report([str(run)], run / "report.html")
             clip = MINIATURE / "test" / "videos" / "clip_000000.mp4"
             print(f'\nask it: python merv.py {clip} "What happens?"')
     except UserError as error:

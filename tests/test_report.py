@@ -1,0 +1,150 @@
+"""eval.py --report: one page that needs nothing, shows what is stored, and runs in a browser."""
+
+import base64
+import html
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import eval
+from encoders import UserError
+from miniature.world import World, write_world
+
+ROOT = Path(__file__).parent.parent
+EVIL = "<script>alert(1)</script>{{ 7 * 7 }}\"'>"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs with stored results of both kinds, about real clips; some text is hostile."""
+    folder = tmp_path_factory.mktemp("report")
+    small = World(train_clips=4, train_images=1, train_texts=1, val_clips=1, test_clips=6)
+    write_world(small, folder / "world")
+    data = folder / "world" / "test"
+    for index, run in enumerate(("first", "second")):
+        for name in ("miniature-open", "miniature-mcq"):
+            questions = eval.load_questions(name, data)
+            for number, question in enumerate(questions):
+                good = (number + index) % 3 == 0
+                question.answer = question.expected if good else EVIL
+                heavy = [0.1, 0.2, 0.3, 0.4]
+                question.weights = tuple(heavy[number % 4 :] + heavy[: number % 4])
+            questions.append(
+                replace(questions[0], id="gone", video="gone", answer="", weights=(), failure=EVIL)
+            )
+            settings = {
+                "benchmark": name, "data": str(data),
+                "encoders": ["miniature-languagebind", "miniature-dinov2", "vivit", "siglip"],
+            }  # fmt: skip
+            path = folder / run / "eval" / f"{name}.json"
+            eval.write_results(path, settings, questions, "parse")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(runs) -> str:
+    """The report of both, made by the real command."""
+    command = [sys.executable, ROOT / "eval.py", "--report", runs / "report.html"]
+    command += [runs / "first", runs / "second"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return (runs / "report.html").read_text()
+
+
+def test_it_needs_neither_network_nor_script(page):
+    """Everything is inside: no address but data:, no script element."""
+    assert "<script" not in page
+    addresses = re.findall(r"(?:src|href)=\"([^\"]*)", page)
+    assert addresses and all(address.startswith("data:") for address in addresses)
+    assert "url(" not in page and "@import" not in page
+
+
+def test_text_from_outside_is_only_text(page):
+    """Answers, questions and reasons are escaped, and never run as a template either."""
+    assert EVIL not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;{{ 7 * 7 }}&#34;&#39;&gt;" in page
+
+
+def test_it_shows_what_is_stored(runs, page):
+    """The numbers of both runs, each kind, each first word, failures and mixing weights."""
+    for run in ("first", "second"):
+        for name in ("miniature-open", "miniature-mcq"):
+            result = json.loads((runs / run / "eval" / f"{name}.json").read_text())
+            assert f"{100 * result['accuracy']['all']:.1f} %" in page
+    for text in ("what happens", "how", "Without an answer", "temporal, %", "languagebind"):
+        assert text in page
+    assert "Clips that take most of each encoder (figure 12)" in page
+
+
+def test_strips_are_frames_of_the_clips(page):
+    """Each embedded picture decodes and is six frames wide; a clip that is gone is said to be."""
+    strips = re.findall(r"data:image/jpeg;base64,([^\"]+)", page)
+    assert len(strips) > 10
+    for strip in strips:
+        assert Image.open(io.BytesIO(base64.b64decode(strip))).size == (6 * 32, 32)
+
+
+def test_a_single_run_has_a_report_too(runs):
+    """No second run to compare with, no difference to show."""
+    eval.write_report([str(runs / "first")], runs / "one.html")
+    assert "(figure 6)" not in (runs / "one.html").read_text()
+
+
+def test_a_run_without_results_is_explained(tmp_path):
+    """Nothing is written then."""
+    with pytest.raises(UserError, match="has no results"):
+        eval.write_report([str(tmp_path)], tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
+PROBE = """<!doctype html><link rel="icon" href="data:,"><pre id="out">waiting</pre>
+<iframe src="report.html" style="width:{width}px;height:3000px;border:0"></iframe><script>
+const frame = document.querySelector("iframe");
+frame.onload = () => {{
+  const page = frame.contentDocument, root = page.documentElement;
+  const pictures = [...page.images];
+  document.getElementById("out").textContent = JSON.stringify({{
+    wide: root.scrollWidth, room: root.clientWidth, pictures: pictures.length,
+    broken: pictures.filter(p => !p.complete || !p.naturalWidth).length,
+    height: root.scrollHeight, plots: page.querySelectorAll("svg.plot circle").length,
+  }});
+}};
+</script>"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1400])
+def test_it_renders_in_a_browser(runs, page, width, tmp_path):
+    """Headless Chromium: no console errors, nothing to scroll sideways, every picture decodes."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser")
+    assert browser, "this test needs Chromium: apt-get install chromium (.ci/run does)"
+    (runs / f"probe-{width}.html").write_text(PROBE.format(width=width))
+    handler = partial(SimpleHTTPRequestHandler, directory=runs)
+    handler.log_message = lambda *_: None
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = subprocess.run(
+            [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
+             "--disable-background-networking", "--disable-component-update", "--disable-sync",
+             f"--user-data-dir={tmp_path}", "--enable-logging=stderr", "--window-size=1600,3200",
+             "--virtual-time-budget=8000", "--dump-dom",
+             f"http://127.0.0.1:{server.server_port}/probe-{width}.html"],
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        server.shutdown()
+    found = json.loads(html.unescape(re.search(r'<pre id="out">(.*?)</pre>', done.stdout)[1]))
+    assert found["wide"] <= found["room"] <= width
+    assert found["pictures"] > 10 and found["broken"] == 0
+    assert found["height"] > 1000 and found["plots"] == 2
+    assert "CONSOLE" not in done.stderr
