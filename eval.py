@@ -90,9 +90,7 @@ def first_word(text: str) -> str:
     return re.match(r"\W*(\w*)", text)[1].lower()
 
 
-def letter(index: int) -> str:
-    """0 -> "A"."""
-    return chr(ord("A") + index)
+LETTERS = "ABCDEFGHIJ"
 
 
 def read_pairs(folder: Path, questions: str = "test_q.json", answers: str = "test_a.json"):
@@ -106,7 +104,7 @@ def read_pairs(folder: Path, questions: str = "test_q.json", answers: str = "tes
     by_id = {a["question_id"]: a for a in json.loads((folder / answers).read_text())}
     for q in json.loads((folder / questions).read_text()):
         a, options = by_id[q["question_id"]], tuple(q.get("options", ()))
-        expected = letter(a["answer_id"]) if options else str(a["answer"])
+        expected = LETTERS[a["answer_id"]] if options else str(a["answer"])
         kind = a.get("type", "")
         yield Question(
             q["question_id"], q["video_name"], q["question"], expected, str(kind), options,
@@ -126,7 +124,7 @@ def read_perception(folder: Path) -> Iterator[Question]:
         end_frame = cuts.get(video, -1) if cuts.get(video, -1) > 0 else None
         for q in found["mc_question"]:
             yield Question(
-                f"{video}_{q['id']}", video, q["question"], letter(q["answer_id"]), q["area"],
+                f"{video}_{q['id']}", video, q["question"], LETTERS[q["answer_id"]], q["area"],
                 tuple(q["options"]), end_frame=end_frame,
             )  # fmt: skip
 
@@ -140,7 +138,7 @@ def read_nextqa(folder: Path) -> Iterator[Question]:
     for q in csv.DictReader(io.StringIO((folder / "val.csv").read_text())):
         kind = {"C": "causal", "T": "temporal", "D": "descriptive"}[q["type"][0]]
         options = tuple(q[f"a{i}"] for i in range(5))
-        expected = letter(int(q["answer"]))
+        expected = LETTERS[int(q["answer"])]
         yield Question(
             f"{q['video']}_{q['qid']}", q["video"], q["question"], expected, kind, options
         )
@@ -155,7 +153,7 @@ def read_vlep(folder: Path) -> Iterator[Question]:
     for line in (folder / "vlep_dev_release.jsonl").read_text().splitlines():
         q, text = json.loads(line), "Which of these is more likely to happen next?"
         yield Question(
-            q["example_id"], q["vid_name"], text, letter(q["answer"]), "all",
+            q["example_id"], q["vid_name"], text, LETTERS[q["answer"]], "all",
             tuple(q["events"]), *q["ts"],
         )  # fmt: skip
 
@@ -171,7 +169,7 @@ def read_tvqa(folder: Path) -> Iterator[Question]:
         start, end = (None if t != t else t for t in map(float, q["ts"].split("-")))
         options = tuple(q[f"a{i}"] for i in range(5))
         yield Question(
-            q["qid"], q["vid_name"], q["q"], letter(int(q["answer_idx"])), "", options, start, end
+            q["qid"], q["vid_name"], q["q"], LETTERS[int(q["answer_idx"])], "", options, start, end
         )
 
 
@@ -201,40 +199,31 @@ def read_ssv2(folder: Path, num_options: int, temporal: bool = False) -> Iterato
         draw = random.Random(f"MERV {row['id']}")  # the same wrong options on every machine
         options = [name, *draw.sample(sorted(set(classes) - {name}), num_options)]
         draw.shuffle(options)
-        expected = letter(options.index(name)) if num_options else name
+        expected = LETTERS[options.index(name)] if num_options else name
         yield Question(
             row["id"], row["id"], "How is the object in the video being interacted with?",
             expected, name, tuple(options) if num_options else (),
         )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """How the annotations of a benchmark are read, and what is special about its videos."""
-
-    read: Callable[[Path], Iterator[Question]] = read_pairs
-    fps: float | None = None  # of videos that are folders of frames
-
-
-BENCHMARKS: dict[str, Benchmark] = {
-    **dict.fromkeys(("msvd", "msrvtt", "tgif", "activitynet"), Benchmark()),
-    "perception": Benchmark(read_perception),
-    "nextqa": Benchmark(read_nextqa),
-    "vlep": Benchmark(read_vlep, fps=3),
-    "tvqa": Benchmark(read_tvqa, fps=3),
-    "ssv2-open": Benchmark(partial(read_ssv2, num_options=0)),
-    "ssv2-mcq": Benchmark(partial(read_ssv2, num_options=4)),
-    "ssv2-temporal": Benchmark(partial(read_ssv2, num_options=4, temporal=True)),
-    "miniature-open": Benchmark(
-        partial(read_pairs, questions="open_q.json", answers="open_a.json")
-    ),
-    "miniature-mcq": Benchmark(partial(read_pairs, questions="mcq_q.json", answers="mcq_a.json")),
+BENCHMARKS: dict[str, Callable[[Path], Iterator[Question]]] = {
+    **dict.fromkeys(("msvd", "msrvtt", "tgif", "activitynet"), read_pairs),
+    "perception": read_perception,
+    "nextqa": read_nextqa,
+    "vlep": read_vlep,
+    "tvqa": read_tvqa,
+    "ssv2-open": partial(read_ssv2, num_options=0),
+    "ssv2-mcq": partial(read_ssv2, num_options=4),
+    "ssv2-temporal": partial(read_ssv2, num_options=4, temporal=True),
+    "miniature-open": partial(read_pairs, questions="open_q.json", answers="open_a.json"),
+    "miniature-mcq": partial(read_pairs, questions="mcq_q.json", answers="mcq_a.json"),
 }
+FRAME_RATES = {"vlep": 3.0, "tvqa": 3.0}  # of videos that are folders of frames
 
 
 def load_questions(name: str, folder: str | Path) -> list[Question]:
     """The questions of a benchmark, as it was published or, if there is one, as `read_pairs`."""
-    folder, read = Path(folder), choose(BENCHMARKS, name, "benchmark").read
+    folder, read = Path(folder), choose(BENCHMARKS, name, "benchmark")
     if (folder / "test_q.json").exists():
         read = read_pairs
     try:
@@ -271,7 +260,7 @@ class Clips(torch.utils.data.Dataset):
     """The clips of a benchmark, each with the questions asked of it, ready for the encoders."""
 
     def __init__(self, name: str, questions: list[Question], folder: str | Path, encoders):
-        self.fps, self.encoders = BENCHMARKS[name].fps, encoders
+        self.fps, self.encoders = FRAME_RATES.get(name), encoders
         self.folder = Path(folder) / "videos"
         self.videos = list_videos(self.folder)
         groups: dict[tuple, list[Question]] = defaultdict(list)
@@ -282,21 +271,13 @@ class Clips(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.groups)
 
-    def find(self, name: str) -> Path:
-        """The video of that stem."""
-        if name not in self.videos:
-            raise VideoError(
-                f"{self.folder}: has no video {name}.",
-                "the annotations ask about it.",
-                "put it there; any extension will do.",
-            )
-        return self.videos[name]
-
     def __getitem__(self, number: int) -> tuple[int, dict, str]:
         """The number, encoder -> pixels, and why there are none if there are none."""
         video, *cut = self.groups[number][0].clip
+        if video not in self.videos:
+            return number, {}, f"{self.folder} has no video {video}, whatever the extension."
         try:
-            return number, load_pixels(self.find(video), self.encoders, *cut, self.fps), ""
+            return number, load_pixels(self.videos[video], self.encoders, *cut, self.fps), ""
         except VideoError as error:
             return number, {}, str(error)
 
@@ -332,7 +313,7 @@ def parse_letter(reply: str, options: tuple[str, ...]) -> str:
 
     FIX: the authors take the first character, so "Both" is B and "The answer is B" is T (F9).
     """
-    last = letter(len(options) - 1)
+    last = LETTERS[len(options) - 1]
     reply = reply.strip()
     patterns = (
         rf"\(?([A-{last}])\)?(?:[.:)]|\s|$)",  # at the start: "B", "B.", "(B) red", "B: red"
@@ -346,7 +327,7 @@ def parse_letter(reply: str, options: tuple[str, ...]) -> str:
         if match and not (article and normalise(options[0]) not in normalise(reply)):
             return match[1]
     same = [i for i, option in enumerate(options) if normalise(option) == normalise(reply)]
-    return letter(same[0]) if len(same) == 1 else ""
+    return LETTERS[same[0]] if len(same) == 1 else ""
 
 
 def token_f1(answer: str, expected: str) -> float:
@@ -449,9 +430,9 @@ def evaluate(
         if not failure:
             prompts = [question.prompt for question in asked]
             if likelihood:
-                letters = [[letter(i) for i in range(len(q.options))] for q in asked]
+                letters = [list(LETTERS[: len(q.options)]) for q in asked]
                 scores = model.likelihoods(pixels, prompts, letters)
-                answers = [letter(int(row.argmax())) for row in scores]
+                answers = [LETTERS[int(row.argmax())] for row in scores]
             else:
                 replies = model.answer(pixels, prompts, config.max_new_tokens)
                 answers, weights = [r.text for r in replies], replies[0].weights.tolist()
@@ -604,8 +585,8 @@ def film_strip(question: Question, settings: dict, num_frames: int = 6) -> str:
     """Frames of a question's clip side by side, as the address of an embedded JPEG; "" if gone."""
     videos = list_videos(Path(settings["data"]) / "videos")
     try:
-        fps = BENCHMARKS[settings["benchmark"]].fps
-        frames = load_video(videos[question.video], num_frames, *question.clip[1:], fps=fps)
+        fps = FRAME_RATES.get(settings["benchmark"])
+        frames = load_video(videos[question.video], num_frames, *question.clip[1:], fps)
     except (KeyError, VideoError):
         return ""
     strip = Image.fromarray(torch.cat(list(frames), dim=2).permute(1, 2, 0).numpy())

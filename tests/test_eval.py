@@ -11,7 +11,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval
-from data import VideoError
 from encoders import UserError
 from llama import LLAMAS
 from merv import MERV, MERVS
@@ -134,8 +133,7 @@ def test_a_video_name_cannot_leave_the_folder(world, name):
     (world / "test" / "secret.mp4").write_bytes(b"")
     question = eval.Question("1", name, "Who?", "me")
     clips = eval.Clips("miniature-open", [question], world / "test", [])
-    with pytest.raises(VideoError, match="has no video"):
-        clips.find(name)
+    assert "has no video" in clips[0][2]
 
 
 def test_videos_are_found_by_stem_whatever_the_extension(tmp_path):
