@@ -187,8 +187,8 @@ def naive_attention(x: Tensor, attention: nn.Module, heads: int) -> Tensor:
 
 def naive_block(x: Tensor, block: nn.Module, heads: int, eps: float, activation) -> Tensor:
     """x + g1 attention(norm x), then x + g2 mlp(norm x); g = 1 without LayerScale."""
-    gamma_1 = getattr(block.attention_scale, "gamma", 1.0)
-    gamma_2 = getattr(block.mlp_scale, "gamma", 1.0)
+    gamma_1 = block.attention_scale
+    gamma_2 = block.mlp_scale
     x = x + gamma_1 * naive_attention(
         layer_norm(x, block.attention_norm, eps), block.attention, heads
     )
@@ -456,8 +456,8 @@ def test_dinov2_with_registers_equals_transformers_before_its_last_block(dtype, 
         "register_tokens": "embeddings.register_tokens",
         "position_embedding": "position",
         "patch_embedding": "embeddings.patch_embeddings.projection",
-        "blocks.*.attention_scale.gamma": "encoder.layer.*.layer_scale1.lambda1",
-        "blocks.*.mlp_scale.gamma": "encoder.layer.*.layer_scale2.lambda1",
+        "blocks.*.attention_scale": "encoder.layer.*.layer_scale1.lambda1",
+        "blocks.*.mlp_scale": "encoder.layer.*.layer_scale2.lambda1",
         **block_table("encoder.layer", ("norm1", "norm2"), "attention", "o_proj"),
     }
     take_weights(encoder, state, table)
@@ -561,7 +561,7 @@ def test_a_released_file_loads_without_the_parts_that_are_not_used(name, tmp_pat
     """Its last block (but ViViT's), final norm, pooling heads and text tower are known and unread;
     the features are those of the complete encoder, taken at the block the specification says."""
     everything, tensors = released(name, tmp_path)
-    save_file(tensors, tmp_path / RELEASED[everything.config.released_as].files[0])
+    save_file(tensors, tmp_path / RELEASED[everything.config.family].files[0])
     encoder = load_encoder(tiny(name), tmp_path)
     assert len(encoder.blocks) == (3 if name == "vivit" else 2)
     frames = clip(encoder.config, dtype=torch.float32)
@@ -574,8 +574,8 @@ def test_a_pytorch_bin_in_a_folder_loads_too(name, tmp_path):
     _, tensors = released(name, tmp_path)
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     encoder = load_encoder(tiny(name), tmp_path)
-    keys = released_names("blocks.1.mlp.up_proj.weight", RELEASED[encoder.config.released_as].names)
-    prefix = RELEASED[encoder.config.released_as].prefixes[0]
+    keys = released_names("blocks.1.mlp.up_proj.weight", RELEASED[encoder.config.family].names)
+    prefix = RELEASED[encoder.config.family].prefixes[0]
     assert torch.equal(encoder.blocks[1].mlp.up_proj.weight, tensors[prefix + keys[0]])
 
 
@@ -773,7 +773,7 @@ UNREAD = {
 def test_the_names_we_read_are_the_names_of_the_release(name, shared_folder):
     manifest = json.loads((shared_folder / "manifests" / f"{name}.json").read_text())
     config = ENCODERS[name]
-    table = RELEASED[config.released_as]
+    table = RELEASED[config.family]
     with torch.device("meta"):
         encoder = FAMILIES[config.family](config)
     ours = {
