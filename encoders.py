@@ -92,8 +92,7 @@ ENCODERS: dict[str, EncoderConfig] = {
         EncoderConfig(
             "vivit", "vivit", "google/vivit-b-16x2-kinetics400",
             hidden_size=768, num_heads=12, released_layers=12, num_layers=12, patch_size=16,
-            num_frames=32, tubelet_frames=2, activation="gelu_tanh",
-            interpolation="bilinear",
+            num_frames=32, tubelet_frames=2, activation="gelu_tanh", interpolation="bilinear",
         ),
         EncoderConfig(
             "siglip", "vit", "timm/vit_base_patch16_siglip_224.webli",
@@ -102,7 +101,6 @@ ENCODERS: dict[str, EncoderConfig] = {
         ),
     ]
 }  # fmt: skip
-
 
 # The same architectures, small enough to pre-train on a laptop.
 ENCODERS |= {
@@ -190,9 +188,10 @@ class Encoder(nn.Module):
         x = self.embed(frames)
         for block in self.blocks:
             x = block(x)
-        _, h, w = self.config.grid
         extra = self.config.class_token + self.config.num_registers  # they come first
-        return self.final_norm(x)[:, extra:].view(len(frames), -1, h, w, x.shape[-1])
+        (b, T), (_, h, w) = frames.shape[:2], self.config.grid
+        t = T // self.config.tubelet_frames
+        return self.final_norm(x)[:, extra:].view(b, t, h, w, x.shape[-1])
 
     def check(self, frames: Tensor) -> None:
         """Raise if `frames` is not (b, T, 3, side, side) with a T that the encoder can take."""
@@ -308,84 +307,65 @@ FAMILIES = {"vit": ViT, "languagebind": LanguageBind, "vivit": ViViT}
 # ------------------------------------------------------------------------------------------ weights
 
 
-@dataclass(frozen=True)
-class Released:
-    """How the released files of one family name their tensors."""
-
-    files: tuple[str, ...]  # looked for in this order in a folder or on the hub
-    prefixes: tuple[str, ...]  # in front of the names; the first when we write
-    names: dict[str, str]  # ours -> theirs: see released_names
-    skip: dict[str, str]  # names left unread -> why
-
-
-RELEASED: dict[str, Released] = {
-    "vit": Released(  # timm's, and open_clip's: "visual.trunk."
-        files=("model.safetensors", "open_clip_pytorch_model.bin"),
-        prefixes=("", "visual.trunk."),
-        names={
-            "class_token": "cls_token",
-            "register_tokens": "reg_token",
-            "position_embedding": "pos_embed",
-            "patch_embedding": "patch_embed.proj",
-            "blocks.*.attention_norm": "blocks.*.norm1",
-            "blocks.*.attention.qkv_proj": "blocks.*.attn.qkv",
-            "blocks.*.attention.out_proj": "blocks.*.attn.proj",
-            "blocks.*.attention_scale": "blocks.*.ls1.gamma",
-            "blocks.*.mlp_norm": "blocks.*.norm2",
-            "blocks.*.mlp.up_proj": "blocks.*.mlp.fc1",
-            "blocks.*.mlp.down_proj": "blocks.*.mlp.fc2",
-            "blocks.*.mlp_scale": "blocks.*.ls2.gamma",
-        },
-        skip={
-            "norm.*": "the features are taken before the final norm",
-            "attn_pool.*": "SigLIP's head pools an image to one vector; MERV wants the grid",
-            "text.*": "the text tower",
-            "logit_*": "the contrastive loss",
-        },
-    ),
-    "languagebind": Released(
-        files=("model.safetensors", "pytorch_model.bin"),
-        prefixes=("vision_model.",),
-        names={
-            "class_token": "embeddings.class_embedding",
-            "position_embedding": "embeddings.position_embedding.weight",
-            "patch_embedding": "embeddings.patch_embedding",
-            "embedding_norm": "pre_layrnorm",  # [sic]
-            "blocks.*.temporal_embedding": "encoder.layers.*.temporal_embedding",
-            "blocks.*.temporal_norm": "encoder.layers.*.temporal_layer_norm1",
-            "blocks.*.temporal_attention.qkv_proj": "encoder.layers.*.temporal_attn.{q,k,v}_proj",
-            "blocks.*.temporal_attention.out_proj": "encoder.layers.*.temporal_attn.out_proj",
-            "blocks.*.attention_norm": "encoder.layers.*.layer_norm1",
-            "blocks.*.attention.qkv_proj": "encoder.layers.*.self_attn.{q,k,v}_proj",
-            "blocks.*.attention.out_proj": "encoder.layers.*.self_attn.out_proj",
-            "blocks.*.mlp_norm": "encoder.layers.*.layer_norm2",
-            "blocks.*.mlp.up_proj": "encoder.layers.*.mlp.fc1",
-            "blocks.*.mlp.down_proj": "encoder.layers.*.mlp.fc2",
-        },
-        skip={
-            "post_layernorm.*": "norms the class token for the contrastive loss",
-            "text_model.*": "the text tower",
-            "*_projection.weight": "the contrastive loss",
-            "logit_scale": "the contrastive loss",
-        },
-    ),
-    "vivit": Released(
-        files=("model.safetensors", "pytorch_model.bin"),
-        prefixes=("vivit.",),
-        names={
-            "class_token": "embeddings.cls_token",
-            "position_embedding": "embeddings.position_embeddings",
-            "patch_embedding": "embeddings.patch_embeddings.projection",
-            "blocks.*.attention_norm": "encoder.layer.*.layernorm_before",
-            "blocks.*.attention.qkv_proj": "encoder.layer.*.attention.attention.{query,key,value}",
-            "blocks.*.attention.out_proj": "encoder.layer.*.attention.output.dense",
-            "blocks.*.mlp_norm": "encoder.layer.*.layernorm_after",
-            "blocks.*.mlp.up_proj": "encoder.layer.*.intermediate.dense",
-            "blocks.*.mlp.down_proj": "encoder.layer.*.output.dense",
-            "final_norm": "layernorm",
-        },
-        skip={"pooler.*": "the pooled class token", "classifier.*": "the Kinetics-400 classifier"},
-    ),
+FILES = (  # how released weights are called; the first that is there is read
+    "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin",
+)  # fmt: skip
+# In front of the names of a family; we write the first.
+PREFIXES = {"vit": ("", "visual.trunk."), "languagebind": ("vision_model.",), "vivit": ("vivit.",)}
+NAMES = {  # family -> ours -> theirs, as `released_names` reads it
+    "vit": {  # timm's
+        "class_token": "cls_token",
+        "register_tokens": "reg_token",
+        "position_embedding": "pos_embed",
+        "patch_embedding": "patch_embed.proj",
+        "blocks.*.attention_norm": "blocks.*.norm1",
+        "blocks.*.attention.qkv_proj": "blocks.*.attn.qkv",
+        "blocks.*.attention.out_proj": "blocks.*.attn.proj",
+        "blocks.*.attention_scale": "blocks.*.ls1.gamma",
+        "blocks.*.mlp_norm": "blocks.*.norm2",
+        "blocks.*.mlp.up_proj": "blocks.*.mlp.fc1",
+        "blocks.*.mlp.down_proj": "blocks.*.mlp.fc2",
+        "blocks.*.mlp_scale": "blocks.*.ls2.gamma",
+    },
+    "languagebind": {
+        "class_token": "embeddings.class_embedding",
+        "position_embedding": "embeddings.position_embedding.weight",
+        "patch_embedding": "embeddings.patch_embedding",
+        "embedding_norm": "pre_layrnorm",  # [sic]
+        "blocks.*.temporal_embedding": "encoder.layers.*.temporal_embedding",
+        "blocks.*.temporal_norm": "encoder.layers.*.temporal_layer_norm1",
+        "blocks.*.temporal_attention.qkv_proj": "encoder.layers.*.temporal_attn.{q,k,v}_proj",
+        "blocks.*.temporal_attention.out_proj": "encoder.layers.*.temporal_attn.out_proj",
+        "blocks.*.attention_norm": "encoder.layers.*.layer_norm1",
+        "blocks.*.attention.qkv_proj": "encoder.layers.*.self_attn.{q,k,v}_proj",
+        "blocks.*.attention.out_proj": "encoder.layers.*.self_attn.out_proj",
+        "blocks.*.mlp_norm": "encoder.layers.*.layer_norm2",
+        "blocks.*.mlp.up_proj": "encoder.layers.*.mlp.fc1",
+        "blocks.*.mlp.down_proj": "encoder.layers.*.mlp.fc2",
+    },
+    "vivit": {  # Google's
+        "class_token": "embeddings.cls_token",
+        "position_embedding": "embeddings.position_embeddings",
+        "patch_embedding": "embeddings.patch_embeddings.projection",
+        "blocks.*.attention_norm": "encoder.layer.*.layernorm_before",
+        "blocks.*.attention.qkv_proj": "encoder.layer.*.attention.attention.{query,key,value}",
+        "blocks.*.attention.out_proj": "encoder.layer.*.attention.output.dense",
+        "blocks.*.mlp_norm": "encoder.layer.*.layernorm_after",
+        "blocks.*.mlp.up_proj": "encoder.layer.*.intermediate.dense",
+        "blocks.*.mlp.down_proj": "encoder.layer.*.output.dense",
+        "final_norm": "layernorm",
+    },
+}
+SKIP = {  # left unread -> why
+    "norm.*": "DINOv2's and SigLIP's features are taken before the final norm",
+    "attn_pool.*": "SigLIP's head pools an image to one vector; MERV wants the grid",
+    "post_layernorm.*": "norms LanguageBind's class token for the contrastive loss",
+    "*_projection.weight": "the contrastive loss",
+    "logit_*": "the contrastive loss",
+    "text*": "the text tower",
+    "pooler.*": "ViViT's pooled class token",
+    "classifier.*": "ViViT's Kinetics-400 classifier",
 }
 
 
@@ -408,22 +388,18 @@ def load_encoder(
     if source is None:
         initialise(encoder.to_empty(device="cpu"), torch.Generator().manual_seed(0))
     else:
-        names, skip = RELEASED[config.family].names, dict(RELEASED[config.family].skip)
+        names, skip = NAMES[config.family], dict(SKIP)
+        block = names["blocks.*.mlp_norm"].partition("*")[0]  # such as "encoder.layers."
         for index in range(config.num_layers, config.released_layers):
-            for ours in encoder.blocks[0].state_dict():
-                for theirs in released_names(f"blocks.{index}.{ours}", names):
-                    skip[theirs] = "after the block whose output is taken"
+            skip[f"{block}{index}.*"] = "after the block whose output is taken"
         assign_weights(encoder, tensors, names, skip, f"{config.name} from {source}", dtype)
     return encoder.to(device, dtype).eval().requires_grad_(False)
 
 
-def _read_released(
-    config: EncoderConfig, source: str | Path
-) -> tuple[EncoderConfig, dict[str, Tensor]]:
+def _read_released(config: EncoderConfig, source: str | Path) -> tuple[EncoderConfig, dict]:
     """The tensors, without prefix, and the configuration with what the source says of itself."""
-    released = RELEASED[config.family]
-    tensors = read_tensors(source, released.files)
-    for prefix in released.prefixes:
+    tensors = read_tensors(source, FILES)
+    for prefix in PREFIXES[config.family]:
         tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     if "pos_embed" in tensors:
         tensors["pos_embed"] = resize_positions(tensors["pos_embed"], *config.grid[1:])
@@ -449,19 +425,18 @@ def save_encoder(encoder: Encoder, path: str | Path, state: dict | None = None) 
 
     state: the full state_dict, if the encoder's own is sharded.
     """
-    released = RELEASED[encoder.config.family]
-    tensors = {}
+    family, tensors = encoder.config.family, {}
     for ours, tensor in (encoder.state_dict() if state is None else state).items():
-        theirs = released_names(ours, released.names)
+        theirs = released_names(ours, NAMES[family])
         for name, part in zip(theirs, tensor.detach().cpu().chunk(len(theirs)), strict=True):
-            tensors[released.prefixes[0] + name] = part.contiguous()
+            tensors[PREFIXES[family][0] + name] = part.contiguous()
     save_tensors(tensors, path)
 
 
 def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
     """(1, side*side, d_e) learned for a square grid -> (1, h*w, d_e). DINOv2: 37x37 -> 16x16."""
     side = round(positions.shape[1] ** 0.5) if positions.ndim == 3 else 0
-    if (side, side) == (h, w) or side * side != positions.shape[1]:
+    if not side or (side, side) == (h, w) or side * side != positions.shape[1]:
         return positions  # right already, or no square grid: assign_weights will name it
     grid = positions.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
     grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True, align_corners=False)
@@ -491,42 +466,32 @@ def find_file(source: str | Path, names: tuple[str, ...], required: bool = True)
 
     Downloads go to huggingface_hub's cache; HF_HUB_OFFLINE=1 reads from there only.
     """
-    folder = Path(source)
-    if folder.is_file():
-        return folder
-    if folder.is_dir():
-        found = [folder / name for name in names if (folder / name).is_file()]
+    path, found = Path(source), []
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = [path / name for name in names if (path / name).is_file()]
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
         found = _download(str(source), names)
-    else:
-        raise CheckpointError(
-            f"No checkpoint at {source}.",
-            "it is no file, no folder and no hub id (owner/name).",
-            "check the path, or give the hub id.",
-        )
     if not found and required:
         raise CheckpointError(
-            f"{source} has none of {', '.join(names)}.",
-            "that is how released weights are named.",
-            "point at the folder that holds them, or at the file itself.",
+            f"Found no {' or '.join(names)} at {source}.",
+            "a source is a folder or a hub id (owner/name) with such a file, or the file itself.",
+            "check the path or the name, and that the download or copy is complete.",
         )
     return found[0] if found else None
 
 
-HUB_ERRORS = (  # the first that matches: what, why, fix
-    (hub_errors.GatedRepoError, "The hub refuses {repo}.",
-     "its owner asks for a licence to be accepted first.",
+HUB_ERRORS = (  # the first that matches: why, fix
+    (hub_errors.GatedRepoError, "its owner asks to accept a licence first.",
      "accept it at https://huggingface.co/{repo}, then run `hf auth login`."),
-    (hub_errors.RepositoryNotFoundError, "The hub has no {repo}.",
-     "the name is wrong, or the repository is private.",
+    (hub_errors.RepositoryNotFoundError, "the hub has no {repo}, or it is private.",
      "check the name (a local path must exist); for a private one run `hf auth login`."),
-    (hub_errors.RevisionNotFoundError, "{repo} has no revision {revision}.",
-     "a revision is a branch, a tag or a commit of that repository.",
+    (hub_errors.RevisionNotFoundError, "it has no branch, tag or commit {revision}.",
      "check it at https://huggingface.co/{repo}/tree/main."),
-    (hub_errors.LocalEntryNotFoundError, "Cannot get {names} of {repo}.",
-     "it is not in the cache and the hub is out of reach.",
+    (hub_errors.LocalEntryNotFoundError, "not in the cache, and the hub is out of reach: {names}.",
      "connect, or run `hf download {repo}` beforehand where there is a connection."),
-    (Exception, "Cannot download {names} of {repo}.", "{error}",  # networks, tokens, disks
+    (Exception, "{names}: {error}",  # networks, tokens, disks
      "check the name (a local path must exist), the connection, the disk and `hf auth whoami`."),
 )  # fmt: skip
 
@@ -537,19 +502,18 @@ def _download(source: str, names: tuple[str, ...]) -> list[Path]:
     for name in names:
         try:
             return [Path(huggingface_hub.hf_hub_download(repo, name, revision=revision or None))]
-        except hub_errors.LocalEntryNotFoundError as error:
-            problem = error  # not in the cache, and nobody to ask: another of the names may be
-        except hub_errors.EntryNotFoundError:
-            continue  # this repository does not have that file: try the next name
+        except hub_errors.EntryNotFoundError as error:  # but the next name may be there, or cached
+            if isinstance(error, hub_errors.LocalEntryNotFoundError):
+                problem = error
         except Exception as error:
             problem = error
             break
     if problem is None:
         return []
     texts = next(texts for kind, *texts in HUB_ERRORS if isinstance(problem, kind))
-    told = f"{type(problem).__name__}: {problem}"
-    known = {"repo": repo, "revision": revision, "names": " or ".join(names), "error": told}
-    raise CheckpointError(*(text.format(**known) for text in texts)) from problem
+    error, names = f"{type(problem).__name__}: {problem}", " or ".join(names)
+    texts = [t.format(repo=repo, revision=revision, names=names, error=error) for t in texts]
+    raise CheckpointError(f"Cannot download {source}.", *texts) from problem
 
 
 def read_json(path: Path) -> dict:
@@ -557,16 +521,11 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise CheckpointError(
-            f"Cannot read {path}.", str(error), "the file is damaged; download or copy it again."
-        ) from error
+        raise CheckpointError(f"Cannot read {path}.", str(error), "copy it again.") from error
 
 
 def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor]:
-    """name -> tensor, memory-mapped: a tensor is read from disk when it is used.
-
-    files: names to look for, such as ("model.safetensors", "model.safetensors.index.json").
-    """
+    """name -> tensor of the first of `files`; memory-mapped: read from disk when it is used."""
     path = find_file(source, files)
     if path.name.endswith(".index.json"):
         beside, tensors = path.parent if path == Path(source) else source, {}
@@ -595,40 +554,32 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial)
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
+    partial.chmod(0o644)  # safetensors writes files that only their owner may read
     partial.replace(path)
 
 
 def released_names(ours: str, names: dict[str, str] | None) -> list[str]:
     """Our tensor name -> theirs, by a table in which "*" stands for the number of the block, and
-    {q,k,v} for three tensors of theirs that are one of ours. Without a table names are the same.
+    {q,k,v} for three tensors of theirs that are one of ours. What it does not hold stays the same.
 
     {"blocks.*.mlp.up_proj": "blocks.*.mlp.fc1"}: blocks.3.mlp.up_proj.bias becomes
     ["blocks.3.mlp.fc1.bias"]
     """
-    if names is None:
-        return [ours]
+    names = names or {}
     number = re.search(r"\.(\d+)\.", ours)
     pattern = ours.replace(number[0], ".*.", 1) if number else ours
     stem, dot, leaf = (pattern, "", "") if pattern in names else pattern.rpartition(".")
-    theirs = (names[stem] + dot + leaf).replace("*", number[1] if number else "*")
-    before, brace, rest = theirs.partition("{")
-    inside, _, after = rest.partition("}")
-    return [before + one + after for one in inside.split(",")] if brace else [theirs]
+    theirs = (names.get(stem, stem) + dot + leaf).replace("*", number[1] if number else "*")
+    several = re.fullmatch(r"(.*)\{(.*)\}(.*)", theirs)
+    return [several[1] + x + several[3] for x in several[2].split(",")] if several else [theirs]
 
 
 def assign_weights(
-    model: nn.Module,
-    tensors: dict[str, Tensor],
-    names: dict[str, str] | None,
-    skip: dict[str, str],
-    what: str,
-    dtype: torch.dtype,
+    model: nn.Module, tensors: dict, names: dict | None, skip: dict, what: str, dtype: torch.dtype
 ) -> None:
     """Give a model on the meta device its weights, one tensor at a time, cast to `dtype`.
 
+    tensors: theirs by name; names: the table of `released_names`; skip: patterns left unread.
     FIX: no random weights are made first and no second copy exists: peak memory is the model's, not
     80 GB, and nothing but tensors is unpickled (ledger F11).
     Strict: raises one CheckpointError that lists all missing, unexpected and mis-shaped names.
@@ -648,9 +599,9 @@ def assign_weights(
                 parts.append(tensors[name].to(dtype, copy=True))
         if parts:
             weights[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
-    unread = [name for name in tensors if name not in used]
-    unread = [name for name in unread if not any(fnmatch(name, pattern) for pattern in skip)]
-    problems += [f"unexpected  {name}" for name in unread]
+    for name in tensors:
+        if name not in used and not any(fnmatch(name, pattern) for pattern in skip):
+            problems.append(f"unexpected  {name}")
     if problems:
         raise CheckpointError(
             f"The weights do not fit: {what}.\n" + "\n".join(f"  {p}" for p in problems),
