@@ -172,7 +172,7 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """What the four share. Their own is how frames become tokens: (b, T, 3, H, W) -> `embed`."""
+    """What the four share; each has its own `embed`, from frames to rows of tokens."""
 
     block = Block
 
@@ -521,25 +521,27 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise CheckpointError(f"Cannot read {path}.", str(error), "copy it again.") from error
+        raise CheckpointError(f"Cannot read {path}.", str(error), "fetch it again.") from error
 
 
 def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor]:
     """name -> tensor of the first of `files`; memory-mapped: read from disk when it is used."""
     path = find_file(source, files)
-    if path.name.endswith(".index.json"):
-        beside, tensors = path.parent if path == Path(source) else source, {}
-        for shard in sorted(set(read_json(path).get("weight_map", {}).values())):
-            tensors |= read_tensors(beside, (shard,))
-        return tensors
-    # WHY: a private mapping reserves its size, and Linux refuses 27 GB to a machine of 24 GB.
-    # A shared one does not, but needs a file one may write. Nobody does: weights are copied.
-    shared = os.name == "posix" and os.access(path, os.W_OK)
     try:
+        if path.name.endswith(".index.json"):
+            beside, tensors = path.parent if path == Path(source) else source, {}
+            for shard in sorted(set(read_json(path)["weight_map"].values())):
+                tensors |= read_tensors(beside, (shard,))
+            return tensors
         if path.suffix == ".safetensors":
             return load_file(path)
+        # WHY: a private mapping reserves its size, and Linux refuses 27 GB to a machine of 24 GB.
+        # A shared one does not, but needs a file one may write. Nobody does: weights are copied.
+        shared = os.name == "posix" and os.access(path, os.W_OK)
         with set_default_mmap_options(mmap.MAP_SHARED) if shared else nullcontext():
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # every reader has its own zoo of errors for a damaged file
         raise CheckpointError(
             f"Cannot read {path}.",
@@ -554,7 +556,9 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial)
-    partial.chmod(0o644)  # safetensors writes files that only their owner may read
+    umask = os.umask(0)
+    os.umask(umask)
+    partial.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
     partial.replace(path)
 
 

@@ -659,6 +659,17 @@ def test_positions_that_are_no_square_grid_are_a_mis_shaped_tensor(tmp_path):
     assert "pos_embed" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("dinov2", "pos_embed"), ("languagebind", "vision_model.encoder.layers.0.temporal_embedding")],
+)
+def test_positions_without_their_dimensions_are_a_mis_shaped_tensor(name, tensor, tmp_path):
+    """What is read off a tensor's shape before the strict loader must not fail before it."""
+    _, tensors = released(name, tmp_path)
+    message = complaint(name, tensors | {tensor: torch.ones(5)}, tmp_path)
+    assert f"mis-shaped  {tensor.removeprefix('vision_model.')}: [5]" in message
+
+
 def test_all_problems_stand_in_one_error_with_a_reason_and_a_way_out(tmp_path):
     """The user repairs a conversion once, not tensor by tensor; good tensors are not named."""
     _, tensors = released("dinov2", tmp_path)
@@ -823,6 +834,13 @@ def test_a_damaged_file_is_reported_as_such(file, tmp_path):
     path.write_bytes(path.read_bytes()[:-2000])
     with pytest.raises(CheckpointError, match=f"Cannot read .*{file}"):
         read_tensors(tmp_path, (file,))
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', "{"])
+def test_an_index_that_names_no_shards_is_reported_as_damaged(content, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"Cannot read .*index\.json"):
+        read_tensors(tmp_path, FILES)
 
 
 class Dangerous:
