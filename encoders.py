@@ -47,7 +47,6 @@ class EncoderConfig:
     name: str
     family: str  # which class below: "vit", "languagebind" or "vivit"
     source: str  # where the weights are: a hub id, a file or a folder
-    released_as: str  # which table of released names, RELEASED[...]
     hidden_size: int  # d_e
     num_heads: int
     released_layers: int  # blocks in the released file
@@ -62,9 +61,7 @@ class EncoderConfig:
     layer_scale: bool = False
     norm_eps: float = 1e-6
     activation: str = "gelu"  # "gelu" (exact), "gelu_tanh" or "quick_gelu"
-    resize: str = (
-        "squash"  # "squash" to a square, or "short_side" and centre crop (data.preprocess)
-    )
+    resize: str = "squash"  # to a square; or "short_side" to size and centre crop: data.preprocess
     interpolation: str = "bicubic"
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels in [0, 1]
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -82,46 +79,38 @@ ENCODERS: dict[str, EncoderConfig] = {
     config.name: config
     for config in [
         EncoderConfig(
-            "languagebind", "languagebind", "LanguageBind/LanguageBind_Video_merge", "languagebind",
+            "languagebind", "languagebind", "LanguageBind/LanguageBind_Video_merge",
             hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14,
             temporal_window=8, norm_eps=1e-5, resize="short_side", interpolation="bilinear",
             pixel_mean=CLIP[0], pixel_std=CLIP[1],
         ),
         EncoderConfig(
-            "dinov2", "vit", "timm/vit_large_patch14_reg4_dinov2.lvd142m", "timm",
+            "dinov2", "vit", "timm/vit_large_patch14_reg4_dinov2.lvd142m",
             hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14,
             num_registers=4, layer_scale=True, pixel_mean=IMAGENET[0], pixel_std=IMAGENET[1],
         ),
         EncoderConfig(
-            "vivit", "vivit", "google/vivit-b-16x2-kinetics400", "vivit",
+            "vivit", "vivit", "google/vivit-b-16x2-kinetics400",
             hidden_size=768, num_heads=12, released_layers=12, num_layers=12, patch_size=16,
-            num_frames=32, tubelet_frames=2, activation="gelu_tanh",
-            interpolation="bilinear",
+            num_frames=32, tubelet_frames=2, activation="gelu_tanh", interpolation="bilinear",
         ),
         EncoderConfig(
-            "siglip", "vit", "timm/vit_base_patch16_siglip_224.webli", "timm",
+            "siglip", "vit", "timm/vit_base_patch16_siglip_224.webli",
             hidden_size=768, num_heads=12, released_layers=12, num_layers=11, patch_size=16,
             class_token=False,
         ),
     ]
 }  # fmt: skip
 
-
-def _miniature(name: str, **changes: object) -> EncoderConfig:
-    """The architecture of the full-size encoder `name`, small enough to pre-train on a laptop."""
-    full = ENCODERS[name]
-    return replace(
+# The same architectures, small enough to pre-train on a laptop.
+ENCODERS |= {
+    f"miniature-{name}": replace(
         full, name=f"miniature-{name}", source="", hidden_size=96, num_heads=4, released_layers=4,
         num_layers=4 - (full.released_layers - full.num_layers), patch_size=8, image_size=32,
-        num_frames=4 * full.tubelet_frames, **changes,
-    )  # fmt: skip
-
-
-for _small in (
-    _miniature("languagebind", temporal_window=4),
-    *map(_miniature, ("dinov2", "vivit", "siglip")),
-):
-    ENCODERS[_small.name] = _small
+        num_frames=4 * full.tubelet_frames, temporal_window=min(full.temporal_window, 4),
+    )
+    for name, full in ENCODERS.items()
+}  # fmt: skip
 
 # -------------------------------------------------------------------------------------------- model
 
@@ -163,17 +152,6 @@ ACTIVATIONS = {
 }
 
 
-class LayerScale(nn.Module):
-    """One learned factor per channel on a residual branch (DINOv2)."""
-
-    def __init__(self, hidden_size: int):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(hidden_size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
 class Block(nn.Module):
     """Pre-norm transformer block: (rows, tokens, d_e) -> the same."""
 
@@ -182,18 +160,19 @@ class Block(nn.Module):
         d_e = config.hidden_size
         self.attention_norm = nn.LayerNorm(d_e, config.norm_eps)
         self.attention = Attention(config)
-        self.attention_scale = LayerScale(d_e) if config.layer_scale else nn.Identity()
         self.mlp_norm = nn.LayerNorm(d_e, config.norm_eps)
         self.mlp = MLP(config)
-        self.mlp_scale = LayerScale(d_e) if config.layer_scale else nn.Identity()
+        # LayerScale (DINOv2): one learned factor per channel on each residual branch.
+        self.attention_scale = nn.Parameter(torch.ones(d_e)) if config.layer_scale else 1.0
+        self.mlp_scale = nn.Parameter(torch.ones(d_e)) if config.layer_scale else 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention_scale(self.attention(self.attention_norm(x)))
-        return x + self.mlp_scale(self.mlp(self.mlp_norm(x)))
+        x = x + self.attention_scale * self.attention(self.attention_norm(x))
+        return x + self.mlp_scale * self.mlp(self.mlp_norm(x))
 
 
 class Encoder(nn.Module):
-    """What the four share: the config, the blocks, and a check of what comes in."""
+    """What the four share; each has its own `embed`, from frames to rows of tokens."""
 
     block = Block
 
@@ -201,21 +180,33 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         self.blocks = nn.ModuleList(self.block(config) for _ in range(config.num_layers))
+        self.final_norm = nn.Identity()  # only ViViT has one
 
-    def check(self, frames: Tensor, multiple: int) -> None:
-        """Raise if `frames` is not (b, T, 3, side, side) with T a multiple of `multiple`."""
-        name, side = self.config.name, self.config.image_size
+    def forward(self, frames: Tensor) -> Tensor:
+        """(b, T, 3, H, W) -> (b, t, h, w, d_e)."""
+        self.check(frames)
+        x = self.embed(frames)
+        for block in self.blocks:
+            x = block(x)
+        extra = self.config.class_token + self.config.num_registers  # they come first
+        (b, T), (_, h, w) = frames.shape[:2], self.config.grid
+        t = T // self.config.tubelet_frames
+        return self.final_norm(x)[:, extra:].view(b, t, h, w, x.shape[-1])
+
+    def check(self, frames: Tensor) -> None:
+        """Raise if `frames` is not (b, T, 3, side, side) with a T that the encoder can take."""
+        name, side, window = self.config.name, self.config.image_size, self.config.temporal_window
         if frames.ndim != 5 or frames.shape[2:] != (3, side, side):
             raise UserError(
                 f"{name} got frames {tuple(frames.shape)}, wants (b, T, 3, {side}, {side}).",
                 f"it reads clips of {side}x{side} RGB frames.",
                 "pass the video through data.preprocess(frames, encoder.config).",
             )
-        if frames.shape[1] % multiple:
+        if window and frames.shape[1] % window:
             raise UserError(
-                f"{name} got {frames.shape[1]} frames, wants a multiple of {multiple}.",
-                f"it reads frames in groups of {multiple}, each frame with its learned position.",
-                f"sample {multiple}, {2 * multiple}, {3 * multiple} ... frames.",
+                f"{name} got {frames.shape[1]} frames, wants a multiple of {window}.",
+                f"it attends to windows of {window} frames, each with its learned position.",
+                f"sample {window}, {2 * window}, {3 * window} ... frames.",
             )
 
 
@@ -232,23 +223,15 @@ class ViT(Encoder):
         if config.num_registers:
             self.register_tokens = nn.Parameter(torch.zeros(1, config.num_registers, d_e))
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """(b, T, 3, H, W) -> (b, t, h, w, d_e)."""
-        self.check(frames, 1)
-        b, t = frames.shape[:2]
+    def embed(self, frames: Tensor) -> Tensor:
+        """(b, T, 3, H, W) -> (b*t, tokens, d_e)."""
         x = self.patch_embedding(frames.flatten(0, 1)).flatten(2).mT  # (b*t, h*w, d_e)
         x = x + self.position_embedding
         # Class token and registers have no place in the image, so no position is added to them.
-        extra = [
-            getattr(self, name)
-            for name in ("class_token", "register_tokens")
-            if hasattr(self, name)
-        ]
-        x = torch.cat([token.expand(b * t, -1, -1) for token in extra] + [x], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        _, h, w = self.config.grid
-        return x[:, -h * w :].unflatten(1, (h, w)).unflatten(0, (b, t))
+        for name in ("register_tokens", "class_token"):
+            if hasattr(self, name):
+                x = torch.cat([getattr(self, name).expand(len(x), -1, -1), x], dim=1)
+        return x
 
 
 class LanguageBindBlock(Block):
@@ -256,10 +239,9 @@ class LanguageBindBlock(Block):
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
-        self.temporal_embedding = nn.Parameter(
-            torch.zeros(1, config.temporal_window, config.hidden_size)
-        )
-        self.temporal_norm = nn.LayerNorm(config.hidden_size, config.norm_eps)
+        d_e = config.hidden_size
+        self.temporal_embedding = nn.Parameter(torch.zeros(1, config.temporal_window, d_e))
+        self.temporal_norm = nn.LayerNorm(d_e, config.norm_eps)
         self.temporal_attention = Attention(config)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -268,10 +250,8 @@ class LanguageBindBlock(Block):
         # frames [0..7], [8..15], and the temporal embedding starts again at frame 8.
         frames, tokens, d_e = x.shape
         window = self.temporal_embedding.shape[1]
-        x = (
-            x.view(-1, window, tokens, d_e).transpose(1, 2).reshape(-1, window, d_e)
-        )  # time is the sequence
-        x = x + self.temporal_embedding
+        x = x.view(-1, window, tokens, d_e).transpose(1, 2).reshape(-1, window, d_e)
+        x = x + self.temporal_embedding  # time is the sequence
         x = x + self.temporal_attention(self.temporal_norm(x))
         x = x.view(-1, tokens, window, d_e).transpose(1, 2).reshape(frames, tokens, d_e)
         return super().forward(x)
@@ -290,17 +270,11 @@ class LanguageBind(Encoder):
         self.position_embedding = nn.Parameter(torch.zeros(1 + h * w, d_e))
         self.embedding_norm = nn.LayerNorm(d_e, config.norm_eps)
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """(b, T, 3, H, W) -> (b, t, h, w, d_e)."""
-        self.check(frames, self.config.temporal_window)
-        b, t = frames.shape[:2]
+    def embed(self, frames: Tensor) -> Tensor:
+        """(b, T, 3, H, W) -> (b*t, 1 + h*w, d_e)."""
         x = self.patch_embedding(frames.flatten(0, 1)).flatten(2).mT  # (b*t, h*w, d_e)
-        x = torch.cat([self.class_token.expand(b * t, 1, -1), x], dim=1) + self.position_embedding
-        x = self.embedding_norm(x)
-        for block in self.blocks:
-            x = block(x)
-        _, h, w = self.config.grid
-        return x[:, 1:].unflatten(1, (h, w)).unflatten(0, (b, t))
+        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1) + self.position_embedding
+        return self.embedding_norm(x)
 
 
 class ViViT(Encoder):
@@ -315,20 +289,17 @@ class ViViT(Encoder):
         self.position_embedding = nn.Parameter(torch.zeros(1, 1 + t * h * w, d_e))
         self.final_norm = nn.LayerNorm(d_e, config.norm_eps)
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """(b, T, 3, H, W) -> (b, t, h, w, d_e), with T exactly config.num_frames."""
-        self.check(frames, 1)
-        if frames.shape[1] != self.config.num_frames:
+    def embed(self, frames: Tensor) -> Tensor:
+        """(b, T, 3, H, W) -> (b, 1 + t*h*w, d_e), with T exactly config.num_frames."""
+        given, wanted = frames.shape[1], self.config.num_frames
+        if given != wanted:
             raise UserError(
-                f"{self.config.name} got {frames.shape[1]} frames, wants {self.config.num_frames}.",
+                f"{self.config.name} got {given} frames, wants {wanted}.",
                 "every tubelet of the clip has its own learned position.",
-                f"sample {self.config.num_frames} frames.",
+                f"sample {wanted} frames.",
             )
         x = self.patch_embedding(frames.transpose(1, 2)).flatten(2).mT  # (b, t*h*w, d_e)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1) + self.position_embedding
-        for block in self.blocks:
-            x = block(x)
-        return self.final_norm(x)[:, 1:].unflatten(1, self.config.grid)
+        return torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.position_embedding
 
 
 FAMILIES = {"vit": ViT, "languagebind": LanguageBind, "vivit": ViViT}
@@ -336,87 +307,66 @@ FAMILIES = {"vit": ViT, "languagebind": LanguageBind, "vivit": ViViT}
 # ------------------------------------------------------------------------------------------ weights
 
 
-@dataclass(frozen=True)
-class Released:
-    """How one source names its tensors."""
-
-    files: tuple[str, ...]  # looked for in this order in a folder or on the hub
-    prefixes: tuple[str, ...]  # in front of every name; which one is seen in the file
-    names: dict[
-        str, str | tuple[str, ...]
-    ]  # ours -> theirs, "*" is the block; a tuple is concatenated
-    skip: dict[str, str]  # names left unread -> why
-
-
-RELEASED: dict[str, Released] = {
-    "timm": Released(
-        files=("model.safetensors", "open_clip_pytorch_model.bin"),
-        prefixes=("", "visual.trunk."),
-        names={
-            "class_token": "cls_token",
-            "register_tokens": "reg_token",
-            "position_embedding": "pos_embed",
-            "patch_embedding": "patch_embed.proj",
-            "blocks.*.attention_norm": "blocks.*.norm1",
-            "blocks.*.attention.qkv_proj": "blocks.*.attn.qkv",
-            "blocks.*.attention.out_proj": "blocks.*.attn.proj",
-            "blocks.*.attention_scale": "blocks.*.ls1",
-            "blocks.*.mlp_norm": "blocks.*.norm2",
-            "blocks.*.mlp.up_proj": "blocks.*.mlp.fc1",
-            "blocks.*.mlp.down_proj": "blocks.*.mlp.fc2",
-            "blocks.*.mlp_scale": "blocks.*.ls2",
-        },
-        skip={
-            "norm.*": "the features are taken before the final norm",
-            "attn_pool.*": "SigLIP's head pools an image to one vector; MERV wants the grid",
-            "/text.*": "the text tower",
-            "/logit_*": "the contrastive loss",
-        },
-    ),
-    "languagebind": Released(
-        files=("model.safetensors", "pytorch_model.bin"),
-        prefixes=("vision_model.",),
-        names={
-            "class_token": "embeddings.class_embedding",
-            "position_embedding": "embeddings.position_embedding.weight",
-            "patch_embedding": "embeddings.patch_embedding",
-            "embedding_norm": "pre_layrnorm",  # [sic]
-            "blocks.*.temporal_embedding": "encoder.layers.*.temporal_embedding",
-            "blocks.*.temporal_norm": "encoder.layers.*.temporal_layer_norm1",
-            "blocks.*.temporal_attention.qkv_proj": "encoder.layers.*.temporal_attn.{q,k,v}_proj",
-            "blocks.*.temporal_attention.out_proj": "encoder.layers.*.temporal_attn.out_proj",
-            "blocks.*.attention_norm": "encoder.layers.*.layer_norm1",
-            "blocks.*.attention.qkv_proj": "encoder.layers.*.self_attn.{q,k,v}_proj",
-            "blocks.*.attention.out_proj": "encoder.layers.*.self_attn.out_proj",
-            "blocks.*.mlp_norm": "encoder.layers.*.layer_norm2",
-            "blocks.*.mlp.up_proj": "encoder.layers.*.mlp.fc1",
-            "blocks.*.mlp.down_proj": "encoder.layers.*.mlp.fc2",
-        },
-        skip={
-            "post_layernorm.*": "norms the class token for the contrastive loss",
-            "/text_model.*": "the text tower",
-            "/*_projection.weight": "the contrastive loss",
-            "/logit_scale": "the contrastive loss",
-        },
-    ),
-    "vivit": Released(
-        files=("model.safetensors", "pytorch_model.bin"),
-        prefixes=("vivit.",),
-        names={
-            "class_token": "embeddings.cls_token",
-            "position_embedding": "embeddings.position_embeddings",
-            "patch_embedding": "embeddings.patch_embeddings.projection",
-            "blocks.*.attention_norm": "encoder.layer.*.layernorm_before",
-            "blocks.*.attention.qkv_proj": "encoder.layer.*.attention.attention.{query,key,value}",
-            "blocks.*.attention.out_proj": "encoder.layer.*.attention.output.dense",
-            "blocks.*.mlp_norm": "encoder.layer.*.layernorm_after",
-            "blocks.*.mlp.up_proj": "encoder.layer.*.intermediate.dense",
-            "blocks.*.mlp.down_proj": "encoder.layer.*.output.dense",
-            "final_norm": "layernorm",
-        },
-        skip={"pooler.*": "the pooled class token", "/classifier.*": "the Kinetics-400 classifier"},
-    ),
-}  # in `skip`, "/" starts a name that stands outside the prefix
+FILES = (  # how released weights are called; the first that is there is read
+    "model.safetensors", "model.safetensors.index.json",
+    "pytorch_model.bin", "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin",
+)  # fmt: skip
+# In front of the names of a family; we write the first.
+PREFIXES = {"vit": ("", "visual.trunk."), "languagebind": ("vision_model.",), "vivit": ("vivit.",)}
+NAMES = {  # family -> ours -> theirs, as `released_names` reads it
+    "vit": {  # timm's
+        "class_token": "cls_token",
+        "register_tokens": "reg_token",
+        "position_embedding": "pos_embed",
+        "patch_embedding": "patch_embed.proj",
+        "blocks.*.attention_norm": "blocks.*.norm1",
+        "blocks.*.attention.qkv_proj": "blocks.*.attn.qkv",
+        "blocks.*.attention.out_proj": "blocks.*.attn.proj",
+        "blocks.*.attention_scale": "blocks.*.ls1.gamma",
+        "blocks.*.mlp_norm": "blocks.*.norm2",
+        "blocks.*.mlp.up_proj": "blocks.*.mlp.fc1",
+        "blocks.*.mlp.down_proj": "blocks.*.mlp.fc2",
+        "blocks.*.mlp_scale": "blocks.*.ls2.gamma",
+    },
+    "languagebind": {
+        "class_token": "embeddings.class_embedding",
+        "position_embedding": "embeddings.position_embedding.weight",
+        "patch_embedding": "embeddings.patch_embedding",
+        "embedding_norm": "pre_layrnorm",  # [sic]
+        "blocks.*.temporal_embedding": "encoder.layers.*.temporal_embedding",
+        "blocks.*.temporal_norm": "encoder.layers.*.temporal_layer_norm1",
+        "blocks.*.temporal_attention.qkv_proj": "encoder.layers.*.temporal_attn.{q,k,v}_proj",
+        "blocks.*.temporal_attention.out_proj": "encoder.layers.*.temporal_attn.out_proj",
+        "blocks.*.attention_norm": "encoder.layers.*.layer_norm1",
+        "blocks.*.attention.qkv_proj": "encoder.layers.*.self_attn.{q,k,v}_proj",
+        "blocks.*.attention.out_proj": "encoder.layers.*.self_attn.out_proj",
+        "blocks.*.mlp_norm": "encoder.layers.*.layer_norm2",
+        "blocks.*.mlp.up_proj": "encoder.layers.*.mlp.fc1",
+        "blocks.*.mlp.down_proj": "encoder.layers.*.mlp.fc2",
+    },
+    "vivit": {  # Google's
+        "class_token": "embeddings.cls_token",
+        "position_embedding": "embeddings.position_embeddings",
+        "patch_embedding": "embeddings.patch_embeddings.projection",
+        "blocks.*.attention_norm": "encoder.layer.*.layernorm_before",
+        "blocks.*.attention.qkv_proj": "encoder.layer.*.attention.attention.{query,key,value}",
+        "blocks.*.attention.out_proj": "encoder.layer.*.attention.output.dense",
+        "blocks.*.mlp_norm": "encoder.layer.*.layernorm_after",
+        "blocks.*.mlp.up_proj": "encoder.layer.*.intermediate.dense",
+        "blocks.*.mlp.down_proj": "encoder.layer.*.output.dense",
+        "final_norm": "layernorm",
+    },
+}
+SKIP = {  # left unread -> why
+    "norm.*": "DINOv2's and SigLIP's features are taken before the final norm",
+    "attn_pool.*": "SigLIP's head pools an image to one vector; MERV wants the grid",
+    "post_layernorm.*": "norms LanguageBind's class token for the contrastive loss",
+    "*_projection.weight": "the contrastive loss",
+    "logit_*": "the contrastive loss",
+    "text*": "the text tower",
+    "pooler.*": "ViViT's pooled class token",
+    "classifier.*": "ViViT's Kinetics-400 classifier",
+}
 
 
 def load_encoder(
@@ -431,62 +381,35 @@ def load_encoder(
     released format. Raises CheckpointError with every name that does not fit.
     """
     config = ENCODERS[config_or_name] if isinstance(config_or_name, str) else config_or_name
+    if source is not None:
+        config, tensors = _read_released(config, source)
+    with torch.device("meta"):
+        encoder = FAMILIES[config.family](config)
     if source is None:
-        with torch.device("meta"):
-            encoder = FAMILIES[config.family](config)
         initialise(encoder.to_empty(device="cpu"), torch.Generator().manual_seed(0))
     else:
-        released = RELEASED[config.released_as]
-        tensors = read_tensors(source, released.files)
-        if config.family == "languagebind":
-            config = _languagebind_as_released(config, source, tensors)
-        with torch.device("meta"):
-            encoder = FAMILIES[config.family](config)
-        tensors, skip = _strip_prefix(tensors, released), dict(released.skip)
-        for ours in encoder.blocks[0].state_dict():
-            for index in range(config.num_layers, config.released_layers):
-                for theirs in released_names(f"blocks.{index}.{ours}", released.names):
-                    skip[theirs] = "after the block whose output is taken"
-        if config.family == "vit" and "pos_embed" in tensors:
-            tensors["pos_embed"] = resize_positions(tensors["pos_embed"], *config.grid[1:])
-        assign_weights(
-            encoder, tensors, released.names, skip, f"{config.name} from {source}", dtype
-        )
+        names, skip = NAMES[config.family], dict(SKIP)
+        block = names["blocks.*.mlp_norm"].partition("*")[0]  # such as "encoder.layers."
+        for index in range(config.num_layers, config.released_layers):
+            skip[f"{block}{index}.*"] = "after the block whose output is taken"
+        assign_weights(encoder, tensors, names, skip, f"{config.name} from {source}", dtype)
     return encoder.to(device, dtype).eval().requires_grad_(False)
 
 
-def save_encoder(
-    encoder: Encoder, path: str | Path, state: dict[str, Tensor] | None = None
-) -> None:
-    """Write the weights under the released names, for `load_encoder(encoder.config, path)`.
-
-    state: the full state_dict, if the encoder's own is sharded.
-    """
-    released = RELEASED[encoder.config.released_as]
-    tensors = {}
-    for ours, tensor in (encoder.state_dict() if state is None else state).items():
-        theirs = released_names(ours, released.names)
-        for name, part in zip(theirs, tensor.detach().cpu().chunk(len(theirs)), strict=True):
-            tensors[released.prefixes[0] + name] = part.contiguous()
-    save_tensors(tensors, path)
-
-
-def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
-    """(1, side*side, d_e) learned for a square grid -> (1, h*w, d_e). DINOv2: 37x37 -> 16x16."""
-    side = round(positions.shape[1] ** 0.5) if positions.ndim == 3 else 0
-    if (side, side) == (h, w) or side * side != positions.shape[1]:
-        return positions  # right already, or no square grid: assign_weights will name it
-    grid = positions.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True, align_corners=False)
-    return grid.flatten(2).mT
-
-
-def _languagebind_as_released(config: EncoderConfig, source, tensors) -> EncoderConfig:
-    """The activation stands in the config.json beside the weights, the window in the weights."""
-    beside = Path(source).parent if Path(source).is_file() else source
-    path = find_file(beside, ("config.json",), required=False)
-    if path is not None:
-        vision = read_json(path).get("vision_config", {})
+def _read_released(config: EncoderConfig, source: str | Path) -> tuple[EncoderConfig, dict]:
+    """The tensors, without prefix, and the configuration with what the source says of itself."""
+    tensors = read_tensors(source, FILES)
+    for prefix in PREFIXES[config.family]:
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    if "pos_embed" in tensors:
+        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], *config.grid[1:])
+    if config.family == "languagebind":  # its window is in the weights, its activation beside them
+        time = tensors.get("encoder.layers.0.temporal_embedding")
+        if time is not None and time.ndim == 3:
+            config = replace(config, temporal_window=time.shape[1])
+        beside = Path(source).parent if Path(source).is_file() else source
+        path = find_file(beside, ("config.json",), required=False)
+        vision = read_json(path).get("vision_config", {}) if path else {}
         config = replace(config, activation=vision.get("hidden_act", config.activation))
         if config.activation not in ACTIVATIONS:
             raise CheckpointError(
@@ -494,18 +417,30 @@ def _languagebind_as_released(config: EncoderConfig, source, tensors) -> Encoder
                 "it is not one that LanguageBind was released with.",
                 f"choose a checkpoint with one of {', '.join(ACTIVATIONS)}.",
             )
-    first = tensors.get("vision_model.encoder.layers.0.temporal_embedding")
-    return config if first is None else replace(config, temporal_window=first.shape[1])
+    return config, tensors
 
 
-def _strip_prefix(tensors: dict[str, Tensor], released: Released) -> dict[str, Tensor]:
-    """Take the source's prefix off; a name outside it gets a "/" instead."""
-    seen = [p for p in released.prefixes if p and any(name.startswith(p) for name in tensors)]
-    prefix = seen[0] if seen else released.prefixes[0]
-    return {
-        name.removeprefix(prefix) if name.startswith(prefix) else "/" + name: tensor
-        for name, tensor in tensors.items()
-    }
+def save_encoder(encoder: Encoder, path: str | Path, state: dict | None = None) -> None:
+    """Write the weights under the released names, for `load_encoder(encoder.config, path)`.
+
+    state: the full state_dict, if the encoder's own is sharded.
+    """
+    family, tensors = encoder.config.family, {}
+    for ours, tensor in (encoder.state_dict() if state is None else state).items():
+        theirs = released_names(ours, NAMES[family])
+        for name, part in zip(theirs, tensor.detach().cpu().chunk(len(theirs)), strict=True):
+            tensors[PREFIXES[family][0] + name] = part.contiguous()
+    save_tensors(tensors, path)
+
+
+def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
+    """(1, side*side, d_e) learned for a square grid -> (1, h*w, d_e). DINOv2: 37x37 -> 16x16."""
+    side = round(positions.shape[1] ** 0.5) if positions.ndim == 3 else 0
+    if not side or (side, side) == (h, w) or side * side != positions.shape[1]:
+        return positions  # right already, or no square grid: assign_weights will name it
+    grid = positions.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True, align_corners=False)
+    return grid.flatten(2).mT
 
 
 # -------------------------------------------- released files, for encoders.py, llama.py and merv.py
@@ -531,45 +466,33 @@ def find_file(source: str | Path, names: tuple[str, ...], required: bool = True)
 
     Downloads go to huggingface_hub's cache; HF_HUB_OFFLINE=1 reads from there only.
     """
-    folder = Path(source)
-    if folder.is_file():
-        return folder
-    if folder.is_dir():
-        found = [folder / name for name in names if (folder / name).is_file()]
+    path, found = Path(source), []
+    if path.is_file():
+        return path
+    if path.is_dir():
+        found = [path / name for name in names if (path / name).is_file()]
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
         found = _download(str(source), names)
-    else:
-        raise CheckpointError(
-            f"No checkpoint at {source}.",
-            "it is no file, no folder and no hub id (owner/name).",
-            "check the path, or give the hub id.",
-        )
     if not found and required:
         raise CheckpointError(
-            f"{source} has none of {', '.join(names)}.",
-            "that is how released weights are named.",
-            "point at the folder that holds them, or at the file itself.",
+            f"Found no {' or '.join(names)} at {source}.",
+            "a source is a folder or a hub id (owner/name) with such a file, or the file itself.",
+            "check the path or the name, and that the download or copy is complete.",
         )
     return found[0] if found else None
 
 
-HUB_ERRORS = (  # the first that matches: what, why, fix
-    (hub_errors.GatedRepoError, "The hub refuses {repo}.",
-     "its owner asks for a licence to be accepted first.",
+HUB_ERRORS = (  # the first that matches: why, fix
+    (hub_errors.GatedRepoError, "its owner asks to accept a licence first.",
      "accept it at https://huggingface.co/{repo}, then run `hf auth login`."),
-    (hub_errors.RepositoryNotFoundError, "The hub has no {repo}.",
-     "the name is wrong, or the repository is private.",
+    (hub_errors.RepositoryNotFoundError, "the hub has no {repo}, or it is private.",
      "check the name (a local path must exist); for a private one run `hf auth login`."),
-    (hub_errors.RevisionNotFoundError, "{repo} has no revision {revision}.",
-     "a revision is a branch, a tag or a commit of that repository.",
+    (hub_errors.RevisionNotFoundError, "it has no branch, tag or commit {revision}.",
      "check it at https://huggingface.co/{repo}/tree/main."),
-    (hub_errors.LocalEntryNotFoundError, "Cannot get {names} of {repo}.",
-     "it is not in the cache and the hub is out of reach.",
+    (hub_errors.LocalEntryNotFoundError, "not in the cache, and the hub is out of reach: {names}.",
      "connect, or run `hf download {repo}` beforehand where there is a connection."),
-    (Exception, "Cannot download {names} of {repo}.",  # networks, tokens, disks
-     "{error}",
-     "check the name (a local path must exist), the connection, the space on the disk and "
-     "`hf auth whoami`; then try again."),
+    (Exception, "{names}: {error}",  # networks, tokens, disks
+     "check the name (a local path must exist), the connection, the disk and `hf auth whoami`."),
 )  # fmt: skip
 
 
@@ -579,19 +502,18 @@ def _download(source: str, names: tuple[str, ...]) -> list[Path]:
     for name in names:
         try:
             return [Path(huggingface_hub.hf_hub_download(repo, name, revision=revision or None))]
-        except hub_errors.LocalEntryNotFoundError as error:
-            problem = error  # not in the cache, and nobody to ask: another of the names may be
-        except hub_errors.EntryNotFoundError:
-            continue  # this repository does not have that file: try the next name
+        except hub_errors.EntryNotFoundError as error:  # but the next name may be there, or cached
+            if isinstance(error, hub_errors.LocalEntryNotFoundError):
+                problem = error
         except Exception as error:
             problem = error
             break
     if problem is None:
         return []
     texts = next(texts for kind, *texts in HUB_ERRORS if isinstance(problem, kind))
-    told = f"{type(problem).__name__}: {problem}"
-    known = {"repo": repo, "revision": revision, "names": " or ".join(names), "error": told}
-    raise CheckpointError(*(text.format(**known) for text in texts)) from problem
+    error, names = f"{type(problem).__name__}: {problem}", " or ".join(names)
+    texts = [t.format(repo=repo, revision=revision, names=names, error=error) for t in texts]
+    raise CheckpointError(f"Cannot download {source}.", *texts) from problem
 
 
 def read_json(path: Path) -> dict:
@@ -599,24 +521,18 @@ def read_json(path: Path) -> dict:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise CheckpointError(
-            f"Cannot read {path}.", str(error), "the file is damaged; download or copy it again."
-        ) from error
+        raise CheckpointError(f"Cannot read {path}.", str(error), "fetch it again.") from error
 
 
 def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor]:
-    """name -> tensor, memory-mapped: a tensor is read from disk when it is used.
-
-    files: names to look for, such as ("model.safetensors", "model.safetensors.index.json").
-    """
+    """name -> tensor of the first of `files`; memory-mapped: read from disk when it is used."""
     path = find_file(source, files)
     try:
         if path.name.endswith(".index.json"):
-            shards = sorted(set(read_json(path)["weight_map"].values()))
-            parts = [
-                read_tensors(path.parent if path == Path(source) else source, (s,)) for s in shards
-            ]
-            return {name: tensor for part in parts for name, tensor in part.items()}
+            beside, tensors = path.parent if path == Path(source) else source, {}
+            for shard in sorted(set(read_json(path)["weight_map"].values())):
+                tensors |= read_tensors(beside, (shard,))
+            return tensors
         if path.suffix == ".safetensors":
             return load_file(path)
         # WHY: a private mapping reserves its size, and Linux refuses 27 GB to a machine of 24 GB.
@@ -648,32 +564,26 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
 
 def released_names(ours: str, names: dict[str, str] | None) -> list[str]:
     """Our tensor name -> theirs, by a table in which "*" stands for the number of the block, and
-    {q,k,v} for three tensors of theirs that are one of ours. Without a table names are the same.
+    {q,k,v} for three tensors of theirs that are one of ours. What it does not hold stays the same.
 
     {"blocks.*.mlp.up_proj": "blocks.*.mlp.fc1"}: blocks.3.mlp.up_proj.bias becomes
     ["blocks.3.mlp.fc1.bias"]
     """
-    if names is None:
-        return [ours]
+    names = names or {}
     number = re.search(r"\.(\d+)\.", ours)
     pattern = ours.replace(number[0], ".*.", 1) if number else ours
     stem, dot, leaf = (pattern, "", "") if pattern in names else pattern.rpartition(".")
-    theirs = (names[stem] + dot + leaf).replace("*", number[1] if number else "*")
-    before, brace, rest = theirs.partition("{")
-    inside, _, after = rest.partition("}")
-    return [before + one + after for one in inside.split(",")] if brace else [theirs]
+    theirs = (names.get(stem, stem) + dot + leaf).replace("*", number[1] if number else "*")
+    several = re.fullmatch(r"(.*)\{(.*)\}(.*)", theirs)
+    return [several[1] + x + several[3] for x in several[2].split(",")] if several else [theirs]
 
 
 def assign_weights(
-    model: nn.Module,
-    tensors: dict[str, Tensor],
-    names: dict[str, str] | None,
-    skip: dict[str, str],
-    what: str,
-    dtype: torch.dtype,
+    model: nn.Module, tensors: dict, names: dict | None, skip: dict, what: str, dtype: torch.dtype
 ) -> None:
     """Give a model on the meta device its weights, one tensor at a time, cast to `dtype`.
 
+    tensors: theirs by name; names: the table of `released_names`; skip: patterns left unread.
     FIX: no random weights are made first and no second copy exists: peak memory is the model's, not
     80 GB, and nothing but tensors is unpickled (ledger F11).
     Strict: raises one CheckpointError that lists all missing, unexpected and mis-shaped names.
@@ -682,22 +592,20 @@ def assign_weights(
     for ours, wanted in model.state_dict().items():
         theirs = released_names(ours, names)
         used.update(theirs)
-        if missing := [name for name in theirs if name not in tensors]:
-            problems += [f"missing     {name}" for name in missing]
-            continue
         # WHY: q, k and v of some sources are three matrices; ours is one, which is one matmul.
-        whole = list(wanted.shape)
-        part = [whole[0] // len(theirs), *whole[1:]] if len(theirs) > 1 else whole
-        if wrong := [name for name in theirs if list(tensors[name].shape) != part]:
-            problems += [
-                f"mis-shaped  {name}: {list(tensors[name].shape)}, wanted {part}" for name in wrong
-            ]
-            continue
-        parts = [tensors[name].to(dtype, copy=True) for name in theirs]
-        weights[ours] = parts[0] if len(parts) == 1 else torch.cat(parts)
+        shape, parts = [wanted.shape[0] // len(theirs), *wanted.shape[1:]], []
+        for name in theirs:
+            if name not in tensors:
+                problems.append(f"missing     {name}")
+            elif (found := list(tensors[name].shape)) != shape:
+                problems.append(f"mis-shaped  {name}: {found}, wanted {shape}")
+            else:
+                parts.append(tensors[name].to(dtype, copy=True))
+        if parts:
+            weights[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
     for name in tensors:
         if name not in used and not any(fnmatch(name, pattern) for pattern in skip):
-            problems.append(f"unexpected  {name.removeprefix('/')}")
+            problems.append(f"unexpected  {name}")
     if problems:
         raise CheckpointError(
             f"The weights do not fit: {what}.\n" + "\n".join(f"  {p}" for p in problems),
@@ -713,7 +621,7 @@ def initialise(model: nn.Module, generator: torch.Generator, std: float = 0.02) 
         leaf = name.rpartition(".")[2]
         if leaf == "bias":
             nn.init.zeros_(parameter)
-        elif leaf == "gamma" or (leaf == "weight" and parameter.ndim == 1):
+        elif leaf.endswith("_scale") or (leaf == "weight" and parameter.ndim == 1):
             nn.init.ones_(parameter)
         else:
             nn.init.normal_(parameter, std=std, generator=generator)

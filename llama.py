@@ -11,7 +11,7 @@ Read before: encoders.py (how released weights are read). Read next: data.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import sentencepiece
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from encoders import (
+    FILES,
     CheckpointError,
     UserError,
     assign_weights,
@@ -141,16 +142,15 @@ class KVCache:
     ):
         self.prefix = prefix
         self.prefix_length = prefix.used if prefix else 0
-        if self.prefix_length + max_length > config.max_positions:
+        total = self.prefix_length + max_length
+        if total > config.max_positions:
             raise UserError(
-                f"{config.name} was asked for {self.prefix_length + max_length} positions, has "
-                f"{config.max_positions}.",
+                f"{config.name} was asked for {total} positions, has {config.max_positions}.",
                 "it was trained on no more.",
                 "a shorter question, fewer visual tokens, or a smaller max_new_tokens.",
             )
         shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys, self.values = torch.zeros(2, *shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
         self.used = 0  # slots in use: the longest row
 
@@ -168,9 +168,7 @@ class KVCache:
         where = self.slots[:, None, :, None].expand_as(k)
         self.keys[layer].scatter_(2, where, k)
         self.values[layer].scatter_(2, where, v)
-        if (
-            self.prefix is None and self.used == q.shape[2]
-        ):  # nothing before: plain causal attention
+        if self.prefix is None and self.used == q.shape[2]:  # nothing before
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         k, v = self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
         if self.prefix is None:
@@ -192,8 +190,9 @@ class KVCache:
 class SelfAttention(nn.Module):
     """Causal attention with rotary positions; key-value heads may be shared by groups of heads."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
+        self.layer = layer  # where its keys and values lie in the cache
         d, kv_width = config.hidden_size, config.num_kv_heads * config.head_dim
         self.head_dim = config.head_dim
         self.q_proj = nn.Linear(d, d, bias=False)
@@ -201,9 +200,7 @@ class SelfAttention(nn.Module):
         self.v_proj = nn.Linear(d, kv_width, bias=False)
         self.o_proj = nn.Linear(d, d, bias=False)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int
-    ) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
         q, k, v = (
             proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (b, heads, s, head_dim)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
@@ -212,7 +209,7 @@ class SelfAttention(nn.Module):
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
-            y = cache.attend(layer, q, k, v)
+            y = cache.attend(self.layer, q, k, v)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -233,17 +230,15 @@ class SwiGLU(nn.Module):
 class DecoderLayer(nn.Module):
     """Pre-norm attention, then pre-norm MLP: (b, s, d) -> (b, s, d)."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.self_attn = SelfAttention(config)
+        self.self_attn = SelfAttention(config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None, layer: int
-    ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache, layer)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -255,7 +250,7 @@ class Llama(nn.Module):
         self.config = config
         self.activation_checkpointing = False  # recompute each layer in the backward pass
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -283,17 +278,16 @@ class Llama(nn.Module):
         tokens of each row are real, the rest being padding on the right (default: all).
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        s = x.shape[1]
-        if cache is not None:
-            positions = cache.advance(s, lengths)
+        if cache is None:
+            positions = torch.arange(x.shape[1], device=x.device)[None]
         else:
-            positions = torch.arange(s, device=x.device)[None]
+            positions = cache.advance(x.shape[1], lengths)
         cos, sin = rope(positions, self.config)
-        for index, layer in enumerate(self.layers):
+        for layer in self.layers:
             if self.activation_checkpointing and self.training and cache is None:
-                x = checkpoint(layer, x, cos, sin, None, index, use_reentrant=False)
+                x = checkpoint(layer, x, cos, sin, None, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cache, index)
+                x = layer(x, cos, sin, cache)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -312,10 +306,10 @@ class Llama(nn.Module):
         def one(hidden: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")
 
-        parts = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        return sum(
-            (checkpoint(one, h, t, use_reentrant=False) for h, t in parts), start=hidden.sum() * 0.0
-        )
+        total = hidden.sum() * 0.0  # also without a label there is a gradient, of zeros
+        for part in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            total = total + checkpoint(one, *part, use_reentrant=False)
+        return total
 
     @torch.no_grad()
     def generate(
@@ -341,23 +335,17 @@ class Llama(nn.Module):
         cache = KVCache(self.config, b, s + max_new_tokens, x.dtype, x.device, prefix)
         hidden = self.hidden_states(inputs_embeds=x, cache=cache, lengths=lengths)
         hidden = hidden[torch.arange(b, device=x.device), lengths - 1]
-        answers: list[list[int]] = [[] for _ in range(b)]
-        finished = [False] * b
+        answers = torch.zeros(b, 0, dtype=torch.long, device=x.device)
         for step in range(max_new_tokens):
-            next_ids = sample(self.logits(hidden), temperature, top_p, generator)
-            for row, token in enumerate(next_ids.tolist()):
-                finished[row] = finished[row] or token == eos_id
-                if not finished[row]:
-                    answers[row].append(token)
-            if all(finished) or step == max_new_tokens - 1:
+            next_ids = sample(self.logits(hidden), temperature, top_p, generator)[:, None]
+            answers = torch.cat([answers, next_ids], dim=1)
+            if step == max_new_tokens - 1 or (answers == eos_id).any(1).all():
                 break
-            hidden = self.hidden_states(input_ids=next_ids[:, None], cache=cache)[:, 0]
-        return answers
+            hidden = self.hidden_states(input_ids=next_ids, cache=cache)[:, 0]
+        return [row[: row.index(eos_id)] if eos_id in row else row for row in answers.tolist()]
 
 
-def sample(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
-) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator | None) -> Tensor:
     """One id a row (b,) from logits (b, vocab): the likeliest at temperature 0, else nucleus."""
     if temperature == 0:
         return logits.argmax(-1)
@@ -366,38 +354,27 @@ def sample(
     dropped = probabilities.cumsum(-1) - probabilities >= top_p
     dropped[..., 0] = False
     probabilities[dropped] = 0
-    choice = torch.multinomial(probabilities, 1, generator=generator)
-    return ids.gather(-1, choice).squeeze(-1)
+    return ids.gather(-1, torch.multinomial(probabilities, 1, generator=rng)).squeeze(-1)
 
 
 # ------------------------------------------------------------------------------------------ weights
 
-FILES = (
-    "model.safetensors", "model.safetensors.index.json",
-    "pytorch_model.bin", "pytorch_model.bin.index.json",
-)  # fmt: skip
-
-NAME_TABLE = (  # ours, Hugging Face's, Meta's; "*" is the number of the layer
-    ("embed_tokens", "model.embed_tokens", "tok_embeddings"),
-    ("layers.*.input_layernorm", "model.layers.*.input_layernorm", "layers.*.attention_norm"),
-    ("layers.*.self_attn.q_proj", "model.layers.*.self_attn.q_proj", "layers.*.attention.wq"),
-    ("layers.*.self_attn.k_proj", "model.layers.*.self_attn.k_proj", "layers.*.attention.wk"),
-    ("layers.*.self_attn.v_proj", "model.layers.*.self_attn.v_proj", "layers.*.attention.wv"),
-    ("layers.*.self_attn.o_proj", "model.layers.*.self_attn.o_proj", "layers.*.attention.wo"),
-    (
-        "layers.*.post_attention_layernorm",
-        "model.layers.*.post_attention_layernorm",
-        "layers.*.ffn_norm",
-    ),
-    ("layers.*.mlp.gate_proj", "model.layers.*.mlp.gate_proj", "layers.*.feed_forward.w1"),
-    ("layers.*.mlp.up_proj", "model.layers.*.mlp.up_proj", "layers.*.feed_forward.w3"),
-    ("layers.*.mlp.down_proj", "model.layers.*.mlp.down_proj", "layers.*.feed_forward.w2"),
-    ("norm", "model.norm", "norm"),
-    ("lm_head", "lm_head", "output"),
-)
-NAMES = {ours: theirs for ours, theirs, _ in NAME_TABLE}
-META_NAMES = {ours: theirs for ours, _, theirs in NAME_TABLE}
 META_FILES = ("consolidated.00.pth",)  # as Meta ships LLaMA-2, before conversion
+META_NAMES = {  # ours -> Meta's; "*" is the number of the layer
+    "embed_tokens": "tok_embeddings",
+    "layers.*.input_layernorm": "layers.*.attention_norm",
+    "layers.*.self_attn.q_proj": "layers.*.attention.wq",
+    "layers.*.self_attn.k_proj": "layers.*.attention.wk",
+    "layers.*.self_attn.v_proj": "layers.*.attention.wv",
+    "layers.*.self_attn.o_proj": "layers.*.attention.wo",
+    "layers.*.post_attention_layernorm": "layers.*.ffn_norm",
+    "layers.*.mlp.gate_proj": "layers.*.feed_forward.w1",
+    "layers.*.mlp.up_proj": "layers.*.feed_forward.w3",
+    "layers.*.mlp.down_proj": "layers.*.feed_forward.w2",
+    "norm": "norm",
+    "lm_head": "output",
+}
+NAMES = {ours: f"model.{ours}" for ours in META_NAMES} | {"lm_head": "lm_head"}  # Hugging Face's
 SKIP = {"model.layers.*.self_attn.rotary_emb.inv_freq": "computed in rope()", "rope.freqs": "too"}
 
 
@@ -412,25 +389,20 @@ def load_llama(
     A folder or hub id gives both: config.json and weights in Hugging Face format, or Meta's own
     params.json and consolidated.*.pth.
     """
-    config = config_or_name_or_folder
-    if isinstance(config, str) and config in LLAMAS:
-        config = LLAMAS[config]
+    config = LLAMAS.get(str(config_or_name_or_folder), config_or_name_or_folder)
     if not isinstance(config, LlamaConfig):
         source = config if source is None else source
         config = read_config(config)
-    names = NAMES
+    with torch.device("meta"):
+        model = Llama(config)
     if source is None:
-        with torch.device("meta"):
-            model = Llama(config)
         initialise(model.to_empty(device="cpu"), torch.Generator().manual_seed(0))
     else:
-        with torch.device("meta"):
-            model = Llama(config)
         skip = SKIP | ({"lm_head.weight": "tied"} if config.tie_word_embeddings else {})
-        if find_file(source, FILES + META_FILES).name in META_FILES and not Path(source).is_file():
-            tensors, names = read_meta(source, config), META_NAMES
-        else:
-            tensors = read_tensors(source, FILES)
+        file = find_file(source, FILES + META_FILES)
+        meta = file.name in META_FILES and file != Path(source)
+        tensors = read_meta(source, config) if meta else read_tensors(source, FILES)
+        names = META_NAMES if meta else NAMES
         assign_weights(model, tensors, names, skip, f"{config.name} from {source}", dtype)
     return model.to(device, dtype)
 
@@ -457,48 +429,41 @@ def read_meta(source: str | Path, config: LlamaConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def read_params(path: Path, source: str | Path) -> LlamaConfig:
-    """The configuration of Meta's params.json; what it leaves out is read off the weights."""
-    found = read_json(path)
-    tensors = read_tensors(source, META_FILES)
-    shards = found["dim"] // tensors["layers.0.attention.wq.weight"].shape[0]
-    return LlamaConfig(
-        name=Path(source).name,
-        source=str(source),
-        vocab_size=tensors["tok_embeddings.weight"].shape[0],
-        hidden_size=found["dim"],
-        intermediate_size=tensors["layers.0.feed_forward.w1.weight"].shape[0] * shards,
-        num_layers=found["n_layers"],
-        num_heads=found["n_heads"],
-        num_kv_heads=found.get("n_kv_heads") or found["n_heads"],
-        norm_eps=found["norm_eps"],
-    )
-
-
 def read_config(source: str | Path) -> LlamaConfig:
-    """The configuration of a folder or hub id."""
+    """The configuration of a folder or hub id, by Hugging Face's config.json or Meta's params.json.
+
+    What Meta's leaves out is read off the weights.
+    """
     path = find_file(source, ("config.json", "params.json"))
-    if path.name == "params.json":
-        return read_params(path, source)
     found = read_json(path)
+    if path.name == "params.json":
+        tensors = read_tensors(source, META_FILES)
+        shards = found["dim"] // tensors["layers.0.attention.wq.weight"].shape[0]
+        found = {
+            "model_type": "llama",
+            "vocab_size": tensors["tok_embeddings.weight"].shape[0],
+            "hidden_size": found["dim"],
+            "intermediate_size": tensors["layers.0.feed_forward.w1.weight"].shape[0] * shards,
+            "num_hidden_layers": found["n_layers"],
+            "num_attention_heads": found["n_heads"],
+            "num_key_value_heads": found.get("n_kv_heads") or found["n_heads"],
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": found["norm_eps"],
+        }
     rotary = found.get("rope_parameters") or {}  # transformers 5; earlier: rope_theta, rope_scaling
-    unsupported = [
-        f"{key} = {found[key]!r}"
-        for key, plain in {
-            "rope_scaling": None, "attention_bias": False, "mlp_bias": False, "hidden_act": "silu",
-        }.items()
-        if found.get(key, plain) != plain
-    ]  # fmt: skip
-    if rotary.get("rope_type", "default") != "default":
-        unsupported.append(f"rope_type = {rotary['rope_type']!r}")
-    if found.get("model_type") != "llama" or unsupported:
+    found = {"model_type": None, **found, "rope_type": rotary.get("rope_type", "default")}
+    plain = {
+        "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+        "rope_type": "default", "rope_scaling": None,
+    }  # fmt: skip
+    odd = [f"{k} = {found[k]!r}" for k, value in plain.items() if found.get(k, value) != value]
+    if odd:
         raise CheckpointError(
-            f"{source} is no plain LLaMA: {', '.join(unsupported) or found.get('model_type')}.",
+            f"{source} is no plain LLaMA: {', '.join(odd)}.",
             "this file has the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only.",
             "choose one of those.",
         )
-    name = Path(source).name
-    hub_id = str(source).partition("@")[0]  # a pinned revision is the same model
+    name, hub_id = Path(source).name, str(source).partition("@")[0]  # pinned: the same model
     known = [c for c in LLAMAS.values() if c.source == hub_id or c.name == name]
     return LlamaConfig(
         name=known[0].name if known else name,
@@ -520,21 +485,18 @@ def read_config(source: str | Path) -> LlamaConfig:
 # ---------------------------------------------------------------------------------------- tokenizer
 
 
-@dataclass
 class Tokenizer:
     """LLaMA's SentencePiece model: text -> ids and back. BOS and </s> are never added silently."""
 
-    path: str | Path
-    pieces: sentencepiece.SentencePieceProcessor = field(init=False, repr=False)
-
-    def __post_init__(self):
-        if not Path(self.path).is_file():
+    def __init__(self, path: str | Path):
+        if not Path(path).is_file():
             raise CheckpointError(
-                f"No tokenizer at {self.path}.",
+                f"No tokenizer at {path}.",
                 "text becomes ids by a SentencePiece model.",
                 "point at LLaMA-2's tokenizer.model; it lies beside the weights.",
             )
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        self.path = path
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         self.vocab_size = self.pieces.vocab_size()
 

@@ -25,7 +25,9 @@ import encoders
 from encoders import (
     ENCODERS,
     FAMILIES,
-    RELEASED,
+    FILES,
+    NAMES,
+    PREFIXES,
     CheckpointError,
     Encoder,
     EncoderConfig,
@@ -187,8 +189,8 @@ def naive_attention(x: Tensor, attention: nn.Module, heads: int) -> Tensor:
 
 def naive_block(x: Tensor, block: nn.Module, heads: int, eps: float, activation) -> Tensor:
     """x + g1 attention(norm x), then x + g2 mlp(norm x); g = 1 without LayerScale."""
-    gamma_1 = getattr(block.attention_scale, "gamma", 1.0)
-    gamma_2 = getattr(block.mlp_scale, "gamma", 1.0)
+    gamma_1 = block.attention_scale
+    gamma_2 = block.mlp_scale
     x = x + gamma_1 * naive_attention(
         layer_norm(x, block.attention_norm, eps), block.attention, heads
     )
@@ -456,8 +458,8 @@ def test_dinov2_with_registers_equals_transformers_before_its_last_block(dtype, 
         "register_tokens": "embeddings.register_tokens",
         "position_embedding": "position",
         "patch_embedding": "embeddings.patch_embeddings.projection",
-        "blocks.*.attention_scale.gamma": "encoder.layer.*.layer_scale1.lambda1",
-        "blocks.*.mlp_scale.gamma": "encoder.layer.*.layer_scale2.lambda1",
+        "blocks.*.attention_scale": "encoder.layer.*.layer_scale1.lambda1",
+        "blocks.*.mlp_scale": "encoder.layer.*.layer_scale2.lambda1",
         **block_table("encoder.layer", ("norm1", "norm2"), "attention", "o_proj"),
     }
     take_weights(encoder, state, table)
@@ -561,7 +563,7 @@ def test_a_released_file_loads_without_the_parts_that_are_not_used(name, tmp_pat
     """Its last block (but ViViT's), final norm, pooling heads and text tower are known and unread;
     the features are those of the complete encoder, taken at the block the specification says."""
     everything, tensors = released(name, tmp_path)
-    save_file(tensors, tmp_path / RELEASED[everything.config.released_as].files[0])
+    save_file(tensors, tmp_path / FILES[0])
     encoder = load_encoder(tiny(name), tmp_path)
     assert len(encoder.blocks) == (3 if name == "vivit" else 2)
     frames = clip(encoder.config, dtype=torch.float32)
@@ -574,8 +576,8 @@ def test_a_pytorch_bin_in_a_folder_loads_too(name, tmp_path):
     _, tensors = released(name, tmp_path)
     torch.save(tensors, tmp_path / "pytorch_model.bin")
     encoder = load_encoder(tiny(name), tmp_path)
-    keys = released_names("blocks.1.mlp.up_proj.weight", RELEASED[encoder.config.released_as].names)
-    prefix = RELEASED[encoder.config.released_as].prefixes[0]
+    keys = released_names("blocks.1.mlp.up_proj.weight", NAMES[encoder.config.family])
+    prefix = PREFIXES[encoder.config.family][0]
     assert torch.equal(encoder.blocks[1].mlp.up_proj.weight, tensors[prefix + keys[0]])
 
 
@@ -655,6 +657,17 @@ def test_positions_that_are_no_square_grid_are_a_mis_shaped_tensor(tmp_path):
     message = complaint("dinov2", tensors, tmp_path)
     assert "mis-shaped" in message
     assert "pos_embed" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [("dinov2", "pos_embed"), ("languagebind", "vision_model.encoder.layers.0.temporal_embedding")],
+)
+def test_positions_without_their_dimensions_are_a_mis_shaped_tensor(name, tensor, tmp_path):
+    """What is read off a tensor's shape before the strict loader must not fail before it."""
+    _, tensors = released(name, tmp_path)
+    message = complaint(name, tensors | {tensor: torch.ones(5)}, tmp_path)
+    assert f"mis-shaped  {tensor.removeprefix('vision_model.')}: [5]" in message
 
 
 def test_all_problems_stand_in_one_error_with_a_reason_and_a_way_out(tmp_path):
@@ -773,13 +786,12 @@ UNREAD = {
 def test_the_names_we_read_are_the_names_of_the_release(name, shared_folder):
     manifest = json.loads((shared_folder / "manifests" / f"{name}.json").read_text())
     config = ENCODERS[name]
-    table = RELEASED[config.released_as]
     with torch.device("meta"):
         encoder = FAMILIES[config.family](config)
     ours = {
-        table.prefixes[0] + theirs
+        PREFIXES[config.family][0] + theirs
         for key in encoder.state_dict()
-        for theirs in released_names(key, table.names)
+        for theirs in released_names(key, NAMES[config.family])
     }
     assert ours == {key for key in manifest if not key.startswith(UNREAD[name])}
 
@@ -824,6 +836,13 @@ def test_a_damaged_file_is_reported_as_such(file, tmp_path):
         read_tensors(tmp_path, (file,))
 
 
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": []}', "{"])
+def test_an_index_that_names_no_shards_is_reported_as_damaged(content, tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"Cannot read .*index\.json"):
+        read_tensors(tmp_path, FILES)
+
+
 class Dangerous:
     """Unpickling this would create a file."""
 
@@ -842,13 +861,13 @@ def test_a_pickle_that_runs_code_is_refused_before_it_runs(tmp_path):
 
 
 def test_a_path_that_does_not_exist_is_no_checkpoint(tmp_path):
-    with pytest.raises(CheckpointError, match=r"No checkpoint at .*nowhere"):
+    with pytest.raises(CheckpointError, match=r"Found no model.safetensors .*nowhere"):
         load_encoder(tiny("vivit"), tmp_path / "nowhere" / "model.safetensors")
 
 
 def test_a_folder_without_weights_says_what_it_looked_for(tmp_path):
     with pytest.raises(
-        CheckpointError, match=r"has none of model\.safetensors, pytorch_model\.bin"
+        CheckpointError, match=r"Found no model\.safetensors or .*pytorch_model\.bin"
     ):
         load_encoder(tiny("vivit"), tmp_path)
 
@@ -881,10 +900,14 @@ def hub_that_raises(error_class, monkeypatch) -> list[tuple]:
 @pytest.mark.parametrize(
     ("error", "what", "fix"),
     [
-        (hub_errors.GatedRepoError, "refuses owner/name", "huggingface.co/owner/name"),
-        (hub_errors.RepositoryNotFoundError, "has no owner/name", "check the name"),
-        (hub_errors.RevisionNotFoundError, "owner/name has no revision main", "check"),
-        (hub_errors.LocalEntryNotFoundError, "Cannot get a.bin", "hf download owner/name"),
+        (hub_errors.GatedRepoError, "owner asks to accept a licence", "huggingface.co/owner/name"),
+        (hub_errors.RepositoryNotFoundError, "the hub has no owner/name", "check the name"),
+        (hub_errors.RevisionNotFoundError, "no branch, tag or commit main", "check"),
+        (
+            hub_errors.LocalEntryNotFoundError,
+            "not in the cache.*a.bin or b.bin",
+            "hf download owner/name",
+        ),
     ],
 )
 def test_what_the_hub_refuses_is_explained(error, what, fix, monkeypatch):
@@ -892,6 +915,7 @@ def test_what_the_hub_refuses_is_explained(error, what, fix, monkeypatch):
     with pytest.raises(CheckpointError, match=what) as caught:
         find_file("owner/name@main", ("a.bin", "b.bin"))
     assert fix in str(caught.value)
+    assert "Cannot download owner/name@main." in str(caught.value)
     # What is not in the cache may be there under another name; any other refusal is final.
     asked = ["a.bin", "b.bin"] if error is hub_errors.LocalEntryNotFoundError else ["a.bin"]
     assert calls == [("owner/name", name, "main") for name in asked]
@@ -899,7 +923,7 @@ def test_what_the_hub_refuses_is_explained(error, what, fix, monkeypatch):
 
 def test_a_file_the_repository_lacks_makes_room_for_the_next_name(monkeypatch):
     calls = hub_that_raises(hub_errors.EntryNotFoundError, monkeypatch)
-    with pytest.raises(CheckpointError, match=r"has none of a\.bin, b\.bin"):
+    with pytest.raises(CheckpointError, match=r"Found no a\.bin or b\.bin at owner/name"):
         find_file("owner/name", ("a.bin", "b.bin"))
     assert calls == [("owner/name", "a.bin", None), ("owner/name", "b.bin", None)]
 

@@ -24,7 +24,7 @@ from hub_server import Fault, Hub, commit
 from safetensors.torch import load_file, save
 from torch import nn
 
-from encoders import ENCODERS, CheckpointError, EncoderConfig, load_encoder, save_encoder
+from encoders import ENCODERS, FILES, CheckpointError, EncoderConfig, load_encoder, save_encoder
 from llama import LLAMAS, load_llama
 
 pytestmark = pytest.mark.slow
@@ -276,9 +276,8 @@ def test_offline_and_never_downloaded_is_explained(hub, offline, tmp_path):
     hub.publish("owner/never", {"model.safetensors": encoder_file(tmp_path)})
     with pytest.raises(CheckpointError) as error:
         offline.load(load_encoder, SIGLIP, "owner/never")
-    assert "Cannot get model.safetensors" in str(error.value)
-    assert "of owner/never" in str(error.value)
-    assert "Why: it is not in the cache and the hub is out of reach." in str(error.value)
+    assert "Cannot download owner/never." in str(error.value)
+    assert "Why: not in the cache, and the hub is out of reach: model.saf" in str(error.value)
     assert "Fix: connect, or run `hf download owner/never` beforehand" in str(error.value)
     assert hub.asked("owner/never") == []
 
@@ -317,16 +316,16 @@ def test_a_gated_repository_is_explained(hub, online):
     gated = hub.publish("owner/gated", {"model.safetensors": b""})
     gated.refusal = (401, {"X-Error-Code": "GatedRepo"})
     assert explanation(online, load_encoder, SIGLIP, "owner/gated") == (
-        "The hub refuses owner/gated.\n"
-        "Why: its owner asks for a licence to be accepted first.\n"
+        "Cannot download owner/gated.\n"
+        "Why: its owner asks to accept a licence first.\n"
         "Fix: accept it at https://huggingface.co/owner/gated, then run `hf auth login`."
     )
 
 
 def test_a_repository_that_does_not_exist_is_explained(online):
     assert explanation(online, load_encoder, SIGLIP, "owner/nobody") == (
-        "The hub has no owner/nobody.\n"
-        "Why: the name is wrong, or the repository is private.\n"
+        "Cannot download owner/nobody.\n"
+        "Why: the hub has no owner/nobody, or it is private.\n"
         "Fix: check the name (a local path must exist); for a private one run `hf auth login`."
     )
 
@@ -334,8 +333,8 @@ def test_a_repository_that_does_not_exist_is_explained(online):
 def test_a_revision_that_does_not_exist_is_explained(hub, online):
     hub.publish("owner/revisions", {"model.safetensors": b""})
     assert explanation(online, load_encoder, SIGLIP, "owner/revisions@v7") == (
-        "owner/revisions has no revision v7.\n"
-        "Why: a revision is a branch, a tag or a commit of that repository.\n"
+        "Cannot download owner/revisions@v7.\n"
+        "Why: it has no branch, tag or commit v7.\n"
         "Fix: check it at https://huggingface.co/owner/revisions/tree/main."
     )
 
@@ -363,13 +362,11 @@ def test_a_repository_without_weights_is_explained(hub, online):
     """Each name that the released format may have is looked for, then all are told."""
     hub.publish("owner/empty", {"README.md": b"weights follow"})
     assert explanation(online, load_encoder, SIGLIP, "owner/empty") == (
-        "owner/empty has none of model.safetensors, open_clip_pytorch_model.bin.\n"
-        "Why: that is how released weights are named.\n"
-        "Fix: point at the folder that holds them, or at the file itself."
+        f"Found no {' or '.join(FILES)} at owner/empty.\n"
+        "Why: a source is a folder or a hub id (owner/name) with such a file, or the file itself.\n"
+        "Fix: check the path or the name, and that the download or copy is complete."
     )
-    assert [path.rpartition("/")[2] for _, path, _ in hub.asked("owner/empty")] == [
-        "model.safetensors", "open_clip_pytorch_model.bin"
-    ]  # fmt: skip
+    assert [path.rpartition("/")[2] for _, path, _ in hub.asked("owner/empty")] == [*FILES]
 
 
 # ------------------------------------------------------------------------- downloads that break off
@@ -460,7 +457,7 @@ def test_a_shard_that_the_hub_lacks_is_named(hub, online):
     del files["model-00002-of-00002.safetensors"]
     hub.publish("owner/lacking", files)
     message = explanation(online, load_llama, "owner/lacking")
-    assert "owner/lacking has none of model-00002-of-00002.safetensors." in message
+    assert "Found no model-00002-of-00002.safetensors at owner/lacking." in message
 
 
 @pytest.mark.parametrize("source", ["lmsys/vicuna-7b-v1.5", "lmsys/vicuna-7b-v1.5@v1"])
