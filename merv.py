@@ -37,21 +37,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import encoders as files
 from data import IGNORE, TEMPLATES, Batch, load_pixels, preprocess, render_prompt, tokenize
-from encoders import (
-    ENCODERS,
-    CheckpointError,
-    EncoderConfig,
-    UserError,
-    assign_weights,
-    find_file,
-    initialise,
-    load_encoder,
-    read_json,
-    read_tensors,
-    save_encoder,
-    save_tensors,
-)
+from encoders import ENCODERS, CheckpointError, EncoderConfig, UserError, assign_weights, initialise
 from llama import LLAMAS, KVCache, Llama, LlamaConfig, Tokenizer, load_llama
 from llama import NAMES as LLAMA_NAMES
 from llama import SKIP as LLAMA_SKIP
@@ -90,8 +78,7 @@ class MERVConfig:
             rgb = "pixel_mean", "pixel_std"
             encoders = [e | {key: tuple(e[key]) for key in rgb} for e in values["encoders"]]
             encoders = tuple(EncoderConfig(**e) for e in encoders)
-            llm = LlamaConfig(**values["llm"])
-            return cls(**values | {"encoders": encoders, "llm": llm})
+            return cls(**values | {"encoders": encoders, "llm": LlamaConfig(**values["llm"])})
         except (KeyError, TypeError) as error:
             why, fix = "another version wrote it, or a hand changed it.", "train or copy it again."
             raise CheckpointError(f"config.json describes no MERV: {error!r}.", why, fix) from error
@@ -126,8 +113,9 @@ class PooledProjector(nn.Module):
     def pool(self, v: Tensor) -> Tensor:
         """Before any parameter, so once a clip: (b, t, h_e, w_e, d_e) -> (b, t, h, w, d_e)."""
         # WHY: pooling and the Linear commute (both are linear), so pool first: 4 times less work.
-        size = (v.shape[1] // self.time_stride, self.side, self.side)
-        return F.adaptive_avg_pool3d(v.movedim(-1, 1), size).movedim(1, -1)
+        frames = F.adaptive_avg_pool2d(v.flatten(0, 1).permute(0, 3, 1, 2), self.side)
+        pooled = frames.permute(0, 2, 3, 1).unflatten(0, (len(v), -1, self.time_stride))
+        return pooled.mean(2)  # over the frames that become one
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(b, t, h, w, d_e) -> (b, n, d)."""
@@ -135,10 +123,7 @@ class PooledProjector(nn.Module):
 
 
 class Mixer(nn.Module):
-    """Projected features (b, e, n, d) -> visual tokens (b, n, d) and weights (b, e), float32.
-
-    The weights of a clip sum to 1. As it stands each is 1/e: the last row of table 2c.
-    """
+    """Table 2c, 25 % each: x_e (b, e, n, d) -> tokens (b, n, d), weights (b, e), here 1/e."""
 
     def __init__(self, d: int, e: int = 4):
         super().__init__()
@@ -179,7 +164,7 @@ class LearnedMixer(Mixer):
 
 
 class SequenceMixer(Mixer):
-    """Table 2c, concat (seq): the encoders' tokens one after the other, (b, e * n, d)."""
+    """Table 2c, concat (seq): all encoders' tokens in a row, (b, e * n, d); 1/e is a share of them."""
 
     def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
         return x_bend.flatten(1, 2), self.weigh(x_bend)
@@ -190,7 +175,7 @@ class ChannelMixer(Mixer):
 
     def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
         # WHY: [v_1 v_2] [W_1; W_2] + b = v_1 W_1 + v_2 W_2 + b: the projectors hold the parts of
-        # that matrix, and their biases add up to b.
+        # that matrix, and their biases add up to b. Weights do not come into it: 1/e each.
         return x_bend.sum(1), self.weigh(x_bend)
 
 
@@ -222,23 +207,24 @@ class AttentionProjector(AllTokensProjector):
 class RegNetBlock(nn.Module):
     """1x1, depthwise 3x3, squeeze and excite, 1x1, around a shortcut (arXiv:2003.13678).
 
-    Channels last, where a 1x1 convolution is a Linear: (frames, h, w, wide_in) -> (..., wide).
+    Channels last, where a 1x1 convolution is a Linear: (b, t, h, w, wide_in) -> (..., wide).
     """
 
     def __init__(self, wide_in: int, wide: int):
         super().__init__()
-        self.enter, self.leave = nn.Linear(wide_in, wide, False), nn.Linear(wide, wide, False)
-        self.depthwise = nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False)
-        self.enter_norm, self.norm, self.leave_norm = (nn.LayerNorm(wide) for _ in range(3))
+        enter, leave, shortcut = (nn.Linear(w, wide, False) for w in (wide_in, wide, wide_in))
+        self.enter = nn.Sequential(enter, nn.LayerNorm(wide), nn.SiLU())
+        self.depthwise = nn.Conv3d(wide, wide, (1, 3, 3), padding="same", groups=wide, bias=False)
+        self.norm = nn.Sequential(nn.LayerNorm(wide), nn.SiLU())
         self.squeeze, self.excite = nn.Linear(wide, wide_in // 4), nn.Linear(wide_in // 4, wide)
-        shortcut = nn.Sequential(nn.Linear(wide_in, wide, False), nn.LayerNorm(wide))
-        self.shortcut = shortcut if wide_in != wide else nn.Identity()
+        self.leave = nn.Sequential(leave, nn.LayerNorm(wide))
+        same = wide_in == wide
+        self.shortcut = nn.Identity() if same else nn.Sequential(shortcut, nn.LayerNorm(wide))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.silu(self.enter_norm(self.enter(x))).permute(0, 3, 1, 2)
-        y = F.silu(self.norm(self.depthwise(y).permute(0, 2, 3, 1)))
-        gate = self.excite(F.silu(self.squeeze(y.mean((1, 2), keepdim=True)))).sigmoid()
-        return F.silu(self.leave_norm(self.leave(y * gate)) + self.shortcut(x))
+        y = self.norm(self.depthwise(self.enter(x).movedim(-1, 1)).movedim(1, -1))
+        gate = self.excite(F.silu(self.squeeze(y.mean((2, 3), keepdim=True)))).sigmoid()
+        return F.silu(self.leave(y * gate) + self.shortcut(x))
 
 
 class ConvProjector(AllTokensProjector):
@@ -250,9 +236,7 @@ class ConvProjector(AllTokensProjector):
         self.after = nn.Sequential(*(RegNetBlock(d, d) for _ in range(3)))
 
     def forward(self, v: Tensor) -> Tensor:
-        x = self.before(v.flatten(0, 1)).unflatten(0, v.shape[:2])
-        x = self.after(PooledProjector.pool(self, x).flatten(0, 1))
-        return super().forward(x.unflatten(0, v.shape[:2]))
+        return super().forward(self.after(PooledProjector.pool(self, self.before(v))))
 
 
 class Pooled3dProjector(PooledProjector):
@@ -273,8 +257,7 @@ class Conv3dProjector(Pooled3dProjector):
         return v
 
     def forward(self, v: Tensor) -> Tensor:
-        v = self.conv(v.movedim(-1, 1)).movedim(1, -1)
-        return super().forward(super().pool(v))
+        return super().forward(super().pool(self.conv(v.movedim(-1, 1)).movedim(1, -1)))
 
 
 PROJECTORS = {
@@ -312,17 +295,14 @@ class MERV(nn.Module):
             self.projectors[e.name] = projector(e.hidden_size, d, config.pooled_side)
         self.mixer = MIXERS[config.mixer](d, len(encoders))
 
-    # -------------------------------------------------------------------- video -> tokens -> loss
-
     @torch.no_grad()
     def features(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
         """encoder -> (v, T_e, 3, H, W) becomes encoder -> pooled (v, t, h, w, d_e); all frozen."""
-        pooled, lanes, dtype = {}, {}, next(self.encoders.parameters()).dtype
-        if self.streams and self.device.type == "cuda":
-            main = torch.cuda.current_stream(self.device)
-            lanes = {name: torch.cuda.Stream(self.device) for name in self.encoders}
+        pooled, dtype = {}, next(self.encoders.parameters()).dtype
+        gpu = self.device if self.streams and self.device.type == "cuda" else None
+        lanes = {name: torch.cuda.Stream(gpu) for name in self.encoders} if gpu else {}
         for lane in lanes.values():
-            lane.wait_stream(main)
+            lane.wait_stream(torch.cuda.current_stream(gpu))
         for name, encoder in self.encoders.items():
             with torch.cuda.stream(lanes.get(name)):  # None: where we are
                 frames, t = pixels[name].to(self.device), encoder.config.grid[0]
@@ -333,19 +313,17 @@ class MERV(nn.Module):
                 grid = encoder(frames.to(dtype)).expand(-1, t, -1, -1, -1)
                 pooled[name] = self.projectors[name].pool(grid)
         for name, lane in lanes.items():
-            main.wait_stream(lane)
-            pooled[name].record_stream(main)  # its memory is not given away before main is done
+            torch.cuda.current_stream(gpu).wait_stream(lane)
+            pooled[name].record_stream(torch.cuda.current_stream(gpu))  # which may still read it
         return pooled
 
-    def mix(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """encoder -> pooled (v, t, h, w, d_e) becomes visual tokens (v, n, d), weights (v, e)."""
+    def encode(self, videos: dict, features: dict | None = None) -> tuple[Tensor, Tensor]:
+        """Preprocessed clips, encoder -> (b, T_e, 3, H, W), or their `features` where these are
+        known: visual tokens (b, n, d), weights (b, e)."""
+        features = features or self.features(videos)
         dtype = next(self.projectors.parameters()).dtype
         x_e = [project(features[name].to(dtype)) for name, project in self.projectors.items()]
         return self.mixer(torch.stack(x_e, dim=1))
-
-    def encode(self, videos: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Preprocessed clips, encoder -> (b, T_e, 3, H, W): tokens (b, n, d), weights (b, e)."""
-        return self.mix(self.features(videos))
 
     def forward(self, batch: Batch, join: bool = False) -> tuple[Tensor, Tensor]:
         """Sum of cross-entropies over the labels of a batch, in nats, and mixing weights (v, e).
@@ -355,7 +333,7 @@ class MERV(nn.Module):
         """
         visual, weights = None, torch.empty(0, len(self.encoders))
         if len(batch.visual_rows):
-            visual, weights = self.mix(batch.features or self.features(batch.pixels))
+            visual, weights = self.encode(batch.pixels, batch.features)
         elif join:  # sharded encoders are gathered by all processes together: run, use nothing
             sides = {e.name: e.image_size for e in self.config.encoders}
             self.features({name: torch.zeros(1, 1, 3, s, s) for name, s in sides.items()})
@@ -387,8 +365,6 @@ class MERV(nn.Module):
         pad = torch.nn.utils.rnn.pad_sequence
         return pad(embeds, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE)
 
-    # ------------------------------------------------------------------------------------- answers
-
     @torch.no_grad()
     def prefill(self, pixels: dict[str, Tensor]) -> tuple[KVCache, Tensor]:
         """Run [BOS] + visual tokens of one clip through the LLM, once for all its questions.
@@ -406,9 +382,8 @@ class MERV(nn.Module):
         return cache, weights[0].float().cpu()
 
     def ask(self, videos, questions) -> Iterator[tuple[list[int], KVCache, Tensor, Tensor, Tensor]]:
-        """For each of the videos that `answer` takes: the numbers of its questions, its prefill,
-        the weights (e,), the prompts as one batch (b, s), padded on the right, their lengths (b,).
-        """
+        """For each video of `answer`: the numbers of its questions, its prefill and weights (e,),
+        the questions as one right-padded batch of prompts (b, s), and their lengths (b,)."""
         questions = [questions] if isinstance(questions, str) else questions
         videos = videos if isinstance(videos, list) else [videos] * len(questions)
         groups: dict[object, list[int]] = {}
@@ -442,11 +417,8 @@ class MERV(nn.Module):
 
     @torch.no_grad()
     def likelihoods(self, videos, questions, options: list[list[str]]) -> list[Tensor]:
-        """For each question the log-probability, in nats, that the answer begins with the first
-        token of each of its options: (number of options,), float32. Multiple choice: ["A", "B"].
-
-        videos, questions: as for `answer`; options that begin with the same token score the same.
-        """
+        """For each question the log-probabilities (k,), in nats, that its answer begins with the
+        first token of each of its k options, such as ["A", "B"]. The rest is as for `answer`."""
         found: dict[int, Tensor] = {}
         for indices, prefix, _, ids, lengths in self.ask(videos, questions):
             cache = KVCache(self.config.llm, *ids.shape, prefix.keys.dtype, self.device, prefix)
@@ -459,9 +431,8 @@ class MERV(nn.Module):
 
     def prompt_ids(self, question: str | list[dict[str, str]]) -> Tensor:
         """Ids of what follows [BOS] + visual tokens when a question is asked."""
-        if isinstance(question, str):
-            question = [{"from": "human", "value": question}]
-        turns = render_prompt(question, TEMPLATES[self.template])
+        turns = question if isinstance(question, list) else [{"from": "human", "value": question}]
+        turns = render_prompt(turns, TEMPLATES[self.template])
         return torch.tensor(tokenize(turns, self.tokenizer)[0][1:])
 
     def pixels(self, video: str | Path | Tensor | dict[str, Tensor] | None) -> dict[str, Tensor]:
@@ -471,8 +442,6 @@ class MERV(nn.Module):
         if isinstance(video, Tensor):
             return {e.name: preprocess(video, e) for e in self.config.encoders}
         return load_pixels(video, self.config.encoders)
-
-    # ------------------------------------------------------------------------------------- weights
 
     @property
     def device(self) -> torch.device:
@@ -488,7 +457,7 @@ class MERV(nn.Module):
             what = f"The tokenizer has {tokenizer.vocab_size} pieces, {config.llm.name} has fewer."
             fix = "take the tokenizer.model that lies beside the LLM's weights."
             raise UserError(what, "they do not belong together.", fix)
-        encoders = [load_encoder(e, e.source or None, dtype, device) for e in config.encoders]
+        encoders = [files.load_encoder(e, e.source or None, dtype, device) for e in config.encoders]
         # RoPE has no last position: where a video takes half of LLaMA-2's 4096, it trains beyond.
         copies = len(encoders) if config.mixer == "concat_sequence" else 1
         room = max(config.llm.max_positions, 2 * copies * math.prod(config.grid))
@@ -508,20 +477,19 @@ class MERV(nn.Module):
         Encoders of the hub stay references; others are copied. The folder gets its name when it is
         complete. state: full weights, if this model's are sharded.
         """
-        folder = Path(folder)
-        partial = folder.with_name(folder.name + ".partial")
+        partial = Path(f"{Path(folder)}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         state = self.state_dict() if state is None else state
         trained = {k: v.contiguous() for k, v in state.items() if not k.startswith("encoders.")}
-        save_tensors(trained, partial / "model.safetensors")
+        files.save_tensors(trained, partial / "model.safetensors")
         encoders = []
         for config in self.config.encoders:
             if not config.source or Path(config.source).exists():
                 prefix = f"encoders.{config.name}."
                 own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
                 config = replace(config, source=f"encoders/{config.name}.safetensors")
-                save_encoder(self.encoders[config.name], partial / config.source, own)
+                files.save_encoder(self.encoders[config.name], partial / config.source, own)
             encoders.append(config)
         shutil.copyfile(self.tokenizer.path, partial / "tokenizer.model")
         saved = asdict(replace(self.config, encoders=tuple(encoders)))
@@ -541,29 +509,28 @@ class MERV(nn.Module):
         """
         folder = Path(name_or_folder)
         folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
-        released = str(name_or_folder) in AUTHORS
-        place, inside = (AUTHORS_HUB, f"{name_or_folder}/") if released else (folder, "")
-        found = read_json(find_file(place, (inside + "config.json",)))
+        hub = str(name_or_folder) in AUTHORS
+        place, inside = ("tyleryzhu/merv", f"{name_or_folder}/") if hub else (folder, "")
+        found = files.read_json(files.find_file(place, (inside + "config.json",)))
         if "merv" in found:
             config, names, skip = MERVConfig.from_dict(found["merv"]), None, {}
-            tensors = read_tensors(place, ("model.safetensors",))
+            tensors = files.read_tensors(place, ("model.safetensors",))
         else:
             config, skip = authors_config(name_or_folder, found), LLAMA_SKIP
-            parts = read_tensors(place, (inside + "checkpoints/latest-checkpoint.pt",))["model"]
-            tensors, names = authors_tensors(config, parts)
+            parts = files.read_tensors(place, (inside + "checkpoints/latest-checkpoint.pt",))
+            tensors, names = authors_tensors(config, parts["model"])
         encoders = []
         for e in config.encoders:
             # A copied encoder is this folder's own: "" makes the next save_pretrained copy it too.
             copy = folder / e.source
             e = replace(e, source="") if copy.is_file() else e
             source = (sources or {}).get(e.name, e.source or copy)
-            encoders.append(load_encoder(e, source, dtype, device))
+            encoders.append(files.load_encoder(e, source, dtype, device))
         config = replace(config, encoders=tuple(encoder.config for encoder in encoders))
-        beside = folder / "tokenizer.model"
-        if not tokenizer and not beside.is_file():
-            beside = find_file(config.llm.source, ("tokenizer.model",))
+        home = folder if (folder / "tokenizer.model").is_file() else config.llm.source
+        tokenizer = Tokenizer(tokenizer or files.find_file(home, ("tokenizer.model",)))
         with torch.device("meta"):
-            model = cls(config, encoders, Llama(config.llm), Tokenizer(tokenizer or beside))
+            model = cls(config, encoders, Llama(config.llm), tokenizer)
         loaded, model.encoders = model.encoders, nn.ModuleDict()  # they have their weights
         assign_weights(model, tensors, names, skip, str(name_or_folder), dtype)
         model.encoders = loaded
@@ -584,8 +551,7 @@ class MERV(nn.Module):
 
 # ------------------------------------------------------------------------- the authors' checkpoints
 
-AUTHORS_HUB = "tyleryzhu/merv"
-AUTHORS = ("merv-frozen", "merv-full", *(f"{name}-single" for name in FOUR))
+AUTHORS = ("merv-frozen", "merv-full", *(f"{name}-single" for name in FOUR))  # at tyleryzhu/merv
 AUTHORS_ENCODERS = {  # their names -> ours
     "languagebind-video-noclass": "languagebind",
     "dinov2-video-all-tokens": "dinov2",
@@ -607,24 +573,18 @@ def authors_config(name: str | Path, found: dict) -> MERVConfig:
             config = MERVConfig(Path(name).name, encoders, llm, side, projector)
             if tokens in (None, math.prod(config.grid)):
                 return config
-    raise CheckpointError(
-        f"{name}/config.json asks for {tokens} visual tokens from the encoders {backbones}.",
-        f"known are {', '.join(AUTHORS_ENCODERS)}, pooled or with all their patches.",
-        "give a run of train.py, a folder of save_pretrained, or a released MERV.",
-    )
+    what = f"{name}/config.json asks for {tokens} visual tokens from the encoders {backbones}."
+    why = f"known are {', '.join(AUTHORS_ENCODERS)}, pooled or with all their patches."
+    raise CheckpointError(what, why, "give a run of train.py or a released MERV.")
 
 
 def authors_tensors(config: MERVConfig, parts: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of an authors' checkpoint, and which of them is which of ours.
-
-    Older files say `projector` without a number, and `adapter`.
-    """
+    """The authors' tensors, and our name -> theirs. Older files say `projector` and `adapter`."""
     tensors = {k.removeprefix("llm."): v for k, v in parts["llm_backbone"].items()}
     for key, tensor in parts.get("projectors", parts.get("projector", {})).items():
         tensors["projectors." + (key if key[0].isdigit() else f"0.{key}")] = tensor
     fusion = parts.get("feature_fusion", parts.get("adapter", {}))
-    # The softmax over a single encoder is 1, whatever the query.
-    needless = len(config.encoders) == 1 and not fusion
+    needless = len(config.encoders) == 1 and not fusion  # the softmax over one is 1 in any case
     tensors["query"] = torch.zeros(config.llm.hidden_size) if needless else fold_query(fusion)
     names = {f"llm.{ours}": theirs for ours, theirs in LLAMA_NAMES.items()}
     names["mixer.query"] = "query"
@@ -643,11 +603,12 @@ def fold_query(fusion: dict[str, Tensor]) -> Tensor:
     """
     inner, d = fusion.get("attention.k_proj_weight", torch.empty(1, 1)).shape
     with torch.device("meta"):
+        attention = nn.MultiheadAttention(inner, 1, kdim=d, vdim=d)
         theirs = nn.ParameterDict({"Q": torch.empty(1, inner)})
-        theirs.attention = nn.MultiheadAttention(inner, 1, kdim=d, vdim=d)
+        theirs.attention = attention
     assign_weights(theirs, fusion, None, {}, "the fusion module", torch.float64)
-    query = theirs.attention.q_proj_weight @ theirs.Q[0] + theirs.attention.in_proj_bias[:inner]
-    return theirs.attention.k_proj_weight.mT @ query * math.sqrt(d / inner)
+    query = attention.q_proj_weight @ theirs.Q[0] + attention.in_proj_bias[:inner]
+    return attention.k_proj_weight.mT @ query * math.sqrt(d / inner)
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -686,12 +647,12 @@ def trace() -> None:
 
     show("frames sampled (T, 3, H, W)", frames)
     for name, pooled in model.features(pixels).items():
-        show(f"\n{name}\n  preprocessed (b, T_e, 3, H, W)", pixels[name])
+        show(f"{name.removeprefix('miniature-')} preprocessed (b, T_e, 3, H, W)", pixels[name])
         show("  encoder -> grid (b, t, h_e, w_e, d_e)", model.encoders[name](pixels[name]))
         show("  pooled (b, t, h, w, d_e), eq. 1", pooled)
         show("  projected (b, n, d), eq. 1", model.projectors[name](pooled))
     visual, weights = model.encode(pixels)
-    show("\nmixing weights (eq. 2) (b, e)", weights)
+    print(f"{'mixing weights (eq. 2), which sum to 1':<44} {weights.detach().numpy().round(4)}")
     show("visual tokens (b, n, d), eq. 2", visual)
     text, n = len(model.prompt_ids(question)), visual.shape[1]
     print(f"LLM input: [BOS] + {n} visual + {text} text tokens, which are bytes here")
@@ -723,8 +684,7 @@ def option(default: object, text: str):
 def parse_options(cls: type, arguments: list[str] | None, description: str):
     """Fill the dataclass `cls` from the command line: --field-name VALUE for each field.
 
-    Flags are --name and --no-name; a tuple takes all that has no name. An unknown option is an
-    error that names the nearest one.
+    Flags are --name and --no-name; a tuple takes what has no name. Typing errors are explained.
     """
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=style)
@@ -737,9 +697,8 @@ def parse_options(cls: type, arguments: list[str] | None, description: str):
         parser.add_argument(name, default=f.default, help=f.metadata["help"], **how)
     values, unknown = parser.parse_known_args(arguments)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        parser.error(f"unknown option {unknown[0]}{hint}")
+        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1) or ["--help"]
+        parser.error(f"unknown option {unknown[0]}; did you mean {near[0]}?")
     return cls(**vars(values))
 
 
@@ -753,9 +712,8 @@ def choose(table: dict, name: str, what: str):
 def progress(what: str, done: int, total: int, note: str = "") -> None:
     """One line on stderr: rewritten in place on a terminal, every tenth of the way elsewhere."""
     live = sys.stderr.isatty()
-    if live or done == total or done * 10 // total > (done - 1) * 10 // total:
-        bar = "#" * (20 * done // total)
-        text = f"{what:<20} [{bar:<20}] {done}/{total} {note}"
+    if live or done * 10 // total > (done - 1) * 10 // total:
+        text = f"{what:<20} [{'#' * (20 * done // total):<20}] {done}/{total} {note}"
         end = "\n" if done == total or not live else ""
         print(("\r\x1b[K" if live else "") + text, end=end, file=sys.stderr, flush=True)
 
@@ -768,10 +726,8 @@ class AskConfig:
     checkpoint: str = option("", f"a run, a folder or one of {', '.join(AUTHORS)}; '': latest run")
     tokenizer: str = option("", "tokenizer.model, where the checkpoint has none")
     start: float = option(0.0, "first second of the clip")
-    end: float = option(math.inf, "last second of the clip")
+    end: float = option(0.0, "last second of the clip; 0: all of it")
     max_new_tokens: int = option(256, "longest answer, in tokens")
-    temperature: float = option(0.0, "0 is greedy")
-    seed: int = option(0, "of sampling, if the temperature is above 0")
     device: str = option("auto", "auto, cuda, mps or cpu")
     dtype: str = option("float32", "float32 or bfloat16")
     ask: tuple[str, ...] = option((), "a video, GIF, image or folder of images, then questions")
@@ -786,21 +742,18 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit('error: give a video and a question, or --trace: merv.py clip.mp4 "What is it?"')
     video, *questions = args.ask
     try:
-        device = pick_device(args.device)
         checkpoint = args.checkpoint or latest_run()
         dtype = choose({"float32": torch.float32, "bfloat16": torch.bfloat16}, args.dtype, "dtype")
-        model = MERV.from_pretrained(checkpoint, dtype, device, args.tokenizer or None)
-        cut = (args.start or None, args.end if args.end < math.inf else None)
-        pixels = load_pixels(video, model.config.encoders, *cut)
-        length, generator = args.max_new_tokens, torch.Generator(device).manual_seed(args.seed)
-        answers = model.answer(pixels, questions, length, args.temperature, generator=generator)
+        device, tokenizer = pick_device(args.device), args.tokenizer or None
+        model = MERV.from_pretrained(checkpoint, dtype, device, tokenizer)
+        pixels = load_pixels(video, model.config.encoders, args.start or None, args.end or None)
+        answers = model.answer(pixels, questions, args.max_new_tokens)
     except UserError as error:
         sys.exit(f"error: {error}")
     for question, answer in zip(questions, answers, strict=True):
         print(f"Q: {question}\nA: {answer.text}")
-    names = [e.name.removeprefix("miniature-") for e in model.config.encoders]
-    weights = zip(names, answers[0].weights.tolist(), strict=True)
-    print("mix: " + "  ".join(f"{name} {weight:.2f}" for name, weight in weights))
+    mix = zip(model.config.encoders, answers[0].weights.tolist(), strict=True)
+    print("mix: " + "  ".join(f"{e.name.removeprefix('miniature-')} {w:.2f}" for e, w in mix))
 
 
 if __name__ == "__main__":
