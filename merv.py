@@ -29,6 +29,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -36,22 +37,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import encoders as files
 from data import IGNORE, TEMPLATES, Batch, load_pixels, preprocess, render_prompt, tokenize
-from encoders import (
-    ENCODERS,
-    CheckpointError,
-    Encoder,
-    EncoderConfig,
-    UserError,
-    assign_weights,
-    find_file,
-    initialise,
-    load_encoder,
-    read_json,
-    read_tensors,
-    save_encoder,
-    save_tensors,
-)
+from encoders import ENCODERS, CheckpointError, EncoderConfig, UserError, assign_weights, initialise
 from llama import LLAMAS, KVCache, Llama, LlamaConfig, Tokenizer, load_llama
 from llama import NAMES as LLAMA_NAMES
 from llama import SKIP as LLAMA_SKIP
@@ -86,30 +74,25 @@ class MERVConfig:
     @classmethod
     def from_dict(cls, values: dict) -> MERVConfig:
         """The inverse of dataclasses.asdict, after JSON made lists of tuples."""
-        encoders = [
-            EncoderConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in e.items()})
-            for e in values["encoders"]
-        ]
-        llm = LlamaConfig(**values["llm"])
-        return cls(**values | {"encoders": tuple(encoders), "llm": llm})
+        try:
+            rgb = "pixel_mean", "pixel_std"
+            encoders = [e | {key: tuple(e[key]) for key in rgb} for e in values["encoders"]]
+            encoders = tuple(EncoderConfig(**e) for e in encoders)
+            return cls(**values | {"encoders": encoders, "llm": LlamaConfig(**values["llm"])})
+        except (KeyError, TypeError) as error:
+            why, fix = "another version wrote it, or a hand changed it.", "train or copy it again."
+            raise CheckpointError(f"config.json describes no MERV: {error!r}.", why, fix) from error
 
 
 FOUR = ("languagebind", "dinov2", "vivit", "siglip")
-
-
-def _presets() -> dict[str, MERVConfig]:
-    four, llama = [ENCODERS[name] for name in FOUR], LLAMAS["llama2-7b"]
-    configs = [MERVConfig("merv", tuple(four), llama)]
-    for one in four:
-        others = tuple(encoder for encoder in four if encoder != one)
-        configs.append(MERVConfig(f"{one.name}-single", (one,), llama))
-        configs.append(MERVConfig(f"without-{one.name}", others, llama))
-    small = tuple(ENCODERS[f"miniature-{name}"] for name in FOUR)
-    configs.append(MERVConfig("miniature", small, LLAMAS["miniature"], pooled_side=2))
-    return {config.name: config for config in configs}
-
-
-MERVS: dict[str, MERVConfig] = _presets()
+_SETS = {"merv": FOUR} | {f"{one}-single": (one,) for one in FOUR}
+_SETS |= {f"without-{one}": tuple(name for name in FOUR if name != one) for one in FOUR}
+MERVS: dict[str, MERVConfig] = {
+    name: MERVConfig(name, tuple(ENCODERS[one] for one in names), LLAMAS["llama2-7b"])
+    for name, names in _SETS.items()
+}
+_small = tuple(ENCODERS[f"miniature-{name}"] for name in FOUR)
+MERVS["miniature"] = MERVConfig("miniature", _small, LLAMAS["miniature"], pooled_side=2)
 
 # ------------------------------------------------------------------------------ projector and mixer
 
@@ -130,36 +113,70 @@ class PooledProjector(nn.Module):
     def pool(self, v: Tensor) -> Tensor:
         """Before any parameter, so once a clip: (b, t, h_e, w_e, d_e) -> (b, t, h, w, d_e)."""
         # WHY: pooling and the Linear commute (both are linear), so pool first: 4 times less work.
-        return over_frames(lambda frames: F.adaptive_avg_pool2d(frames, self.side), v)
+        frames = F.adaptive_avg_pool2d(v.flatten(0, 1).permute(0, 3, 1, 2), self.side)
+        pooled = frames.permute(0, 2, 3, 1).unflatten(0, (len(v), -1, self.time_stride))
+        return pooled.mean(2)  # over the frames that become one
 
     def forward(self, pooled: Tensor) -> Tensor:
         """(b, t, h, w, d_e) -> (b, n, d)."""
         return self.linear(pooled).flatten(1, 3)
 
 
-def over_frames(layer, v: Tensor) -> Tensor:
-    """Apply an image layer, channels first, to every frame of (b, t, h, w, channels)."""
-    frames = layer(v.flatten(0, 1).permute(0, 3, 1, 2))
-    return frames.permute(0, 2, 3, 1).unflatten(0, v.shape[:2])
+class Mixer(nn.Module):
+    """Table 2c, 25 % each: x_e (b, e, n, d) -> tokens (b, n, d), weights (b, e), here 1/e."""
 
-
-class CrossAttentionMixer(nn.Module):
-    """Equation 2: one learned query asks every encoder's mean token how much of it to take."""
-
-    def __init__(self, d: int):
+    def __init__(self, d: int, e: int = 4):
         super().__init__()
-        self.query = nn.Parameter(torch.zeros(d))  # Q
+
+    def weigh(self, x_bend: Tensor) -> Tensor:
+        return torch.full(x_bend.shape[:2], 1 / x_bend.shape[1], device=x_bend.device)
 
     def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
-        """Projected features -> their mixture (b, n, d) and the weights (b, e), which sum to 1."""
+        weight_be = self.weigh(x_bend)
+        return torch.einsum("be,bend->bnd", weight_be.to(x_bend.dtype), x_bend), weight_be
+
+
+class CrossAttentionMixer(Mixer):
+    """Equation 2: one learned query asks every encoder's mean token how much of it to take."""
+
+    def __init__(self, d: int, e: int = 4):
+        super().__init__(d, e)
+        self.query = nn.Parameter(torch.zeros(d))  # Q
+
+    def weigh(self, x_bend: Tensor) -> Tensor:
         key_bed = x_bend.mean(2)  # one key an encoder, not one a token: a clip has one mixture
         score_be = key_bed @ self.query / math.sqrt(x_bend.shape[-1])
-        weight_be = score_be.float().softmax(-1)
-        mixed_bnd = torch.einsum("be,bend->bnd", weight_be.to(x_bend.dtype), x_bend)
-        return mixed_bnd, weight_be
+        return score_be.float().softmax(-1)
 
 
-# ------------------------------------------------------------ the other projectors, for table 2a
+# ------------------------------------------ the other mixers and projectors, for tables 2c and 2a
+
+
+class LearnedMixer(Mixer):
+    """Table 2c, learnable W: one score an encoder, the same mixture for every clip."""
+
+    def __init__(self, d: int, e: int = 4):
+        super().__init__(d, e)
+        self.scores = nn.Parameter(torch.zeros(e))
+
+    def weigh(self, x_bend: Tensor) -> Tensor:
+        return self.scores.float().softmax(-1).expand(len(x_bend), -1)
+
+
+class SequenceMixer(Mixer):
+    """Table 2c, concat (seq): all encoders' tokens in a row, (b, e * n, d); 1/e is a share of them."""
+
+    def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
+        return x_bend.flatten(1, 2), self.weigh(x_bend)
+
+
+class ChannelMixer(Mixer):
+    """Table 2c, concat (channel): features side by side and one Linear from sum(d_e) to d."""
+
+    def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
+        # WHY: [v_1 v_2] [W_1; W_2] + b = v_1 W_1 + v_2 W_2 + b: the projectors hold the parts of
+        # that matrix, and their biases add up to b. Weights do not come into it: 1/e each.
+        return x_bend.sum(1), self.weigh(x_bend)
 
 
 class AllTokensProjector(PooledProjector):
@@ -187,37 +204,27 @@ class AttentionProjector(AllTokensProjector):
         return self.linear(x).unflatten(0, v.shape[:2]).flatten(1, 2)
 
 
-class LayerNorm2d(nn.LayerNorm):
-    """LayerNorm over the channels of (frames, channels, h, w)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
 class RegNetBlock(nn.Module):
-    """1x1, depthwise 3x3, squeeze and excite, 1x1, around a shortcut (arXiv:2003.13678)."""
+    """1x1, depthwise 3x3, squeeze and excite, 1x1, around a shortcut (arXiv:2003.13678).
+
+    Channels last, where a 1x1 convolution is a Linear: (b, t, h, w, wide_in) -> (..., wide).
+    """
 
     def __init__(self, wide_in: int, wide: int):
         super().__init__()
-        self.squeeze = nn.Sequential(
-            nn.Conv2d(wide_in, wide, 1, bias=False), LayerNorm2d(wide), nn.SiLU(),
-            nn.Conv2d(wide, wide, 3, padding=1, groups=wide, bias=False),
-            LayerNorm2d(wide), nn.SiLU(),
-        )  # fmt: skip
-        self.excite = nn.Sequential(
-            nn.AdaptiveAvgPool2d(1), nn.Conv2d(wide, wide_in // 4, 1), nn.SiLU(),
-            nn.Conv2d(wide_in // 4, wide, 1), nn.Sigmoid(),
-        )  # fmt: skip
-        self.expand = nn.Sequential(nn.Conv2d(wide, wide, 1, bias=False), LayerNorm2d(wide))
-        self.shortcut = nn.Identity()
-        if wide_in != wide:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(wide_in, wide, 1, bias=False), LayerNorm2d(wide)
-            )
+        enter, leave, shortcut = (nn.Linear(w, wide, False) for w in (wide_in, wide, wide_in))
+        self.enter = nn.Sequential(enter, nn.LayerNorm(wide), nn.SiLU())
+        self.depthwise = nn.Conv3d(wide, wide, (1, 3, 3), padding="same", groups=wide, bias=False)
+        self.norm = nn.Sequential(nn.LayerNorm(wide), nn.SiLU())
+        self.squeeze, self.excite = nn.Linear(wide, wide_in // 4), nn.Linear(wide_in // 4, wide)
+        self.leave = nn.Sequential(leave, nn.LayerNorm(wide))
+        same = wide_in == wide
+        self.shortcut = nn.Identity() if same else nn.Sequential(shortcut, nn.LayerNorm(wide))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.squeeze(x)
-        return F.silu(self.expand(y * self.excite(y)) + self.shortcut(x))
+        y = self.norm(self.depthwise(self.enter(x).movedim(-1, 1)).movedim(1, -1))
+        gate = self.excite(F.silu(self.squeeze(y.mean((2, 3), keepdim=True)))).sigmoid()
+        return F.silu(self.leave(y * gate) + self.shortcut(x))
 
 
 class ConvProjector(AllTokensProjector):
@@ -225,24 +232,17 @@ class ConvProjector(AllTokensProjector):
 
     def __init__(self, d_e: int, d: int, side: int):
         super().__init__(d, d, side)
-        self.blocks = nn.Sequential(
-            *(RegNetBlock(d if i else d_e, d) for i in range(3)),
-            nn.AdaptiveAvgPool2d(side),
-            *(RegNetBlock(d, d) for _ in range(3)),
-        )
+        self.before = nn.Sequential(*(RegNetBlock(d if i else d_e, d) for i in range(3)))
+        self.after = nn.Sequential(*(RegNetBlock(d, d) for _ in range(3)))
 
     def forward(self, v: Tensor) -> Tensor:
-        return self.linear(over_frames(self.blocks, v)).flatten(1, 3)
+        return super().forward(self.after(PooledProjector.pool(self, self.before(v))))
 
 
 class Pooled3dProjector(PooledProjector):
     """Table 2a, 3D Avg: average pooling that halves time as well."""
 
     time_stride = 2
-
-    def pool(self, v: Tensor) -> Tensor:
-        size = (max(1, v.shape[1] // 2), self.side, self.side)
-        return F.adaptive_avg_pool3d(v.movedim(-1, 1), size).movedim(1, -1)
 
 
 class Conv3dProjector(Pooled3dProjector):
@@ -257,15 +257,17 @@ class Conv3dProjector(Pooled3dProjector):
         return v
 
     def forward(self, v: Tensor) -> Tensor:
-        v = self.conv(v.movedim(-1, 1)).movedim(1, -1)
-        return super().forward(super().pool(v))
+        return super().forward(super().pool(self.conv(v.movedim(-1, 1)).movedim(1, -1)))
 
 
 PROJECTORS = {
     "avg2d": PooledProjector, "attn2d": AttentionProjector, "conv2d": ConvProjector,
     "avg3d": Pooled3dProjector, "conv3d": Conv3dProjector, "all": AllTokensProjector,
 }  # fmt: skip
-MIXERS = {"cross_attention": CrossAttentionMixer}
+MIXERS = {
+    "cross_attention": CrossAttentionMixer, "concat_sequence": SequenceMixer,
+    "concat_channel": ChannelMixer, "learned": LearnedMixer, "mean": Mixer,
+}  # fmt: skip
 
 # --------------------------------------------------------------------------------------------- MERV
 
@@ -281,50 +283,47 @@ class Answer:
 class MERV(nn.Module):
     """Frozen encoders, a projector for each, a mixer and a LLaMA."""
 
-    def __init__(
-        self, config: MERVConfig, encoders: list[Encoder], llm: Llama, tokenizer: Tokenizer
-    ):
+    def __init__(self, config: MERVConfig, encoders: list, llm: Llama, tokenizer: Tokenizer):
         super().__init__()
         self.config, self.tokenizer, self.llm = config, tokenizer, llm
-        self.encoders = nn.ModuleDict(
-            {e.name: m for e, m in zip(config.encoders, encoders, strict=True)}
-        )
+        self.streams = False  # on CUDA: run each encoder on a stream of its own
+        self.template = config.llm.template  # of the prompt: data.TEMPLATES
         d, projector = config.llm.hidden_size, PROJECTORS[config.projector]
-        self.projectors = nn.ModuleDict(
-            {e.name: projector(e.hidden_size, d, config.pooled_side) for e in config.encoders}
-        )
-        self.mixer = MIXERS[config.mixer](d)
-
-    # ------------------------------------------------------------------------------ video -> tokens
+        self.encoders, self.projectors = nn.ModuleDict(), nn.ModuleDict()
+        for e, encoder in zip(config.encoders, encoders, strict=True):
+            self.encoders[e.name] = encoder
+            self.projectors[e.name] = projector(e.hidden_size, d, config.pooled_side)
+        self.mixer = MIXERS[config.mixer](d, len(encoders))
 
     @torch.no_grad()
     def features(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
         """encoder -> (v, T_e, 3, H, W) becomes encoder -> pooled (v, t, h, w, d_e); all frozen."""
-        pooled = {}
+        pooled, dtype = {}, next(self.encoders.parameters()).dtype
+        gpu = self.device if self.streams and self.device.type == "cuda" else None
+        lanes = {name: torch.cuda.Stream(gpu) for name in self.encoders} if gpu else {}
+        for lane in lanes.values():
+            lane.wait_stream(torch.cuda.current_stream(gpu))
         for name, encoder in self.encoders.items():
-            frames, t = pixels[name].to(self.dtype), encoder.config.grid[0]
-            if frames.shape[1] == 1 and encoder.config.family != "vit":
-                frames = frames.expand(-1, encoder.config.num_frames, -1, -1, -1)
-            grid = encoder(frames)
-            # FIX: a still is a clip of identical frames; an encoder of single frames sees it once,
-            # not 16 times, and text-only rows run no encoder at all (ledger F8).
-            grid = grid.expand(-1, t, -1, -1, -1) if grid.shape[1] == 1 else grid
-            pooled[name] = self.projectors[name].pool(grid)
+            with torch.cuda.stream(lanes.get(name)):  # None: where we are
+                frames, t = pixels[name].to(self.device), encoder.config.grid[0]
+                if frames.shape[1] == 1 and encoder.config.family != "vit":
+                    frames = frames.expand(-1, encoder.config.num_frames, -1, -1, -1)
+                # FIX: a still is a clip of identical frames; an encoder of single frames sees it
+                # once, not 16 times, and text-only rows run no encoder at all (ledger F8).
+                grid = encoder(frames.to(dtype)).expand(-1, t, -1, -1, -1)
+                pooled[name] = self.projectors[name].pool(grid)
+        for name, lane in lanes.items():
+            torch.cuda.current_stream(gpu).wait_stream(lane)
+            pooled[name].record_stream(torch.cuda.current_stream(gpu))  # which may still read it
         return pooled
 
-    def mix(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """encoder -> pooled (v, t, h, w, d_e) becomes visual tokens (v, n, d), weights (v, e)."""
-        x_e = [
-            projector(features[name].to(projector.linear.weight.dtype))
-            for name, projector in self.projectors.items()
-        ]
+    def encode(self, videos: dict, features: dict | None = None) -> tuple[Tensor, Tensor]:
+        """Preprocessed clips, encoder -> (b, T_e, 3, H, W), or their `features` where these are
+        known: visual tokens (b, n, d), weights (b, e)."""
+        features = features or self.features(videos)
+        dtype = next(self.projectors.parameters()).dtype
+        x_e = [project(features[name].to(dtype)) for name, project in self.projectors.items()]
         return self.mixer(torch.stack(x_e, dim=1))
-
-    def encode(self, videos: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Preprocessed clips, encoder -> (b, T_e, 3, H, W): tokens (b, n, d), weights (b, e)."""
-        return self.mix(self.features(videos))
-
-    # --------------------------------------------------------------------------------------- loss
 
     def forward(self, batch: Batch, join: bool = False) -> tuple[Tensor, Tensor]:
         """Sum of cross-entropies over the labels of a batch, in nats, and mixing weights (v, e).
@@ -334,14 +333,10 @@ class MERV(nn.Module):
         """
         visual, weights = None, torch.empty(0, len(self.encoders))
         if len(batch.visual_rows):
-            visual, weights = self.mix(batch.features or self.features(batch.pixels))
-        elif (
-            join
-        ):  # sharded encoders are gathered by all processes together: take part, use nothing
-            sizes = {e.name: e.image_size for e in self.config.encoders}
-            self.features(
-                {n: torch.zeros(1, 1, 3, s, s, device=self.device) for n, s in sizes.items()}
-            )
+            visual, weights = self.encode(batch.pixels, batch.features)
+        elif join:  # sharded encoders are gathered by all processes together: run, use nothing
+            sides = {e.name: e.image_size for e in self.config.encoders}
+            self.features({name: torch.zeros(1, 1, 3, s, s) for name, s in sides.items()})
         embeds, labels = self.interleave(batch, visual)
         hidden = self.llm.hidden_states(inputs_embeds=embeds)
         hidden, targets = hidden[:, :-1], labels[:, 1:]  # position i predicts token i + 1
@@ -363,87 +358,82 @@ class MERV(nn.Module):
         place = {row: index for index, row in enumerate(batch.visual_rows.tolist())}
         embeds, labels = [], []
         for row, length in enumerate(batch.lengths.tolist()):
-            embed, label = text[row, :length], batch.labels[row, :length]
-            if row in place:
-                seen = visual[place[row]].to(embed.dtype)
-                embed = torch.cat([embed[:1], seen, embed[1:]])
-                label = torch.cat([label[:1], label.new_full((len(seen),), IGNORE), label[1:]])
-            embeds.append(embed)
-            labels.append(label)
+            seen = visual[place[row]].to(text.dtype) if row in place else text[row, :0]
+            label, silent = batch.labels[row], batch.labels.new_full((len(seen),), IGNORE)
+            embeds.append(torch.cat([text[row, :1], seen, text[row, 1:length]]))
+            labels.append(torch.cat([label[:1], silent, label[1:length]]))
         pad = torch.nn.utils.rnn.pad_sequence
         return pad(embeds, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE)
-
-    # ------------------------------------------------------------------------------------- answers
 
     @torch.no_grad()
     def prefill(self, pixels: dict[str, Tensor]) -> tuple[KVCache, Tensor]:
         """Run [BOS] + visual tokens of one clip through the LLM, once for all its questions.
 
-        FIX: the authors encode and read the video again for every question (ledger F2).
-
         pixels: encoder -> (T_e, 3, H, W), or nothing. Gives the cache and the weights (e,).
+        FIX: the authors encode and read the video again for every question (ledger F2).
         """
         bos = torch.tensor([[self.tokenizer.bos_id]], device=self.device)
         embeds, weights = self.llm.embed_tokens(bos), torch.empty(1, 0)
         if pixels:
-            clip = {name: frames[None].to(self.device) for name, frames in pixels.items()}
-            visual, weights = self.encode(clip)
+            visual, weights = self.encode({name: clip[None] for name, clip in pixels.items()})
             embeds = torch.cat([embeds, visual.to(embeds.dtype)], dim=1)
         cache = KVCache(self.config.llm, 1, embeds.shape[1], embeds.dtype, embeds.device)
         self.llm.hidden_states(inputs_embeds=embeds, cache=cache)
         return cache, weights[0].float().cpu()
 
-    def answer(
-        self,
-        videos: str | Path | Tensor | dict[str, Tensor] | list | None,
-        questions: str | list,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
-        template: str | None = None,
-    ) -> list[Answer]:
-        """Answer questions about a video; it is encoded and read once for all of them.
-
-        videos: a path, frames uint8 (T, 3, H, W), preprocessed pixels {encoder: (T_e, 3, H, W)} or
-        None for text alone; or a list of these, one a question (repeated ones are read once).
-        questions: strings, or conversations that end with a human turn (data.render_prompt).
-        """
+    def ask(self, videos, questions) -> Iterator[tuple[list[int], KVCache, Tensor, Tensor, Tensor]]:
+        """For each video of `answer`: the numbers of its questions, its prefill and weights (e,),
+        the questions as one right-padded batch of prompts (b, s), and their lengths (b,)."""
         questions = [questions] if isinstance(questions, str) else questions
         videos = videos if isinstance(videos, list) else [videos] * len(questions)
         groups: dict[object, list[int]] = {}
         for index, (video, _) in enumerate(zip(videos, questions, strict=True)):
             key = video if isinstance(video, str | Path) else id(video)
             groups.setdefault(key, []).append(index)
-        answers: dict[int, Answer] = {}
         for indices in groups.values():
             prefix, weights = self.prefill(self.pixels(videos[indices[0]]))
-            prompts = [self.prompt_ids(questions[index], template) for index in indices]
-            lengths = torch.tensor([len(prompt) for prompt in prompts])
+            prompts = [self.prompt_ids(questions[index]) for index in indices]
+            lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
             padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-            replies = self.llm.generate(
-                padded.to(self.device),
-                lengths=lengths,
-                prefix=prefix,
-                max_new_tokens=max_new_tokens,
-                temperature=temperature,
-                top_p=top_p,
-                generator=generator,
-                eos_id=self.tokenizer.eos_id,
-            )
-            for index, ids in zip(indices, replies, strict=True):
-                answers[index] = Answer(self.tokenizer.decode(ids).strip(), weights)
-        return [answers[index] for index in range(len(questions))]
+            yield indices, prefix, weights, padded.to(self.device), lengths
 
-    def prompt_ids(
-        self, question: str | list[dict[str, str]], template: str | None = None
-    ) -> Tensor:
+    def answer(
+        self, videos, questions, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None
+    ) -> list[Answer]:
+        """Answer questions about a video; it is encoded and read once for all of them.
+
+        videos: a path, frames uint8 (T, 3, H, W), preprocessed pixels {encoder: (T_e, 3, H, W)} or
+        None for text alone; or a list of these, one a question (repeated ones are read once).
+        questions: strings, or conversations that end with a human turn (data.render_prompt).
+        temperature 0 is greedy; else tokens are drawn with `generator` (Llama.generate).
+        """
+        answers: dict[int, Answer] = {}
+        how = (max_new_tokens, temperature, top_p, generator, self.tokenizer.eos_id)
+        for indices, prefix, weights, ids, lengths in self.ask(videos, questions):
+            replies = self.llm.generate(ids, None, lengths, prefix, *how)
+            for index, reply in zip(indices, replies, strict=True):
+                answers[index] = Answer(self.tokenizer.decode(reply).strip(), weights)
+        return [answers[index] for index in sorted(answers)]
+
+    @torch.no_grad()
+    def likelihoods(self, videos, questions, options: list[list[str]]) -> list[Tensor]:
+        """For each question the log-probabilities (k,), in nats, that its answer begins with the
+        first token of each of its k options, such as ["A", "B"]. The rest is as for `answer`."""
+        found: dict[int, Tensor] = {}
+        for indices, prefix, _, ids, lengths in self.ask(videos, questions):
+            cache = KVCache(self.config.llm, *ids.shape, prefix.keys.dtype, self.device, prefix)
+            hidden = self.llm.hidden_states(ids, cache=cache, lengths=lengths)
+            last = hidden[torch.arange(len(ids), device=self.device), lengths - 1]
+            log_p = self.llm.logits(last).float().log_softmax(-1).cpu()
+            for index, row in zip(indices, log_p, strict=True):
+                found[index] = row[[self.tokenizer.encode(o)[0] for o in options[index]]]
+        return [found[index] for index in sorted(found)]
+
+    def prompt_ids(self, question: str | list[dict[str, str]]) -> Tensor:
         """Ids of what follows [BOS] + visual tokens when a question is asked."""
-        if isinstance(question, str):
-            question = [{"from": "human", "value": question}]
-        turns = render_prompt(question, TEMPLATES[template or self.config.llm.template])
-        ids, _ = tokenize(turns, self.tokenizer)
-        return torch.tensor(ids[1:])
+        turns = question if isinstance(question, list) else [{"from": "human", "value": question}]
+        turns = render_prompt(turns, TEMPLATES[self.template])
+        return torch.tensor(tokenize(turns, self.tokenizer)[0][1:])
 
     def pixels(self, video: str | Path | Tensor | dict[str, Tensor] | None) -> dict[str, Tensor]:
         """What `answer` takes as a video -> encoder -> (T_e, 3, H, W)."""
@@ -453,40 +443,27 @@ class MERV(nn.Module):
             return {e.name: preprocess(video, e) for e in self.config.encoders}
         return load_pixels(video, self.config.encoders)
 
-    # ------------------------------------------------------------------------------------- weights
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.encoders.parameters()).dtype
-
     @property
     def device(self) -> torch.device:
         return self.llm.embed_tokens.weight.device
 
     @classmethod
-    def create(
-        cls,
-        config: MERVConfig,
-        tokenizer: Tokenizer | str | Path,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-    ) -> MERV:
+    def create(cls, config: MERVConfig, tokenizer, seed=0, dtype=torch.float32, device="cpu"):
         """A model to train. Encoders and LLM come from their sources, random where that is "";
-        projectors and mixer are random.
+        projectors and mixer are random. tokenizer: a Tokenizer, or where its tokenizer.model is.
         """
-        if isinstance(tokenizer, str | Path):
-            tokenizer = Tokenizer(tokenizer)
+        tokenizer = Tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
         if tokenizer.vocab_size > config.llm.vocab_size:
-            raise UserError(
-                f"The tokenizer has {tokenizer.vocab_size} pieces, {config.llm.name} only "
-                f"{config.llm.vocab_size} embeddings.",
-                "they do not belong together.",
-                "take the tokenizer.model that lies beside the LLM's weights.",
-            )
-        encoders = [load_encoder(e, e.source or None, dtype, device) for e in config.encoders]
+            what = f"The tokenizer has {tokenizer.vocab_size} pieces, {config.llm.name} has fewer."
+            fix = "take the tokenizer.model that lies beside the LLM's weights."
+            raise UserError(what, "they do not belong together.", fix)
+        encoders = [files.load_encoder(e, e.source or None, dtype, device) for e in config.encoders]
+        # RoPE has no last position: where a video takes half of LLaMA-2's 4096, it trains beyond.
+        copies = len(encoders) if config.mixer == "concat_sequence" else 1
+        room = max(config.llm.max_positions, 2 * copies * math.prod(config.grid))
+        config = replace(config, llm=replace(config.llm, max_positions=room))
+        config = replace(config, encoders=tuple(encoder.config for encoder in encoders))
         llm = load_llama(config.llm, config.llm.source or None, dtype, device)
-        config = replace(config, encoders=tuple(e.config for e in encoders))
         model = cls(config, encoders, llm, tokenizer).to(device, dtype)
         generator = torch.Generator().manual_seed(seed)
         for part in [model.projectors, model.mixer] + ([] if config.llm.source else [llm]):
@@ -500,38 +477,29 @@ class MERV(nn.Module):
         Encoders of the hub stay references; others are copied. The folder gets its name when it is
         complete. state: full weights, if this model's are sharded.
         """
-        folder = Path(folder)
-        partial = folder.with_name(folder.name + ".partial")
+        partial = Path(f"{Path(folder)}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         state = self.state_dict() if state is None else state
         trained = {k: v.contiguous() for k, v in state.items() if not k.startswith("encoders.")}
-        save_tensors(trained, partial / "model.safetensors")
+        files.save_tensors(trained, partial / "model.safetensors")
         encoders = []
         for config in self.config.encoders:
             if not config.source or Path(config.source).exists():
                 prefix = f"encoders.{config.name}."
-                weights = {
-                    k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)
-                }
+                own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
                 config = replace(config, source=f"encoders/{config.name}.safetensors")
-                save_encoder(self.encoders[config.name], partial / config.source, weights)
+                files.save_encoder(self.encoders[config.name], partial / config.source, own)
             encoders.append(config)
         shutil.copyfile(self.tokenizer.path, partial / "tokenizer.model")
         saved = asdict(replace(self.config, encoders=tuple(encoders)))
         (partial / "config.json").write_text(json.dumps({"merv": saved}, indent=2))
-        if folder.exists():
-            shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
     @classmethod
     def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        dtype: torch.dtype = torch.float32,
-        device: str | torch.device = "cpu",
-        tokenizer: str | Path | None = None,
-        sources: dict[str, str | Path] | None = None,
+        cls, name_or_folder, dtype=torch.float32, device="cpu", tokenizer=None, sources=None
     ) -> MERV:
         """A model to ask, in eval mode: a run of train.py, a folder of `save_pretrained`, or a
         checkpoint of the authors, by name (AUTHORS) or as a folder.
@@ -541,54 +509,39 @@ class MERV(nn.Module):
         """
         folder = Path(name_or_folder)
         folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
-        if str(name_or_folder) in AUTHORS:
-            found = read_json(find_file(AUTHORS_HUB, (f"{name_or_folder}/config.json",)))
-        else:
-            found = read_json(find_file(folder, ("config.json",)))
+        hub = str(name_or_folder) in AUTHORS
+        place, inside = ("tyleryzhu/merv", f"{name_or_folder}/") if hub else (folder, "")
+        found = files.read_json(files.find_file(place, (inside + "config.json",)))
         if "merv" in found:
-            try:
-                config = MERVConfig.from_dict(found["merv"])
-            except (KeyError, TypeError) as error:
-                raise CheckpointError(
-                    f"{folder}/config.json does not describe a MERV.",
-                    f"{type(error).__name__}: {error}",
-                    "another version wrote it, or a hand changed it; train or copy it again.",
-                ) from error
-            tensors, names, skip = read_tensors(folder, ("model.safetensors",)), None, {}
+            config, names, skip = MERVConfig.from_dict(found["merv"]), None, {}
+            tensors = files.read_tensors(place, ("model.safetensors",))
         else:
             config, skip = authors_config(name_or_folder, found), LLAMA_SKIP
-            hub, file = str(name_or_folder) in AUTHORS, "checkpoints/latest-checkpoint.pt"
-            where = (AUTHORS_HUB, f"{name_or_folder}/{file}") if hub else (folder, file)
-            parts = read_tensors(where[0], where[1:])["model"]
-            tensors, names = authors_tensors(config, parts)
+            parts = files.read_tensors(place, (inside + "checkpoints/latest-checkpoint.pt",))
+            tensors, names = authors_tensors(config, parts["model"])
         encoders = []
         for e in config.encoders:
-            copied = (folder / e.source).is_file()
-            source = (sources or {}).get(e.name, folder / e.source if copied else e.source)
             # A copied encoder is this folder's own: "" makes the next save_pretrained copy it too.
-            encoders.append(
-                load_encoder(replace(e, source="" if copied else e.source), source, dtype, device)
-            )
-        config = replace(config, encoders=tuple(e.config for e in encoders))
+            copy = folder / e.source
+            e = replace(e, source="") if copy.is_file() else e
+            source = (sources or {}).get(e.name, e.source or copy)
+            encoders.append(files.load_encoder(e, source, dtype, device))
+        config = replace(config, encoders=tuple(encoder.config for encoder in encoders))
+        home = folder if (folder / "tokenizer.model").is_file() else config.llm.source
+        tokenizer = Tokenizer(tokenizer or files.find_file(home, ("tokenizer.model",)))
         with torch.device("meta"):
-            model = cls(config, [nn.Module() for _ in encoders], Llama(config.llm), None)
-        beside = (
-            find_file(folder, ("tokenizer.model",), required=False) if folder.is_dir() else None
-        )
-        tokenizer = tokenizer or beside or find_file(config.llm.source, ("tokenizer.model",))
-        model.tokenizer = Tokenizer(tokenizer)
+            model = cls(config, encoders, Llama(config.llm), tokenizer)
+        loaded, model.encoders = model.encoders, nn.ModuleDict()  # they have their weights
         assign_weights(model, tensors, names, skip, str(name_or_folder), dtype)
-        model.encoders = nn.ModuleDict(
-            {e.name: m for e, m in zip(config.encoders, encoders, strict=True)}
-        )
+        model.encoders = loaded
         return model.to(device).eval()
 
     def fingerprints(self) -> dict[str, str]:
         """encoder -> hash of all that decides its pooled features: weights, config, pooled size."""
         prints = {}
         for name, encoder in self.encoders.items():
-            settings = [asdict(replace(encoder.config, source="")), self.config.pooled_side]
-            settings.append(self.config.projector)  # each pools in its own way
+            known = asdict(replace(encoder.config, source=""))
+            settings = [known, self.config.pooled_side, self.config.projector]
             digest = hashlib.sha256(json.dumps(settings).encode())
             for key, tensor in sorted(encoder.state_dict().items()):
                 digest.update(key.encode() + tensor.detach().float().cpu().numpy().tobytes())
@@ -598,8 +551,7 @@ class MERV(nn.Module):
 
 # ------------------------------------------------------------------------- the authors' checkpoints
 
-AUTHORS_HUB = "tyleryzhu/merv"
-AUTHORS = ("merv-frozen", "merv-full", *(f"{name}-single" for name in FOUR))
+AUTHORS = ("merv-frozen", "merv-full", *(f"{name}-single" for name in FOUR))  # at tyleryzhu/merv
 AUTHORS_ENCODERS = {  # their names -> ours
     "languagebind-video-noclass": "languagebind",
     "dinov2-video-all-tokens": "dinov2",
@@ -621,28 +573,19 @@ def authors_config(name: str | Path, found: dict) -> MERVConfig:
             config = MERVConfig(Path(name).name, encoders, llm, side, projector)
             if tokens in (None, math.prod(config.grid)):
                 return config
-    raise CheckpointError(
-        f"{name}/config.json asks for {tokens} visual tokens from the encoders {backbones}.",
-        f"known are {', '.join(AUTHORS_ENCODERS)}, pooled or with all their patches.",
-        "give a run of train.py, a folder of save_pretrained, or a released MERV.",
-    )
+    what = f"{name}/config.json asks for {tokens} visual tokens from the encoders {backbones}."
+    why = f"known are {', '.join(AUTHORS_ENCODERS)}, pooled or with all their patches."
+    raise CheckpointError(what, why, "give a run of train.py or a released MERV.")
 
 
-def authors_tensors(
-    config: MERVConfig, parts: dict[str, dict[str, Tensor]]
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of an authors' checkpoint, and which of them is which of ours.
-
-    Older files say `projector` without a number, and `adapter`.
-    """
+def authors_tensors(config: MERVConfig, parts: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The authors' tensors, and our name -> theirs. Older files say `projector` and `adapter`."""
     tensors = {k.removeprefix("llm."): v for k, v in parts["llm_backbone"].items()}
     for key, tensor in parts.get("projectors", parts.get("projector", {})).items():
         tensors["projectors." + (key if key[0].isdigit() else f"0.{key}")] = tensor
     fusion = parts.get("feature_fusion", parts.get("adapter", {}))
-    if len(config.encoders) == 1 and not fusion:  # the softmax over one is 1, whatever the query
-        tensors["query"] = torch.zeros(config.llm.hidden_size)
-    else:
-        tensors["query"] = fold_query(fusion)
+    needless = len(config.encoders) == 1 and not fusion  # the softmax over one is 1 in any case
+    tensors["query"] = torch.zeros(config.llm.hidden_size) if needless else fold_query(fusion)
     names = {f"llm.{ours}": theirs for ours, theirs in LLAMA_NAMES.items()}
     names["mixer.query"] = "query"
     for index, encoder in enumerate(config.encoders):
@@ -650,6 +593,7 @@ def authors_tensors(
     return tensors, names
 
 
+@torch.no_grad()
 def fold_query(fusion: dict[str, Tensor]) -> Tensor:
     """The authors' fusion module as one query (d,): Q_eff = W_k' (W_q Q + b_q) sqrt(d / d_inner).
 
@@ -657,22 +601,14 @@ def fold_query(fusion: dict[str, Tensor]) -> Tensor:
     (W_q Q + b_q) . (W_k x + b_k) / sqrt(d_inner). W_k moves over to the query; b_k adds the same to
     every encoder's score and cancels in the softmax. Values and output projection are never used.
     """
-    wq, wk = (fusion.get(f"attention.{name}_proj_weight", torch.empty(1, 1)) for name in "qk")
-    inner, d = len(wq), wk.shape[-1]
-    attention = nn.MultiheadAttention(inner, 1, kdim=d, vdim=d, device="meta")
-    wanted = {f"attention.{k}": list(v.shape) for k, v in attention.state_dict().items()}
-    wanted["Q"] = [1, inner]
-    shapes = {name: list(tensor.shape) for name, tensor in fusion.items()}
-    if shapes != wanted:
-        wrong = sorted(n for n in shapes | wanted if shapes.get(n) != wanted.get(n))
-        raise CheckpointError(
-            f"The fusion module does not fit: {', '.join(wrong)}.",
-            f"wanted {wanted}, found {shapes}.",
-            "check that the checkpoint is complete.",
-        )
-    bias = fusion["attention.in_proj_bias"][:inner].double()
-    query = wq.double() @ fusion["Q"].double().squeeze(0) + bias
-    return wk.double().mT @ query * math.sqrt(d / inner)
+    inner, d = fusion.get("attention.k_proj_weight", torch.empty(1, 1)).shape
+    with torch.device("meta"):
+        attention = nn.MultiheadAttention(inner, 1, kdim=d, vdim=d)
+        theirs = nn.ParameterDict({"Q": torch.empty(1, inner)})
+        theirs.attention = attention
+    assign_weights(theirs, fusion, None, {}, "the fusion module", torch.float64)
+    query = attention.q_proj_weight @ theirs.Q[0] + attention.in_proj_bias[:inner]
+    return attention.k_proj_weight.mT @ query * math.sqrt(d / inner)
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -680,14 +616,11 @@ def fold_query(fusion: dict[str, Tensor]) -> Tensor:
 
 def drawn_clip(num_frames: int = 32, height: int = 72, width: int = 128) -> Tensor:
     """A red square that crosses a grey gradient from left to right: uint8 (T, 3, height, width)."""
-    clip = (
-        torch.linspace(60, 200, width).expand(num_frames, 3, height, width).to(torch.uint8).clone()
-    )
-    side = height // 4
+    clip = torch.linspace(60, 200, width).byte().repeat(num_frames, 3, height, 1)
+    side, red = height // 4, torch.tensor([220, 40, 40]).view(3, 1, 1)
     for frame in range(num_frames):
         left = frame * (width - side) // (num_frames - 1)
-        square = clip[frame, :, height // 3 : height // 3 + side, left : left + side]
-        square.copy_(torch.tensor([220, 40, 40])[:, None, None])
+        clip[frame, :, side : 2 * side, left : left + side] = red
     return clip
 
 
@@ -705,83 +638,67 @@ class ByteTokenizer:
 
 def trace() -> None:
     """Print the shape of every stage of a tiny MERV with random weights on a drawn clip."""
-    model = MERV.create(MERVS["miniature"], ByteTokenizer()).eval()
-    frames, x_e = drawn_clip(model.config.num_frames), []
+    model, question = MERV.create(MERVS["miniature"], ByteTokenizer()).eval(), "What moves?"
+    frames = drawn_clip(model.config.num_frames)
+    pixels = {name: clip[None] for name, clip in model.pixels(frames).items()}
 
-    def line(stage: str, value: object, note: str = "") -> None:
-        shape = str(tuple(value.shape)) if isinstance(value, Tensor) else str(value)
-        print(f"{stage:<34} {shape:<24} {note}".rstrip())
+    def show(stage: str, tensor: Tensor) -> None:
+        print(f"{stage:<44} {tuple(tensor.shape)}")
 
-    line("frames sampled", frames, "(T, 3, H, W) uint8, a drawn clip")
-    for name, clip in model.pixels(frames).items():
-        print("\n" + name.removeprefix("miniature-"))
-        line("  preprocessed", clip[None], "(b, T_e, 3, H, W)")
-        grid = model.encoders[name](clip[None])
-        line("  encoder -> grid", grid, "(b, t, h_e, w_e, d_e)")
-        pooled = model.projectors[name].pool(grid)
-        line("  pooled (eq. 1)", pooled, "(b, t, h, w, d_e)")
-        x_e.append(model.projectors[name](pooled))
-        line("  projected (eq. 1)", x_e[-1], "(b, n, d)")
-    mixed, weights = model.mixer(torch.stack(x_e, dim=1))
-    print()
-    line("stacked", torch.stack(x_e, dim=1), "(b, e, n, d)")
-    line("mixing weights (eq. 2)", weights, "  ".join(f"{w:.4f}" for w in weights[0].tolist()))
-    line("visual tokens", mixed, "(b, n, d)")
-    question = "Which way does the square move?"
-    n, text = mixed.shape[1], len(model.prompt_ids(question))
-    line("LLM input", f"{1 + n + text} positions", f"[BOS] + {n} visual + {text} text (bytes)")
-    reply = model.answer(frames, question, max_new_tokens=8)[0]
-    line("answer of random weights", repr(reply.text))
+    show("frames sampled (T, 3, H, W)", frames)
+    for name, pooled in model.features(pixels).items():
+        show(f"{name.removeprefix('miniature-')} preprocessed (b, T_e, 3, H, W)", pixels[name])
+        show("  encoder -> grid (b, t, h_e, w_e, d_e)", model.encoders[name](pixels[name]))
+        show("  pooled (b, t, h, w, d_e), eq. 1", pooled)
+        show("  projected (b, n, d), eq. 1", model.projectors[name](pooled))
+    visual, weights = model.encode(pixels)
+    print(f"{'mixing weights (eq. 2), which sum to 1':<44} {weights.detach().numpy().round(4)}")
+    show("visual tokens (b, n, d), eq. 2", visual)
+    text, n = len(model.prompt_ids(question)), visual.shape[1]
+    print(f"LLM input: [BOS] + {n} visual + {text} text tokens, which are bytes here")
+    print(f"answer of random weights: {model.answer(frames, question, 8)[0].text!r}")
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" takes CUDA, then MPS, then the CPU."""
-    if name != "auto":
-        return torch.device(name)
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    """The device of that name; "auto" takes CUDA or MPS where there is one, else the CPU."""
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    return torch.device(name)
 
 
 def latest_run(folder: str | Path = "runs") -> Path:
     """The run whose checkpoint was written last."""
     runs = sorted(Path(folder).glob("*/checkpoint/config.json"), key=lambda f: f.stat().st_mtime)
     if not runs:
-        raise CheckpointError(
-            f"No trained run under {folder}/.",
-            "nothing has been trained here yet.",
-            "run `torchrun train.py` first, or name a checkpoint with --checkpoint.",
-        )
+        fix = "run `torchrun train.py` first, or name a checkpoint with --checkpoint."
+        raise CheckpointError(f"No trained run under {folder}/.", "none was trained here.", fix)
     return runs[-1].parent.parent
 
 
-def option(default: object, text: str, nargs: str = ""):
-    """A field of a dataclass that is a command line; nargs "?" or "*" makes it nameless."""
-    return field(default=default, metadata={"help": text, "nargs": nargs})
+def option(default: object, text: str):
+    """A field of a dataclass that is a command line."""
+    return field(default=default, metadata={"help": text})
 
 
 def parse_options(cls: type, arguments: list[str] | None, description: str):
     """Fill the dataclass `cls` from the command line: --field-name VALUE for each field.
 
-    An unknown option is an error that names the nearest one; flags are --name and --no-name.
+    Flags are --name and --no-name; a tuple takes what has no name. Typing errors are explained.
     """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    style = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=style)
     for f in fields(cls):
         name, how = "--" + f.name.replace("_", "-"), {"type": type(f.default)}
         if isinstance(f.default, bool):
             how = {"action": argparse.BooleanOptionalAction}
-        elif f.metadata["nargs"]:
-            name, how = f.name, {"nargs": f.metadata["nargs"]}
+        elif isinstance(f.default, tuple):
+            name, how = f.name, {"nargs": "*"}
         parser.add_argument(name, default=f.default, help=f.metadata["help"], **how)
     values, unknown = parser.parse_known_args(arguments)
     if unknown:
-        known = [o for action in parser._actions for o in action.option_strings]
-        near = difflib.get_close_matches(unknown[0], known, 1)
-        parser.error(
-            f"unknown option {unknown[0]}" + (f"; did you mean {near[0]}?" if near else "")
-        )
+        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1) or ["--help"]
+        parser.error(f"unknown option {unknown[0]}; did you mean {near[0]}?")
     return cls(**vars(values))
 
 
@@ -795,9 +712,8 @@ def choose(table: dict, name: str, what: str):
 def progress(what: str, done: int, total: int, note: str = "") -> None:
     """One line on stderr: rewritten in place on a terminal, every tenth of the way elsewhere."""
     live = sys.stderr.isatty()
-    if live or done == total or done * 10 // total > (done - 1) * 10 // total:
-        bar = "#" * (20 * done // total)
-        text = f"{what:<20} [{bar:<20}] {done}/{total} {note}"
+    if live or done * 10 // total > (done - 1) * 10 // total:
+        text = f"{what:<20} [{'#' * (20 * done // total):<20}] {done}/{total} {note}"
         end = "\n" if done == total or not live else ""
         print(("\r\x1b[K" if live else "") + text, end=end, file=sys.stderr, flush=True)
 
@@ -810,14 +726,11 @@ class AskConfig:
     checkpoint: str = option("", f"a run, a folder or one of {', '.join(AUTHORS)}; '': latest run")
     tokenizer: str = option("", "tokenizer.model, where the checkpoint has none")
     start: float = option(0.0, "first second of the clip")
-    end: float = option(math.inf, "last second of the clip")
+    end: float = option(0.0, "last second of the clip; 0: all of it")
     max_new_tokens: int = option(256, "longest answer, in tokens")
-    temperature: float = option(0.0, "0 is greedy")
-    seed: int = option(0, "of sampling, if the temperature is above 0")
     device: str = option("auto", "auto, cuda, mps or cpu")
     dtype: str = option("float32", "float32 or bfloat16")
-    video: str = option("", "video, GIF, image or folder of images", "?")
-    questions: tuple[str, ...] = option((), "one or more questions", "*")
+    ask: tuple[str, ...] = option((), "a video, GIF, image or folder of images, then questions")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -825,26 +738,22 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_options(AskConfig, arguments, "Ask a video language model about a video.")
     if args.trace:
         return trace()
-    if not args.questions:
+    if len(args.ask) < 2:
         sys.exit('error: give a video and a question, or --trace: merv.py clip.mp4 "What is it?"')
+    video, *questions = args.ask
     try:
-        device = pick_device(args.device)
         checkpoint = args.checkpoint or latest_run()
         dtype = choose({"float32": torch.float32, "bfloat16": torch.bfloat16}, args.dtype, "dtype")
-        model = MERV.from_pretrained(checkpoint, dtype, device, args.tokenizer or None)
-        cut = (args.start or None, args.end if args.end < math.inf else None)
-        pixels = load_pixels(args.video, model.config.encoders, *cut)
-        generator = torch.Generator(device).manual_seed(args.seed)
-        answers = model.answer(
-            pixels, list(args.questions), args.max_new_tokens, args.temperature, generator=generator
-        )
+        device, tokenizer = pick_device(args.device), args.tokenizer or None
+        model = MERV.from_pretrained(checkpoint, dtype, device, tokenizer)
+        pixels = load_pixels(video, model.config.encoders, args.start or None, args.end or None)
+        answers = model.answer(pixels, questions, args.max_new_tokens)
     except UserError as error:
         sys.exit(f"error: {error}")
-    for question, answer in zip(args.questions, answers, strict=True):
+    for question, answer in zip(questions, answers, strict=True):
         print(f"Q: {question}\nA: {answer.text}")
-    names = [e.name.removeprefix("miniature-") for e in model.config.encoders]
-    weights = zip(names, answers[0].weights.tolist(), strict=True)
-    print("mix: " + "  ".join(f"{name} {weight:.2f}" for name, weight in weights))
+    mix = zip(model.config.encoders, answers[0].weights.tolist(), strict=True)
+    print("mix: " + "  ".join(f"{e.name.removeprefix('miniature-')} {w:.2f}" for e, w in mix))
 
 
 if __name__ == "__main__":
