@@ -726,7 +726,7 @@ class EvalConfig:
     judge_retries: int = option(6, "times that it is asked again, later and later")
     report: str = option("", "write stored results of RUNS to this HTML file")
     table: str = option("", "efficiency: print tables 2a, 2c and 8 of the paper, next to ours")
-    runs: tuple[str, ...] = option((), "runs for --judge and --report", "*")
+    runs: tuple[str, ...] = option((), "runs for --judge and --report")
 
 
 def main(arguments: list[str] | None = None) -> None:
