@@ -423,7 +423,7 @@ class ConversationDataset(Dataset):
             "".join(text for text, _ in turns).encode()  # half an emoji is no text
             return turns
         except (DataError, *MALFORMED) as error:
-            what = f"{self.file}, row {index} (id {self.ids[index]}): {error.args[0]}"
+            what = f"{self.file}, row {index} (id {self.ids[index]}) is malformed: {error.args[0]}"
             raise DataError(what, f"a row is {ROW}.", "correct the row or take it out.") from error
 
     def read(self, index: int) -> Example:
@@ -593,7 +593,7 @@ def main(arguments: list[str] | None = None) -> None:
             bad += check(dataset) if args.check or not args.show else 0
     except UserError as error:
         sys.exit(f"error: {error}")
-    sys.exit(bad > 0)
+    sys.exit(int(bad > 0))
 
 
 if __name__ == "__main__":
