@@ -5,17 +5,23 @@
     a conversation                         -> render_prompt, tokenize -> ids and labels
     a JSON file of conversations           -> ConversationDataset, collate         -> Batch
 
+    python data.py FILE.json --check                               every row that cannot be used
+    python data.py FILE.json --show 3 --tokenizer tokenizer.model  what the model is given
+
 Read before: encoders.py (what each encoder wants), llama.py (the tokenizer). Read next: merv.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
+import random
 import re
+import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import av
@@ -25,7 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from encoders import EncoderConfig, UserError, save_tensors
 from llama import Tokenizer
@@ -33,32 +39,25 @@ from llama import Tokenizer
 # ------------------------------------------------------------------------------------------- frames
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-
-
-class VideoError(UserError):
-    """A video that is missing, cannot be decoded, or has no frames where they are wanted."""
+DAMAGED = ("the file is damaged, cut off or of another kind.", "download or convert it again.")
 
 
 class DataError(UserError):
-    """A dataset or a conversation that is not as it should be."""
+    """A dataset, a row of it or a conversation that is not as it should be."""
 
 
-def sample_indices(
-    total: int,
-    num_frames: int,
-    fps: float | None = None,
-    start: float | None = None,
-    end: float | None = None,
-    end_frame: int | None = None,
-) -> list[int]:
+class VideoError(DataError):
+    """A video that is missing, cannot be decoded, or has no frames where they are wanted."""
+
+
+def sample_indices(total, num_frames, fps=None, start=None, end=None, end_frame=None) -> list[int]:
     """Numbers of `num_frames` frames spread evenly over a clip, first and last included.
 
     start, end: seconds, the whole clip by default. end_frame: the last frame allowed (Perception
     Test). 300 frames, 4 wanted -> [0, 99, 199, 299]. Repeats frames if there are too few.
     """
-    first, last = 0.0, float(total - 1)
-    if start is not None:
-        first = min(max(0.0, start * fps), last)
+    last = float(total - 1)
+    first = 0.0 if start is None else min(max(0.0, start * fps), last)
     if end_frame is not None:
         last = min(last, end_frame)
     elif end is not None:
@@ -67,61 +66,48 @@ def sample_indices(
 
 
 def load_video(
-    path: str | Path,
-    num_frames: int,
-    start: float | None = None,
-    end: float | None = None,
-    end_frame: int | None = None,
-    fps: float | None = None,
+    path: str | Path, num_frames: int, start=None, end=None, end_frame=None, fps=None
 ) -> Tensor:
     """Evenly sampled RGB frames: uint8 (T, 3, H, W) with T = num_frames.
 
     path: anything PyAV decodes (mp4, avi, mkv, webm, gif ...), a folder of numbered images, or a
     still image, which is a video of identical frames. start, end, end_frame: see sample_indices.
-    fps: frames per second of a folder. Raises VideoError.
+    fps: frames per second, where the file does not say: in a folder. Raises VideoError.
     """
-    path = Path(path)
+    path, seconds = Path(path), start is not None or end is not None
     if start is not None and end is not None and end <= start:
-        raise VideoError(
-            f"{path}: a clip from {start} s to {end} s is empty.",
-            "the end is not after the start.",
-            "swap or correct the two times.",
-        )
-    clip = (num_frames, start, end, end_frame)
+        what = f"{path}: the clip from {start} s to {end} s is empty."
+        raise VideoError(what, "its end is not after its start.", "swap or correct the times.")
+
+    def pick(total: int, rate: float) -> list[int]:
+        if seconds and not rate:
+            what = f"{path}: does not say its frame rate."
+            raise VideoError(what, "times in seconds need one.", "pass fps, such as 3 for VLEP.")
+        return sample_indices(total, num_frames, rate, start, end, end_frame)
+
     if path.is_dir():
-        frames = _load_folder(path, fps, *clip)
+        frames = _load_folder(path, pick, fps)
     elif not path.is_file():
-        raise VideoError(
-            f"{path}: no such video.",
-            "there is no file or folder of that name.",
-            "check the path; relative paths start at the current folder.",
-        )
+        raise VideoError(f"{path}: no such video.", "nothing has that name.", "check the path.")
     elif path.suffix.lower() in IMAGE_SUFFIXES:
-        frames = [_load_image(path)] * num_frames
-        return torch.from_numpy(frames[0]).permute(2, 0, 1).expand(num_frames, -1, -1, -1)
+        still = torch.from_numpy(_load_image(path)).permute(2, 0, 1)
+        return still.expand(num_frames, -1, -1, -1)
     else:
         try:
-            frames = _load_container(path, *clip)
+            frames = _load_container(path, pick)
         except av.FFmpegError as error:
-            raise VideoError(
-                f"{path}: cannot be decoded: {error.strerror}.",
-                "the file is damaged, cut off, or no video.",
-                "see how far a player gets; download or convert it again.",
-            ) from error
+            raise VideoError(f"{path}: cannot be decoded: {error.strerror}.", *DAMAGED) from error
+    if len({frame.shape for frame in frames}) > 1:
+        what = f"{path}: has frames of different sizes."
+        raise VideoError(what, "a video has frames of one size.", "resize them alike.")
     return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
 
 
-def _load_container(
-    path: Path, num_frames: int, start: float | None, end: float | None, end_frame: int | None
-) -> list[np.ndarray]:
+def _load_container(path: Path, pick: Callable[[int, float], list[int]]) -> list[np.ndarray]:
     """RGB frames (H, W, 3) of a video file; reads all packets but decodes only what it must."""
-    with av.open(str(path)) as container:
+    with av.open(str(path), metadata_errors="replace") as container:  # titles in any encoding
         if not container.streams.video:
-            raise VideoError(
-                f"{path}: has no video stream.",
-                "it holds only sound or text.",
-                "give a file with pictures.",
-            )
+            raise VideoError(f"{path}: has no video stream.", *DAMAGED)
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         packets = [
@@ -130,19 +116,8 @@ def _load_container(
             if p.size and not p.is_discard
         ]
         if not packets or any(corrupt for _, _, corrupt in packets):
-            raise VideoError(
-                f"{path}: is cut off or has no frames.",
-                f"of {len(packets)} packets of pictures, some are incomplete or all are missing.",
-                "download or convert it again.",
-            )
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
-        if not fps and (start is not None or end is not None):
-            raise VideoError(
-                f"{path}: does not say its frame rate.",
-                "times in seconds need one.",
-                "convert it, or ask without start and end.",
-            )
-        indices = sample_indices(len(packets), num_frames, fps, start, end, end_frame)
+            raise VideoError(f"{path}: has no frames, or incomplete ones.", *DAMAGED)
+        indices = pick(len(packets), float(stream.average_rate or stream.guessed_rate or 0))
         times, wanted = [pts for pts, _, _ in packets], set(indices)
         container.seek(0, stream=stream) if None not in times else container.seek(0)
         # WHY: only these two seek by the time a frame is shown; others (AVI, TS, FLV) by the time
@@ -153,14 +128,10 @@ def _load_container(
             decoded = {i: _to_rgb(frame) for i, frame in frames if i in wanted}
         else:
             order = sorted(times)  # packets come in decoding order, frames are shown by time
-            keyframes = sorted(pts for pts, is_key, _ in packets if is_key)
+            keyframes = sorted(pts for pts, is_key, _ in packets if is_key) or order[:1]
             decoded = _decode_at(container, stream, {i: order[i] for i in indices}, keyframes)
         if missing := wanted - set(decoded):
-            raise VideoError(
-                f"{path}: frame {min(missing)} of {len(packets)} cannot be decoded.",
-                "the file is damaged or cut off.",
-                "download or convert it again.",
-            )
+            raise VideoError(f"{path}: frame {min(missing)} cannot be decoded.", *DAMAGED)
         return [decoded[index] for index in indices]
 
 
@@ -168,9 +139,9 @@ def _decode_at(container, stream, times: dict[int, int], keyframes: list[int]) -
     """Frames by number, given their times; jumps to a key frame where that skips something."""
     decoded, position, frames = {}, None, iter(())
     for index, time in sorted(times.items()):
-        keyframe = keyframes[max(0, bisect_right(keyframes, time) - 1)] if keyframes else None
-        if position is None or (keyframe is not None and keyframe > position):
-            container.seek(keyframe or 0, stream=stream)
+        keyframe = keyframes[max(0, bisect_right(keyframes, time) - 1)]
+        if position is None or keyframe > position:
+            container.seek(keyframe, stream=stream)
             frames = container.decode(stream)
         for frame in frames:
             position = frame.pts
@@ -188,38 +159,18 @@ def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
 def _load_image(path: Path) -> np.ndarray:
     try:
         return np.array(Image.open(path).convert("RGB"))
-    except OSError as error:
-        raise VideoError(
-            f"{path}: is no readable image.", str(error), "download it again."
-        ) from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise VideoError(f"{path}: is no readable image: {error}.", *DAMAGED) from error
 
 
-def _load_folder(
-    path: Path, fps: float | None, num_frames, start, end, end_frame
-) -> list[np.ndarray]:
+def _load_folder(path: Path, pick: Callable[[int, float], list[int]], fps) -> list[np.ndarray]:
     """RGB frames of a folder of numbered images: 2.jpg comes before 10.jpg."""
     files = [f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES]
     files.sort(key=lambda f: [int(n) for n in re.findall(r"\d+", f.stem)])
     if not files:
-        raise VideoError(
-            f"{path}: is a folder without images.",
-            "a folder stands for a video whose frames are numbered images.",
-            "check the path.",
-        )
-    if fps is None and (start is not None or end is not None):
-        raise VideoError(
-            f"{path}: is a folder of images without a frame rate.",
-            "times in seconds need one.",
-            "pass fps, such as 3 for VLEP.",
-        )
-    indices = sample_indices(len(files), num_frames, fps, start, end, end_frame)
+        raise VideoError(f"{path}: no images.", "a folder holds numbered ones.", "check the path.")
+    indices = pick(len(files), fps)
     images = {index: _load_image(files[index]) for index in set(indices)}
-    if len({image.shape for image in images.values()}) > 1:
-        raise VideoError(
-            f"{path}: has images of different sizes.",
-            "frames of a video have one size.",
-            "resize them alike.",
-        )
     return [images[index] for index in indices]
 
 
@@ -229,52 +180,40 @@ def preprocess(frames: Tensor, config: EncoderConfig) -> Tensor:
     Takes every (T / T_e)-th frame: of 32, ViViT sees all and the others every second one, so that
     tubelet i of ViViT (frames 2i, 2i+1) lines up with frame i of the rest. One frame stays one.
     """
+    side, wanted = config.image_size, config.num_frames
     if len(frames) > 1:
-        if len(frames) % config.num_frames:
-            raise DataError(
-                f"{config.name} wants {config.num_frames} frames, got {len(frames)}.",
-                "all encoders must see the same moments, so one takes every k-th frame.",
-                f"load a multiple of {config.num_frames} frames.",
-            )
+        if len(frames) % wanted:
+            what = f"{config.name} wants {wanted} frames, got {len(frames)}."
+            raise DataError(what, "encoders see the same moments.", f"load a multiple of {wanted}.")
         # QUIRK: of frames 0..31 that takes 0, 2 ... 30: the last one is never seen (ledger K7).
-        frames = frames[:: len(frames) // config.num_frames]
-    side = config.image_size
+        frames = frames[:: len(frames) // wanted]
     if config.resize == "squash":  # antialiased as in Pillow, on uint8
         frames = F.interpolate(frames, (side, side), mode=config.interpolation, antialias=True)
         pixels = frames.float() / 255
     else:
-        pixels = torch.stack(
-            [_short_side_crop(frame, side, config.interpolation) for frame in frames]
-        )
+        pixels = torch.stack([_crop(frame, side, config.interpolation) for frame in frames])
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.pixel_mean, config.pixel_std))
     return (pixels.contiguous() - mean) / std
 
 
 def load_pixels(
-    path: str | Path,
-    encoders: Sequence[EncoderConfig],
-    start: float | None = None,
-    end: float | None = None,
-    end_frame: int | None = None,
-    fps: float | None = None,
+    path, encoders: Sequence[EncoderConfig], start=None, end=None, end_frame=None, fps=None
 ) -> dict[str, Tensor]:
-    """A file as each encoder wants it: encoder -> (T_e, 3, side, side); a still stays one frame."""
-    still = Path(path).suffix.lower() in IMAGE_SUFFIXES
+    """load_video as each encoder wants it: encoder -> (T_e, 3, side, side)."""
+    still = Path(path).suffix.lower() in IMAGE_SUFFIXES  # it stays one frame
     num_frames = 1 if still else max(config.num_frames for config in encoders)
     frames = load_video(path, num_frames, start, end, end_frame, fps)
     return {config.name: preprocess(frames, config) for config in encoders}
 
 
-def _short_side_crop(frame: Tensor, side: int, interpolation: str) -> Tensor:
+def _crop(frame: Tensor, side: int, interpolation: str) -> Tensor:
     """uint8 (3, H, W) -> float (3, side, side) in [0, 1]: scale the short side, crop the centre."""
     # QUIRK: LanguageBind keeps the aspect ratio and crops, without antialiasing; the other three
     # are squashed. On wide video the grids do not show the same places (ledger K3).
     # FIX: the released transform also flips half of all clips left-right, at inference too (F1).
     _, h, w = frame.shape
     size = (side, w * side // h) if h < w else (h * side // w, side)
-    pixels = F.interpolate(
-        frame[None].float() / 255, size, mode=interpolation, align_corners=False
-    )[0]
+    pixels = F.interpolate(frame[None] / 255, size, mode=interpolation, align_corners=False)[0]
     top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
     return pixels[:, top : top + side, left : left + side]
 
@@ -322,20 +261,14 @@ def render_prompt(conversation: list[dict[str, str]], template: Template) -> lis
     """
     roles = [turn.get("from") for turn in conversation]
     if not roles or roles != ["human", "gpt"] * (len(roles) // 2) + ["human"] * (len(roles) % 2):
-        raise DataError(
-            f"A conversation has the roles {roles}.",
-            "turns must alternate human, gpt, human ... and start with human.",
-            'correct the "from" fields of this row.',
-        )
+        raise DataError(f"The roles are {roles}.", "human and gpt alternate.", 'correct "from".')
     turns = []
     for number, turn in enumerate(conversation):
         text = re.sub(r"\s*<(image|video)>\s*", " ", turn["value"]).strip()
-        if number % 2:
-            turns.append((text, True))
-            continue
-        system, opening = ("", "") if number else (template.system, template.opening)
-        question = system + template.question.replace("{question}", opening + text)
-        turns.append((question, False))
+        if number % 2 == 0:
+            system, opening = ("", "") if number else (template.system, template.opening)
+            text = system + template.question.replace("{question}", opening + text)
+        turns.append((text, number % 2 == 1))
     return turns
 
 
@@ -356,13 +289,11 @@ def tokenize(turns: list[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[list[
 
 def mcq_prompt(question: str, options: list[str]) -> str:
     """The multiple-choice prompt of the paper's evaluation."""
-    letters = [chr(ord("A") + number) for number in range(len(options))]
-    choices = "\n".join(
-        f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)
-    )
+    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
+    choices = [f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)]
     return (
         f"{question} Select the correct answer from the following options. Write your answer as "
-        f"only one of {', '.join(letters)} and nothing else.\n\n    {choices}"
+        f"only one of {', '.join(letters)} and nothing else.\n\n    " + "\n".join(choices)
         # QUIRK: the four blanks before the first option are the released prompt's (ledger K10).
     )
 
@@ -376,10 +307,9 @@ class Example:
 
     input_ids: Tensor  # (s,)
     labels: Tensor  # (s,), IGNORE where there is no loss
-    pixels: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # encoder -> (T_e, 3, H, W); T_e 1: a still
+    pixels: dict[str, Tensor] = field(default_factory=dict)  # encoder -> (T_e or 1, 3, H, W)
     features: dict[str, Tensor] = field(default_factory=dict)  # encoder -> (t, h, w, d_e), pooled
+    bad: list[dict] = field(default_factory=list)  # rows that this one replaces, and why
 
 
 @dataclass
@@ -392,6 +322,7 @@ class Batch:
     visual_rows: Tensor  # (v,) which rows have a video or image
     pixels: dict[str, Tensor]  # encoder -> (v, T_e, 3, H, W)
     features: dict[str, Tensor]  # encoder -> (v, t, h, w, d_e)
+    bad: list[dict] = field(default_factory=list)  # {"row", "id", "file", "reason"} of each failure
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -399,7 +330,7 @@ class Batch:
         def move(value):
             if isinstance(value, dict):
                 return {name: move(tensor) for name, tensor in value.items()}
-            return value.to(device, non_blocking=True)
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
 
@@ -419,103 +350,130 @@ class FeatureCache:
     def __init__(self, folder: str | Path, fingerprints: dict[str, str]):
         self.folder, self.fingerprints = Path(folder), fingerprints  # encoder -> hash
 
-    def path(self, encoder: str, file: Path) -> Path:
-        """Where the features of one file by one encoder lie, or would lie."""
+    def paths(self, file: Path) -> dict[str, Path]:
+        """encoder -> where its features of one file lie, or would lie."""
         content = hashlib.sha256()
         for part in sorted(file.iterdir()) if file.is_dir() else [file]:
             content.update(part.read_bytes())
         name = content.hexdigest()
-        return (
-            self.folder
-            / f"{encoder}-{self.fingerprints[encoder]}"
-            / name[:2]
-            / f"{name}.safetensors"
-        )
+        entry = Path(name[:2], f"{name}.safetensors")
+        return {e: self.folder / f"{e}-{hash_}" / entry for e, hash_ in self.fingerprints.items()}
 
     def get(self, file: Path) -> dict[str, Tensor] | None:
-        """encoder -> (t, h, w, d_e), or None if any is missing."""
-        if not file.exists():
-            return None  # load_pixels will say so
-        paths = {encoder: self.path(encoder, file) for encoder in self.fingerprints}
-        if not all(path.exists() for path in paths.values()):
+        """encoder -> (t, h, w, d_e), or None if any, or the file itself, is missing."""
+        paths = self.paths(file) if file.exists() else {}
+        if not paths or not all(path.exists() for path in paths.values()):
             return None
         return {encoder: load_file(path)["features"] for encoder, path in paths.items()}
 
     def put(self, file: Path, features: dict[str, Tensor]) -> None:
         """Store encoder -> (t, h, w, d_e) in bfloat16."""
+        paths = self.paths(file)
         for encoder, tensor in features.items():
-            save_tensors(
-                {"features": tensor.bfloat16().cpu().contiguous()}, self.path(encoder, file)
-            )
+            save_tensors({"features": tensor.bfloat16().cpu().contiguous()}, paths[encoder])
 
 
+TRIES = 8  # rows that are read, at most, to find one that can be used
+ROW = '{"id", "image" | "video" | neither, "conversations": [{"from", "value"}, ...]}'
+MALFORMED = (KeyError, TypeError, AttributeError, UnicodeEncodeError)  # reading what is no ROW
+
+
+@dataclass(eq=False)
 class ConversationDataset(Dataset):
     """Rows of Video-LLaVA's JSON: {"id", "image" | "video" | neither, "conversations": [...]}."""
 
-    def __init__(
-        self,
-        file: str | Path,
-        tokenizer: Tokenizer,
-        template: Template,
-        encoders: list[EncoderConfig],
-        max_length: int = 2048,  # text tokens; longer conversations are cut
-        cache: FeatureCache | None = None,
-    ):
-        self.file, self.root = Path(file), Path(file).parent
+    file: str | Path
+    tokenizer: Tokenizer
+    template: Template
+    encoders: list[EncoderConfig]
+    max_length: int = 2048  # text tokens; longer conversations are cut
+    cache: FeatureCache | None = None
+
+    def __post_init__(self):
         try:
-            self.rows = json.loads(self.file.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise DataError(
-                f"Cannot read {file}.",
-                str(error),
-                'a dataset is a JSON list of {"id", "image" | "video", "conversations": [...]}; '
-                "check the path and the file.",
-            ) from error
-        self.tokenizer, self.template, self.encoders = tokenizer, template, encoders
-        self.max_length, self.cache = max_length, cache
-        self.modalities = [self.media(row)[0] for row in self.rows]
-        # Words stand for tokens: good enough to put rows of like length together.
-        self.lengths = [
-            sum(len(turn.get("value", "").split()) for turn in row.get("conversations", ()))
-            for row in self.rows
-        ]
+            self.rows = json.loads(Path(self.file).read_bytes())
+            if not isinstance(self.rows, list):
+                raise ValueError("it holds no list.")
+        except (OSError, ValueError) as error:
+            fix = f"check the path and the file: a dataset is a JSON list of {ROW}."
+            raise DataError(f"Cannot read {self.file}.", str(error), fix) from error
+        self.ids = [row.get("id") if isinstance(row, dict) else None for row in self.rows]
+        self.modalities = kinds = [self.media(row)[0] for row in self.rows]
+        self.alike = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in set(kinds)}
+        self.lengths = [self._words(row) for row in self.rows]
 
     def media(self, row: dict) -> tuple[str, Path | None]:
-        """("video" | "image" | "text", the file)."""
+        """("video" | "image" | "text", the file); a row that is no dict counts as text."""
         for kind in ("video", "image"):
-            if kind in row:
-                return kind, self.root / row[kind]
+            if isinstance(row, dict) and kind in row:
+                return kind, Path(self.file).parent / str(row[kind])
         return "text", None
+
+    def _words(self, row: dict) -> int:
+        """Words stand for tokens: good enough to put rows of like length together."""
+        try:
+            return sum(len(turn["value"].split()) for turn in row["conversations"])
+        except MALFORMED:
+            return 0
+
+    def turns(self, index: int) -> list[tuple[str, bool]]:
+        """The conversation of a row, rendered."""
+        try:
+            turns = render_prompt(self.rows[index]["conversations"], self.template)
+            "".join(text for text, _ in turns).encode()  # half an emoji is no text
+            return turns
+        except (DataError, *MALFORMED) as error:
+            what = f"{self.file}, row {index} (id {self.ids[index]}) is malformed: {error.args[0]}"
+            raise DataError(what, f"a row is {ROW}.", "correct the row or take it out.") from error
+
+    def read(self, index: int) -> Example:
+        """Row `index` itself; DataError or VideoError if it cannot be used."""
+        ids, labels = map(torch.tensor, tokenize(self.turns(index), self.tokenizer))
+        path = self.media(self.rows[index])[1]
+        features = self.cache.get(path) if self.cache and path else None
+        pixels = load_pixels(path, self.encoders) if path and not features else {}
+        return Example(ids[: self.max_length], labels[: self.max_length], pixels, features or {})
+
+    def failure(self, index: int, error: DataError) -> dict:
+        """What is written down about a row that cannot be used."""
+        path = self.media(self.rows[index])[1]
+        return dict(row=index, id=self.ids[index], file=path and str(path), reason=str(error))
+
+    def check(self, index: int) -> dict | None:
+        """The failure of a row, or None; decodes four frames of its clip, both ends included."""
+        try:
+            self.turns(index)
+            if path := self.media(self.rows[index])[1]:
+                load_video(path, 4)
+        except DataError as error:
+            return self.failure(index, error)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        row = self.rows[index]
-        try:
-            turns = render_prompt(row["conversations"], self.template)
-        except (DataError, KeyError) as error:
-            raise DataError(f"{self.file}, row {index} (id {row.get('id')}): {error}") from error
-        ids, labels = (
-            torch.tensor(values[: self.max_length]) for values in tokenize(turns, self.tokenizer)
-        )
-        path = self.media(row)[1]
-        if path is None:
-            return Example(ids, labels)
-        if self.cache is not None and (features := self.cache.get(path)) is not None:
-            return Example(ids, labels, features=features)
-        return Example(ids, labels, pixels=load_pixels(path, self.encoders))
+        """Row `index`, or another of its modality if it cannot be used; `bad` says which and why.
+
+        FIX: the authors replace a bad example silently by a random one, without end (ledger F4).
+        """
+        alike, errors, bad = self.alike[self.modalities[index]], [], []
+        others = random.Random(int(index)).sample(alike, min(TRIES, len(alike)))
+        for row in list(dict.fromkeys([index, *others]))[:TRIES]:
+            try:
+                return replace(self.read(row), bad=bad)
+            except DataError as error:
+                errors.append(error)
+                bad.append(self.failure(row, error))
+        raise errors[0]
 
 
 def collate(examples: list[Example]) -> Batch:
     """Examples -> one Batch: text, image and video rows may stand side by side."""
-    visual = [e for e in examples if e.pixels or e.features]
+    rows = [i for i, e in enumerate(examples) if e.pixels or e.features]
+    visual = [examples[i] for i in rows]
     if any(e.pixels for e in visual) and any(e.features for e in visual):
-        raise DataError(
-            "A batch mixes cached features and pixels.",
-            "some clips are in the feature cache and some are not.",
-            "fill the cache before training (train.py --cache-features does).",
-        )
+        what = "A batch mixes cached features and pixels."
+        raise DataError(what, "only some clips are cached.", "cache them all before training.")
     pad = torch.nn.utils.rnn.pad_sequence
     return Batch(
         # WHY: 0 is a real token (<unk>), not a pad token. LLaMA-2 has none, and none is needed:
@@ -523,11 +481,10 @@ def collate(examples: list[Example]) -> Batch:
         input_ids=pad([e.input_ids for e in examples], batch_first=True, padding_value=0),
         labels=pad([e.labels for e in examples], batch_first=True, padding_value=IGNORE),
         lengths=torch.tensor([len(e.input_ids) for e in examples]),
-        visual_rows=torch.tensor(
-            [i for i, e in enumerate(examples) if e.pixels or e.features]
-        ).long(),
+        visual_rows=torch.tensor(rows, dtype=torch.long),
         pixels=_stack([e.pixels for e in visual]),
         features=_stack([e.features for e in visual]),
+        bad=[failure for e in examples for failure in e.bad],
     )
 
 
@@ -537,9 +494,7 @@ def _stack(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     for encoder in dicts[0] if dicts else ():
         tensors = [d[encoder] for d in dicts]
         length = max(len(tensor) for tensor in tensors)
-        stacked[encoder] = torch.stack(
-            [t.expand(length, *t.shape[1:]) if len(t) == 1 else t for t in tensors]
-        )
+        stacked[encoder] = torch.stack([t.expand(length, *t.shape[1:]) for t in tensors])
     return stacked
 
 
@@ -551,23 +506,12 @@ class GroupedBatchSampler(Sampler[list[int]]):
     share mixed batches; the last is filled up with rows drawn again.
     """
 
-    def __init__(
-        self,
-        dataset: ConversationDataset,
-        global_batch: int,
-        micro_batch: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        epoch: int = 0,
-    ):
-        if global_batch % (micro_batch * world_size):
-            raise DataError(
-                f"A global batch of {global_batch} cannot be split over {world_size} processes "
-                f"with micro-batches of {micro_batch}.",
-                "each process runs whole micro-batches.",
-                f"choose a multiple of {micro_batch * world_size}.",
-            )
+    def __init__(self, dataset, global_batch, micro_batch, rank=0, world_size=1, seed=0, epoch=0):
+        whole = micro_batch * world_size
+        if global_batch % whole:
+            what = f"A global batch of {global_batch} is no multiple of {whole}."
+            why = f"{world_size} processes run whole micro-batches of {micro_batch}."
+            raise DataError(what, why, f"choose a multiple of {whole}.")
         self.lengths, self.modalities = dataset.lengths, dataset.modalities
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size, self.seed, self.epoch = rank, world_size, seed, epoch
@@ -580,29 +524,77 @@ class GroupedBatchSampler(Sampler[list[int]]):
             rows = [i for i, m in enumerate(self.modalities) if m == modality]
             rng.shuffle(rows)
             whole = len(rows) // size * size
-            leftovers += rows[whole:]
+            rows, leftovers = rows[:whole], leftovers + rows[whole:]
             # Sort by length within stretches of 16 batches: alike within a batch, mixed over time.
             for begin in range(0, whole, 16 * size):
-                stretch = sorted(
-                    rows[begin : min(begin + 16 * size, whole)], key=self.lengths.__getitem__
-                )
+                stretch = sorted(rows[begin : begin + 16 * size], key=self.lengths.__getitem__)
                 batches += [stretch[i : i + size] for i in range(0, len(stretch), size)]
         rng.shuffle(leftovers)
         if leftovers:
-            everyone = rng.permutation(len(self.lengths)).tolist()
-            fill = -len(leftovers) % size
-            leftovers += (everyone * (fill // len(everyone) + 1))[:fill]
+            again = np.resize(rng.permutation(len(self.lengths)), -len(leftovers) % size)
+            leftovers += again.tolist()
             batches += [leftovers[i : i + size] for i in range(0, len(leftovers), size)]
         rng.shuffle(batches)
         return batches
 
     def __len__(self) -> int:
-        per_step = self.global_batch // (self.micro_batch * self.world_size)
-        return len(self.global_batches()) * per_step
+        return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.global_batches():
             mine = batch[self.rank :: self.world_size]
-            yield from (
-                mine[i : i + self.micro_batch] for i in range(0, len(mine), self.micro_batch)
-            )
+            yield from np.reshape(mine, (-1, self.micro_batch)).tolist()
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def check(dataset: ConversationDataset) -> int:
+    """Try every row, in parallel, and print those that cannot be used; how many they are."""
+    total, bad, workers = len(dataset), 0, torch.get_num_threads()
+    rows = DataLoader(range(total), None, collate_fn=dataset.check, num_workers=workers)
+    for done, failure in enumerate(rows, start=1):
+        if failure:
+            bad += 1
+            print("row {row}  id {id}  file {file}\n{reason}\n".format(**failure))
+        if done * 10 // total > (done - 1) * 10 // total:
+            print(f"{dataset.file}: {done} of {total} rows tried", file=sys.stderr)
+    print(f"{dataset.file}: {total} rows, {bad} bad ({100 * bad / max(1, total):.1f} %)")
+    return bad
+
+
+def show(dataset: ConversationDataset, count: int) -> None:
+    """Print the first rows: the file, the text, and every token with its label."""
+    for index in range(min(count, len(dataset))):
+        turns, (kind, path) = dataset.turns(index), dataset.media(dataset.rows[index])
+        print(f"\nrow {index}  id {dataset.ids[index]}  {kind} {path or ''}")
+        for text, is_answer in turns:
+            print(f"  {'answer' if is_answer else 'prompt'}  {text!r}")
+        print(f"\n  {'id':>6}  {'piece':<16}  label")
+        for number, label in zip(*tokenize(turns, dataset.tokenizer), strict=True):
+            piece = dataset.tokenizer.pieces.id_to_piece(number)
+            print(f"  {number:>6}  {piece:<16}  {'-' if label == IGNORE else label}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`data.py`: find bad rows before a training run does, see what the model is given."""
+    parser = argparse.ArgumentParser(description="Look at a dataset before training on it.")
+    parser.add_argument("file", type=Path, help="JSON file, or a folder of stage*.json")
+    parser.add_argument("--check", action="store_true", help="try every row (the default)")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N rows")
+    parser.add_argument("--tokenizer", default="tokenizer.model", help="LLaMA-2's, for --show")
+    parser.add_argument("--template", default="base", choices=TEMPLATES, help="for --show")
+    args = parser.parse_args(arguments)
+    try:
+        tokenizer, bad = Tokenizer(args.tokenizer) if args.show else None, 0
+        for file in sorted(args.file.glob("stage*.json")) or [args.file]:
+            dataset = ConversationDataset(file, tokenizer, TEMPLATES[args.template], encoders=[])
+            show(dataset, args.show)
+            bad += check(dataset) if args.check or not args.show else 0
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(int(bad > 0))
+
+
+if __name__ == "__main__":
+    main()

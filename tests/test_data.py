@@ -9,6 +9,10 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import re
+import subprocess
+import sys
+import zlib
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -33,7 +37,9 @@ from data import (
     GroupedBatchSampler,
     VideoError,
     collate,
+    load_pixels,
     load_video,
+    main,
     mcq_prompt,
     preprocess,
     render_prompt,
@@ -270,8 +276,8 @@ def test_the_decoder_jumps_over_what_is_not_wanted(videos, monkeypatch):
     """
     opened, open_file = [], av.open
 
-    def open_and_count(*args) -> CountingContainer:
-        opened.append(CountingContainer(open_file(*args)))
+    def open_and_count(*args, **options) -> CountingContainer:
+        opened.append(CountingContainer(open_file(*args, **options)))
         return opened[-1]
 
     monkeypatch.setattr(av, "open", open_and_count)
@@ -922,27 +928,55 @@ def test_a_missing_dataset_names_the_file(tmp_path, tiny_tokenizer):
 
 
 def test_wrong_roles_name_the_file_and_the_row(tmp_path, tiny_tokenizer):
-    rows = [
-        {"id": "good", "conversations": talk("left", "right")},
-        {"id": "bad-7", "conversations": [{"from": "gpt", "value": "red"}]},
-    ]
-    data = dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows))
-    assert len(data[0].input_ids) > 0
+    rows = [{"id": "bad-7", "conversations": [{"from": "gpt", "value": "red"}]}]
     with pytest.raises(DataError) as caught:
-        data[1]
-    for part in (str(tmp_path / "rows.json"), "row 1", "bad-7", "['gpt']", "Why: ", "Fix: "):
+        dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows))[0]
+    for part in (str(tmp_path / "rows.json"), "row 0", "bad-7", "['gpt']", "Why: ", "Fix: "):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    "row", [{"id": "bad-8"}, {"id": "bad-8", "conversations": [{"from": "human"}]}]
-)
-def test_a_row_without_its_fields_names_the_file_and_the_row(tmp_path, tiny_tokenizer, row):
-    rows = [{"id": "good", "conversations": talk("left", "right")}, row]
+MALFORMED = {
+    "a number": 7,
+    "nothing": None,
+    "a list": ["id", "conversations"],
+    "no conversations": {"id": "bad-8"},
+    "a conversation that is text": {"id": "bad-8", "conversations": "what"},
+    "a conversation that is a number": {"id": "bad-8", "conversations": 7},
+    "a conversation that is a dictionary": {"id": "bad-8", "conversations": {"from": "human"}},
+    "no turns": {"id": "bad-8", "conversations": []},
+    "a turn that is text": {"id": "bad-8", "conversations": ["what"]},
+    "a turn without text": {"id": "bad-8", "conversations": [{"from": "human"}]},
+    "a turn whose text is a number": {"id": "bad-8", "conversations": talk("what", 7)},
+    "half an emoji": {"id": "bad-8", "conversations": talk("what", "\ud83d")},
+    "a video without a name": {"id": "bad-8", "video": None, "conversations": talk("a", "b")},
+    "a video with a number for a name": {"video": 7, "conversations": talk("a", "b")},
+    "two videos": {"video": ["clip.mp4", "b.mp4"], "conversations": talk("a", "b")},
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_a_malformed_row_fails_when_it_is_read_and_no_sooner(tmp_path, tiny_tokenizer, kind):
+    """The sampler needs its length and modality before; the error names the file or the row."""
+    row = MALFORMED[kind]
+    data = dataset_of(tmp_path, tiny_tokenizer, json.dumps([row]))
+    visual = isinstance(row, dict) and "video" in row
+    assert data.modalities == ["video" if visual else "text"]
+    assert len(data.lengths) == 1
+    assert [*GroupedBatchSampler(data, 1, 1)] == [[0]]
     with pytest.raises(DataError) as caught:
-        dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows))[1]
+        data[0]
+    what, why, fix = caught.value.args
+    assert str(tmp_path) in what
+    assert visual or "row 0" in what
+    assert why
+    assert fix
+
+
+@pytest.mark.parametrize("content", ['{"id": 1}', "7", "null", '"rows"'])
+def test_a_file_that_holds_no_list_is_an_error_at_once(tmp_path, tiny_tokenizer, content):
+    with pytest.raises(DataError, match="no list") as caught:
+        dataset_of(tmp_path, tiny_tokenizer, content)
     assert str(tmp_path / "rows.json") in str(caught.value)
-    assert "bad-8" in str(caught.value)
 
 
 @pytest.mark.parametrize("with_cache", [False, True])
@@ -955,6 +989,275 @@ def test_a_missing_video_of_a_row_is_a_video_error(tmp_path, tiny_tokenizer, wit
     )
     with pytest.raises(VideoError, match=r"gone\.mp4"):
         data[0]
+
+
+# ---------------------------------------------------------------------------------------- bad rows
+
+
+@pytest.fixture
+def damaged(tmp_path, clip) -> Path:
+    """Rows 0, 3, 6 ... 27 are videos, of which 3, 6 and 9 cannot be used; the others are text."""
+    (tmp_path / "clip.mp4").write_bytes(clip.read_bytes())
+    _cut_in_half(tmp_path)
+    rows = []
+    for number in range(30):
+        row = {"id": f"id-{number}", "conversations": talk(f"what {number}", "left")}
+        if number % 3 == 0:
+            row["video"] = "clip.mp4"
+        rows.append(row)
+    rows[3]["video"] = "half.mp4"
+    rows[6]["video"] = "gone.mp4"
+    rows[9]["conversations"] = [{"from": "gpt", "value": "left"}]
+    (tmp_path / "stage2.json").write_text(json.dumps(rows))
+    return tmp_path / "stage2.json"
+
+
+def load(file: Path, tokenizer: Tokenizer) -> ConversationDataset:
+    return ConversationDataset(file, tokenizer, TEMPLATES["base"], SMALL)
+
+
+def test_a_bad_row_is_replaced_by_one_of_its_modality_and_written_down(damaged, tiny_tokenizer):
+    """FIX F4: which row, whose, which file and why; the one in its place is a video that works."""
+    data = load(damaged, tiny_tokenizer)
+    reasons = {3: "half.mp4: has no frames, or incomplete", 6: "gone.mp4: no such video", 9: "gpt"}
+    good = {tuple(data.read(i).input_ids.tolist()): i for i in range(0, 30, 3) if i not in reasons}
+    for row, reason in reasons.items():
+        example = data[row]
+        assert example.pixels.keys() == {config.name for config in SMALL}
+        assert tuple(example.input_ids.tolist()) in good
+        first = example.bad[0]
+        file = {3: "half.mp4", 6: "gone.mp4", 9: "clip.mp4"}[row]
+        assert (first["row"], first["id"]) == (row, f"id-{row}")
+        assert first["file"] == str(damaged.parent / file)
+        assert reason in first["reason"]
+        assert {failure["row"] for failure in example.bad} <= set(reasons)
+    assert json.loads(json.dumps(first)) == first  # the training loop writes it to a file
+
+
+def test_a_good_row_is_itself_and_nothing_is_written_down(damaged, tiny_tokenizer):
+    data = load(damaged, tiny_tokenizer)
+    for row in (0, 1, 12):
+        assert data[row].bad == []
+        assert torch.equal(data[row].input_ids, data.read(row).input_ids)
+
+
+def test_the_row_in_place_of_a_bad_one_follows_from_its_number_alone(damaged, tiny_tokenizer):
+    """A resumed run sees the rows of the straight one, whatever was drawn in between."""
+    first, second = load(damaged, tiny_tokenizer), load(damaged, tiny_tokenizer)
+    expected = [first[row] for row in (3, 6, 9)]
+    random.seed(1)
+    torch.manual_seed(1)
+    np.random.seed(1)
+    state = random.getstate(), torch.get_rng_state()
+    for row, example in reversed(list(zip((3, 6, 9), expected, strict=True))):
+        again = second[np.int64(row)]
+        assert torch.equal(again.input_ids, example.input_ids)
+        assert again.bad == example.bad
+    assert random.getstate() == state[0]
+    assert torch.equal(torch.get_rng_state(), state[1])
+
+
+def test_bad_rows_do_not_all_fall_back_on_one(tmp_path, tiny_tokenizer):
+    """Neighbours often show the same broken clip, so the next row would be a poor choice."""
+    rows = [{"conversations": talk(f"what {number}", "left")} for number in range(60)]
+    rows[:20] = [{"id": number} for number in range(20)]
+    data = dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows))
+    chosen = {tuple(data[number].input_ids.tolist()) for number in range(20)}
+    assert len(chosen) > 8
+
+
+@pytest.mark.parametrize(("count", "tried"), [(30, 8), (8, 8), (3, 3), (1, 1)])
+def test_where_every_row_is_bad_the_first_error_comes_out_after_eight_tries(
+    tmp_path, tiny_tokenizer, monkeypatch, count, tried
+):
+    """Bounded, unlike the released code, and no row is tried twice; text rows are not taken."""
+    rows = [
+        {"id": i, "video": f"gone_{i}.mp4", "conversations": talk("a", "b")} for i in range(count)
+    ]
+    rows.append({"id": "text", "conversations": talk("left", "right")})
+    data, seen = dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows)), []
+    read = data.read
+
+    def read_and_note(index: int) -> Example:
+        seen.append(index)
+        return read(index)
+
+    monkeypatch.setattr(data, "read", read_and_note)
+    with pytest.raises(VideoError, match=r"gone_0\.mp4"):
+        data[0]
+    assert seen[0] == 0
+    assert len(seen) == len(set(seen)) == tried
+    assert count not in seen
+
+
+def test_a_batch_gathers_what_was_written_down(damaged, tiny_tokenizer):
+    """Through a worker process, and on its way to another device it stays a list of text."""
+    data = load(damaged, tiny_tokenizer)
+    rows = [0, 3, 1, 6]
+    (batch,) = DataLoader(data, batch_sampler=[rows], collate_fn=collate, num_workers=1)
+    assert len(batch.input_ids) == 4
+    assert batch.visual_rows.tolist() == [0, 1, 3]
+    assert batch.bad == data[3].bad + data[6].bad
+    assert batch.to("meta").bad == batch.bad
+    assert collate([data[0]]).bad == []
+
+
+def test_an_index_beyond_the_end_is_no_bad_row(mixed):
+    """Python's own protocol for going through a sequence."""
+    assert len(list(mixed)) == 4
+
+
+@pytest.mark.parametrize("kind", ["a bomb", "a broken chunk"])
+def test_an_image_that_pillow_refuses_in_its_own_way_is_a_video_error(tmp_path, kind):
+    """For a size that it fears and for some damage Pillow raises what is no OSError."""
+    path = tmp_path / "still.png"
+    Image.new("RGB", (8, 6)).save(path)
+    content = bytearray(path.read_bytes())
+    if kind == "a bomb":
+        content[16:24] = (60000).to_bytes(4, "big") * 2  # width and height of the header
+        content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    else:
+        content[8:12] = (3).to_bytes(4, "big")  # the length of the header
+        content[19:23] = zlib.crc32(content[12:19]).to_bytes(4, "big")
+    path.write_bytes(content)
+    with pytest.raises(VideoError, match="no readable image"):
+        load_video(path, 1)
+
+
+def test_a_title_in_another_encoding_spoils_no_clip(tmp_path, clip):
+    """The title of an old AVI is Latin-1; PyAV refuses the whole file unless told otherwise."""
+    path = write_video(tmp_path / "old.avi", numbered_frames(10), codec="mpeg4")
+    content = path.read_bytes()
+    where = content.index(b"Lavf")
+    path.write_bytes(content[:where] + b"\xe9\xff" + content[where + 2 :])
+    assert load_video(path, 4).shape == (4, 3, *SIZE)
+
+
+def test_load_pixels_cuts_a_folder_of_images_by_its_frame_rate(tmp_path):
+    """VLEP: from second 1 on, at 3 frames per second, is from frame 3 on."""
+    folder = write_images(tmp_path / "frames", [f"{n}.png" for n in range(12)])
+    pixels = load_pixels(folder, SMALL, start=1, end=3, fps=3)
+    frames = load_video(folder, max(c.num_frames for c in SMALL), start=1, end=3, fps=3)
+    for config in SMALL:
+        assert torch.equal(pixels[config.name], preprocess(frames, config))
+
+
+# ------------------------------------------------------------------------------------- command line
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    """python data.py ARGUMENTS, as a user does."""
+    command = [sys.executable, str(REPOSITORY / "data.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_check_prints_every_bad_row_and_fails(damaged):
+    """Rows 3, 6 and 9 with their ids, files and reasons; then how many there are of all."""
+    done = run(damaged, "--check")
+    assert done.returncode == 1, done.stderr
+    found = re.findall(r"^row (\d+)  id (\S+)  file (\S+)\n(.*)$", done.stdout, re.MULTILINE)
+    folder = damaged.parent
+    assert [(row, name, file) for row, name, file, _ in found] == [
+        ("3", "id-3", str(folder / "half.mp4")),
+        ("6", "id-6", str(folder / "gone.mp4")),
+        ("9", "id-9", str(folder / "clip.mp4")),
+    ]
+    for (*_, reason), expected in zip(found, ["incomplete", "no such", "['gpt']"], strict=True):
+        assert expected in reason
+    assert f"{damaged}: 30 rows, 3 bad (10.0 %)" in done.stdout
+    assert f"{damaged}: 30 of 30 rows tried" in done.stderr
+    assert len(re.findall("rows tried", done.stderr)) == 10  # a line every tenth
+
+
+def test_check_finds_each_kind_of_malformed_row_and_goes_on(tmp_path, clip):
+    (tmp_path / "clip.mp4").write_bytes(clip.read_bytes())
+    good = {"id": "good", "video": "clip.mp4", "conversations": talk("a", "b")}
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([*MALFORMED.values(), good]))
+    done = run(file, "--check")
+    assert done.returncode == 1, done.stderr
+    bad = [int(row) for row in re.findall(r"^row (\d+) ", done.stdout, re.MULTILINE)]
+    assert bad == list(range(len(MALFORMED)))
+    assert f"{len(MALFORMED) + 1} rows, {len(MALFORMED)} bad" in done.stdout
+
+
+def test_check_is_silent_about_good_rows_and_takes_every_stage_of_a_folder(mixed_folder, tmp_path):
+    """stage1.json and stage2.json; another JSON beside them is no dataset."""
+    for source in mixed_folder.iterdir():
+        if source.is_file():
+            (tmp_path / source.name).write_bytes(source.read_bytes())
+    (tmp_path / "rows.json").rename(tmp_path / "stage1.json")
+    (tmp_path / "stage2.json").write_text(
+        json.dumps([{"id": "t", "conversations": talk("left", "right")}])
+    )
+    (tmp_path / "notes.json").write_text("[7]")
+    done = run(tmp_path, "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.splitlines() == [
+        f"{tmp_path / 'stage1.json'}: 4 rows, 0 bad (0.0 %)",
+        f"{tmp_path / 'stage2.json'}: 1 rows, 0 bad (0.0 %)",
+    ]
+    (tmp_path / "stage1.json").write_text('[{"id": "x"}]')
+    done = run(tmp_path, "--check")
+    assert done.returncode == 1
+    assert "stage1.json: 1 rows, 1 bad (100.0 %)" in done.stdout
+    assert "stage2.json: 1 rows, 0 bad (0.0 %)" in done.stdout
+
+
+def test_show_prints_every_token_with_its_label(mixed_folder, llama2_tokenizer):
+    """Three rows: what they show, their text, and - where no loss is taken."""
+    done = run(mixed_folder / "rows.json", "--show", 3, "--tokenizer", llama2_tokenizer.path)
+    assert done.returncode == 0, done.stderr
+    first, second, third = re.split(r"\n(?=row )", done.stdout.strip())
+    lines = first.splitlines()
+    assert lines[0] == f"row 0  id v  video {mixed_folder / 'clip.mp4'}"
+    assert lines[1].split(maxsplit=1) == ["prompt", repr("In: what moves\nOut:")]
+    assert lines[2].split(maxsplit=1) == ["answer", repr("red square")]
+    table = [line.split() for line in lines[4:] if line]
+    assert table[0] == ["id", "piece", "label"]
+    rows = json.loads((mixed_folder / "rows.json").read_text())
+    turns = render_prompt(rows[0]["conversations"], TEMPLATES["base"])
+    expected = [
+        [str(i), llama2_tokenizer.pieces.id_to_piece(i), "-" if label == IGNORE else str(label)]
+        for i, label in zip(*tokenize(turns, llama2_tokenizer), strict=True)
+    ]
+    assert table[1:] == expected
+    assert second.splitlines()[0].rstrip() == "row 1  id t  text"
+    assert third.splitlines()[0] == f"row 2  id i  image {mixed_folder / 'still.png'}"
+
+
+def test_show_takes_a_template(mixed_folder, llama2_tokenizer, capsys):
+    """A caption has no prompt: after <s> every token carries a label."""
+    arguments = ["--show", "1", "--template", "caption", "--tokenizer", str(llama2_tokenizer.path)]
+    with pytest.raises(SystemExit) as finished:
+        main([str(mixed_folder / "rows.json"), *arguments])
+    assert finished.value.code == 0
+    labels = [
+        line.split()[-1] for line in capsys.readouterr().out.splitlines() if re.match(r" +\d", line)
+    ]
+    assert labels[0] == "-"
+    assert labels[1:] == [str(i) for i in [*llama2_tokenizer.encode("red square"), 2]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["absent.json", "--check"], "Cannot read absent.json"),
+        ([".", "--check"], "Cannot read ."),
+        (["good.json", "--show", "1", "--tokenizer", "none.model"], "No tokenizer at none.model"),
+        (["bad.json", "--show", "1"], "No tokenizer at tokenizer.model"),
+        (["good.json", "--show", "1", "--template", "nope"], "choose from"),
+    ],
+)
+def test_a_wrong_command_is_an_error_with_a_text(tmp_path, monkeypatch, capsys, arguments, text):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "good.json").write_text(json.dumps([{"conversations": talk("a", "b")}]))
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert text in str(caught.value.code) + capsys.readouterr().err
+    assert caught.value.code not in (0, None)
 
 
 # ------------------------------------------------------------------------------------ feature cache
