@@ -27,7 +27,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
@@ -364,7 +364,6 @@ class Journal:
     """
 
     def __init__(self, folder: Path, settings: dict, rank: int = 0):
-        folder.mkdir(parents=True, exist_ok=True)
         self.file, known = folder / f"{rank}.jsonl", folder / "settings.json"
         if known.exists() and json.loads(known.read_text()) != settings:
             raise UserError(
@@ -372,17 +371,13 @@ class Journal:
                 f"it was made with {known.read_text()}, this is {json.dumps(settings)}.",
                 "give another --output, or delete that folder.",
             )
-        write_file(known, json.dumps(settings), rank)
-        if self.file.exists():  # the kill may have hit in the middle of a line
-            whole = self.file.read_bytes().rpartition(b"\n")[0]
-            with self.file.open("r+b") as file:
-                file.truncate(len(whole) + bool(whole))
+        write_file(known, json.dumps(settings))
+        write_file(self.file, "".join(whole_lines(self.file)))
 
     def records(self) -> Iterator[dict]:
-        """Everything any process has written; a line still being written is left out."""
+        """Everything any process has written."""
         for path in sorted(self.file.parent.glob("*.jsonl")):
-            whole = path.read_bytes().rpartition(b"\n")[0]
-            yield from map(json.loads, whole.splitlines())
+            yield from map(json.loads, whole_lines(path))
 
     def append(self, record: dict) -> None:
         """On disk when this returns."""
@@ -392,10 +387,16 @@ class Journal:
             os.fsync(file.fileno())
 
 
-def write_file(path: Path, text: str, rank: int = 0) -> None:
-    """Complete or not there at all."""
+def whole_lines(path: Path) -> list[str]:
+    """Without the last line, if a kill has cut it short or it is being written."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]
+
+
+def write_file(path: Path, text: str) -> None:
+    """A text file, complete or as it was; also if several processes write it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f"{path.name}.{rank}.partial")
+    partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial_path.write_text(text)
     partial_path.replace(path)
 
@@ -415,11 +416,9 @@ def evaluate(
     trained = [*model.projectors.parameters(), *model.mixer.parameters()]
     digest = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in trained))
     likelihood = config.mcq_rule == "likelihood" and bool(questions[0].options)
-    settings = {
-        "benchmark": name, "data": str(folder), "checkpoint": model.config.name, "encoders":
-        [e.name for e in model.config.encoders], "max_new_tokens": config.max_new_tokens,
-        "likelihood": likelihood, "weights": digest.hexdigest()[:16],
-    }  # fmt: skip
+    settings = {"benchmark": name, "data": str(folder), "weights": digest.hexdigest()[:16]}
+    settings |= {"max_new_tokens": config.max_new_tokens, "likelihood": likelihood}
+    settings["encoders"] = [encoder.name for encoder in model.config.encoders]
     journal = Journal(output / f"{name}.answers", settings, rank)
     done = {id for record in journal.records() for id in record["answers"]}
     clips = Clips(name, questions, folder, model.config.encoders)
@@ -447,7 +446,7 @@ def evaluate(
         record = outcome[question.id]
         question.answer, question.failure = record["answers"][question.id], record["failure"]
         question.weights = tuple(record["weights"])
-    write_results(output / f"{name}.json", settings, questions, config.mcq_rule, rank)
+    write_results(output / f"{name}.json", settings, questions, config.mcq_rule)
     return questions
 
 
@@ -465,8 +464,10 @@ Reply with one JSON object and nothing else: {{"pred": "yes" or "no", "score": a
 0 (unrelated) to 5 (the same meaning)}}. Example: {{"pred": "yes", "score": 4}}"""
 
 
-def parse_verdict(reply: str) -> tuple[str, int]:
-    """A judge's reply -> ("yes" or "no", 0..5), or ("unparsable", 0): never a guess."""
+def parse_verdict(reply: str | None) -> tuple[str, int]:
+    """A judge's reply -> ("yes" or "no", 0..5), else ("unparsable" or "no reply", 0): no guess."""
+    if reply is None:
+        return "no reply", 0
     try:
         found = json.loads(reply)
     except ValueError:
@@ -476,7 +477,7 @@ def parse_verdict(reply: str) -> tuple[str, int]:
     return (pred, mark) if fits else ("unparsable", 0)
 
 
-def ask_judge(client: InferenceClient, model: str, question: Question, retries: int) -> str | None:
+def ask_judge(question: Question, client: InferenceClient, model: str, retries: int) -> str | None:
     """The raw reply, or None if there is none after so many retries, each after a longer wait."""
     known = {"question": question.text, "expected": question.expected, "answer": question.answer}
     messages = [{"role": "user", "content": JUDGE_PROMPT.format(**known)}]
@@ -505,7 +506,9 @@ def judge(path: Path, config: EvalConfig) -> None:
     Raw replies are kept beside it, so a rerun asks only about those that are not judged yet.
     """
     result = json.loads(path.read_text())
-    questions = [Question(**q) for q in result["questions"]]
+    questions = [Question(**q) for q in result["questions"] if not q["options"]]
+    if not questions:
+        return
     prompt = {"model": config.judge_model, "prompt": JUDGE_PROMPT}
     journal = Journal(path.with_suffix(".judge"), prompt)
     replies = {(r["id"], r["answer"]): r for r in journal.records()}
@@ -514,19 +517,22 @@ def judge(path: Path, config: EvalConfig) -> None:
         base_url=config.judge, api_key=os.environ.get("JUDGE_API_KEY", "none"), timeout=60
     )
     with ThreadPoolExecutor(config.judge_parallel) as pool:
-        ask = partial(ask_judge, client, config.judge_model, retries=config.judge_retries)
-        for done, (question, reply) in enumerate(zip(todo, pool.map(ask, todo), strict=True)):
-            progress("judge", done + 1, len(todo))
-            if reply is not None:
-                record = {"id": question.id, "answer": question.answer, "reply": reply}
-                journal.append(record | {"date": date.today().isoformat()})
+        args = (client, config.judge_model, config.judge_retries)
+        asked = {pool.submit(ask_judge, question, *args): question for question in todo}
+        try:
+            for done, future in enumerate(as_completed(asked), start=1):
+                progress("judge", done, len(todo))
+                if (reply := future.result()) is not None:
+                    record = {"id": asked[future].id, "answer": asked[future].answer}
+                    today = date.today().isoformat()
+                    journal.append({**record, "reply": reply, "date": today})
+        finally:
+            pool.shutdown(cancel_futures=True)  # after a refusal nobody else need ask
     replies = {(r["id"], r["answer"]): r for r in journal.records()}
     for question in questions:
-        reply = replies.get((question.id, question.answer))
+        reply = replies.get((question.id, question.answer), {"reply": None})["reply"]
         if not question.failure:
-            question.verdict, question.mark = ("no reply", 0)
-            if reply:
-                question.verdict, question.mark = parse_verdict(reply["reply"])
+            question.verdict, question.mark = parse_verdict(reply)
     dates = sorted({reply["date"] for reply in replies.values()})
     result["settings"]["judge"] = {**prompt, "url": config.judge, "dates": dates}
     write_results(path, result["settings"], questions, result["rule"])
@@ -536,14 +542,14 @@ def judge(path: Path, config: EvalConfig) -> None:
 # ------------------------------------------------------------------------------------------ results
 
 
-def write_results(path: Path, settings: dict, questions: list[Question], rule: str, rank=0) -> None:
+def write_results(path: Path, settings: dict, questions: list[Question], rule: str) -> None:
     """Score, then write one JSON file with the table and every answer."""
     for question in questions:
         score(question, rule)
     table = {kind: row[0] for kind, row in summarise(questions).items()}
     result = {"settings": settings, "rule": rule, "accuracy": table}
     result["questions"] = [asdict(question) for question in questions]
-    write_file(path, json.dumps(result, indent=1), rank)
+    write_file(path, json.dumps(result, indent=1))
 
 
 def summarise(
