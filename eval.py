@@ -94,13 +94,7 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def read_pairs(folder: Path, questions: str = "test_q.json", answers: str = "test_a.json"):
-    """Most sets, as Video-LLaVA and the paper's authors ship them: two lists, joined by id.
-
-    test_q.json  [{"question_id": "v1_0", "video_name": "v1", "question": "who is it?"}, ...]
-    test_a.json  [{"question_id": "v1_0", "answer": "a man", "type": 3}, ...]
-    Multiple choice: the question has "options" and perhaps "start", "end" (seconds) or "end_frame";
-    the answer has "answer_id", from 0.
-    """
+    """Most sets, as Video-LLaVA and the paper's authors ship them: two lists, joined by id."""
     by_id = {a["question_id"]: a for a in json.loads((folder / answers).read_text())}
     for q in json.loads((folder / questions).read_text()):
         a, options = by_id[q["question_id"]], tuple(q.get("options", ()))
@@ -113,12 +107,7 @@ def read_pairs(folder: Path, questions: str = "test_q.json", answers: str = "tes
 
 
 def read_perception(folder: Path) -> Iterator[Question]:
-    """Perception Test; a positive number in the second file is the last frame to be seen.
-
-    mc_question_valid.json        {"video_1": {"mc_question": [{"id": 0, "question": "what is it?",
-                                    "options": ["a", "b", "c"], "answer_id": 2, "area": "x"}]}}
-    cut_frame_mapping_valid.json  {"video_1": 120, "video_2": -1}
-    """
+    """Perception Test; a positive number among the cuts is the last frame to be seen."""
     cuts = json.loads((folder / "cut_frame_mapping_valid.json").read_text())
     for video, found in json.loads((folder / "mc_question_valid.json").read_text()).items():
         end_frame = cuts.get(video, -1) if cuts.get(video, -1) > 0 else None
@@ -130,11 +119,7 @@ def read_perception(folder: Path) -> Iterator[Question]:
 
 
 def read_nextqa(folder: Path) -> Iterator[Question]:
-    """NExT-QA, multiple choice. The first letter of a type: causal, temporal or descriptive.
-
-    val.csv  video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4
-             4010069381,369,640,480,how do the two man play,0,6,CH,roll it,sing,jump,run,walk
-    """
+    """NExT-QA, multiple choice. A type's first letter: causal, temporal or descriptive."""
     for q in csv.DictReader(io.StringIO((folder / "val.csv").read_text())):
         kind = {"C": "causal", "T": "temporal", "D": "descriptive"}[q["type"][0]]
         options = tuple(q[f"a{i}"] for i in range(5))
@@ -145,11 +130,7 @@ def read_nextqa(folder: Path) -> Iterator[Question]:
 
 
 def read_vlep(folder: Path) -> Iterator[Question]:
-    """VLEP: which event is likelier to follow? Videos are folders of frames at 3 a second.
-
-    vlep_dev_release.jsonl  {"example_id": 1, "vid_name": "friends_s01e01_ep", "ts": [10.5, 13.5],
-                             "events": ["He eats.", "He leaves."], "answer": 1, "split": "dev"}
-    """
+    """VLEP: which of two events is likelier to follow what happens from ts[0] to ts[1]?"""
     for line in (folder / "vlep_dev_release.jsonl").read_text().splitlines():
         q, text = json.loads(line), "Which of these is more likely to happen next?"
         yield Question(
@@ -159,11 +140,7 @@ def read_vlep(folder: Path) -> Iterator[Question]:
 
 
 def read_tvqa(folder: Path) -> Iterator[Question]:
-    """TVQA: five answers, a stretch of the clip; "nan-nan" is the whole clip. Frames as for VLEP.
-
-    tvqa_val.jsonl  {"qid": 1, "q": "Who is it?", "a0": "Ann", ..., "a4": "Eve", "answer_idx": 1,
-                     "ts": "76.01-84.2", "vid_name": "castle_s01e02_seg02_clip_09"}
-    """
+    """TVQA: five answers, a stretch of the clip; "nan-nan" is the whole clip."""
     for line in (folder / "tvqa_val.jsonl").read_text().splitlines():
         q = json.loads(line)
         start, end = (None if t != t else t for t in map(float, q["ts"].split("-")))
@@ -186,11 +163,7 @@ TEMPORAL = {  # appendix B.2.2: played backwards, each looks like another class
 
 
 def read_ssv2(folder: Path, num_options: int, temporal: bool = False) -> Iterator[Question]:
-    """Something-Something v2 as questions (appendix B.2): the class in words, or one of five.
-
-    labels.json      {"Holding something": "0", "Moving something up": "1", ...}
-    validation.json  [{"id": "74225", "label": "holding a cup", "template": "Holding [something]"}]
-    """
+    """Something-Something v2 as questions (appendix B.2): the class in words, or one of five."""
     classes = json.loads((folder / "labels.json").read_text())
     for row in json.loads((folder / "validation.json").read_text()):
         name = row["template"].replace("[", "").replace("]", "")
@@ -232,11 +205,10 @@ def load_questions(name: str, folder: str | Path) -> list[Question]:
             raise ValueError(f"more than one question has the id {twice[0]}")
         return questions
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        shown = getattr(read, "func", read).__doc__.replace("\n    ", "\n")
         raise UserError(
             f"Cannot read the benchmark {name} in {folder}.",
             f"{type(error).__name__}: {error}",
-            f"check that folder; this is how it is laid out:\n\n{shown}",
+            "lay it out as the README shows (Evaluate).",
         ) from error
 
 
