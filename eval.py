@@ -724,7 +724,9 @@ def main(arguments: list[str] | None = None) -> None:
         elif config.report:
             write_report(list(runs), Path(config.report))
         else:
-            device, dtype = merv.pick_device(config.device), getattr(torch, config.dtype)
+            device = merv.pick_device(config.device)
+            dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+            dtype = choose(dtypes, config.dtype, "dtype")
             checkpoint = config.checkpoint or merv.latest_run()
             model = MERV.from_pretrained(checkpoint, dtype, device, config.tokenizer or None)
             base = Path(checkpoint) if Path(checkpoint).is_dir() else Path("runs") / checkpoint
