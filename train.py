@@ -8,7 +8,9 @@ One loop, any number of processes: FSDP2 shards every parameter over them, so wh
 hold several can. Losses are sums over tokens divided by the tokens of the whole step, so one
 process with a batch of 128 and eight with micro-batches of 4 take the same steps.
 
-Leaves runs/NAME/ with config.json, metrics.jsonl and checkpoint/ (for merv.py and eval.py).
+Leaves runs/NAME/ with config.json, metrics.jsonl, resume/ and checkpoint/ (for merv.py, eval.py).
+A killed run goes on with `train.py --resume runs/NAME`, to the same weights bit for bit; under
+`torchrun --max-restarts 3` it does so by itself.
 Read before: merv.py. Read next: eval.py, miniature/.
 """
 
@@ -17,62 +19,55 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.utils.data import DataLoader
+from torch.utils.data import ConcatDataset, DataLoader
 
+import data
 import eval
 import miniature
-from data import (
-    TEMPLATES,
-    Batch,
-    ConversationDataset,
-    FeatureCache,
-    GroupedBatchSampler,
-    collate,
-    load_pixels,
-)
 from encoders import ENCODERS, UserError
 from merv import MERV, MERVS, PROJECTORS, MERVConfig, choose, option, parse_options, progress
 
 # ------------------------------------------------------------------------------------------- config
 
-
 MINIATURE = Path("data/miniature")  # where the default data and encoders are made
+TRAINED = sharded.StateDictOptions(ignore_frozen_params=True)  # encoders come from their sources
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass over one file of conversations (appendix B)."""
+    """One pass over conversations (appendix B)."""
 
-    files: tuple[str, ...]  # in the data folder
+    files: tuple[tuple[str, str], ...]  # in the data folder, with data.TEMPLATES; "": the LLM's own
     trained: tuple[str, ...]  # parts of the model; encoders are always frozen
     lr: float  # peak
     global_batch: int
     weight_decay: float = 0.1
-    template: str = ""  # data.TEMPLATES; empty: the LLM's own
     miniature_lr: float = 2e-3  # for a small LLM that starts from random weights
 
 
 ALIGN, ALL = ("projectors", "mixer"), ("projectors", "mixer", "llm")
-INSTRUCT = Stage(("stage2.json",), ALL, lr=2e-5, global_batch=128)
+CAPTIONS, CONVERSATIONS = ("stage1.json", "caption"), ("stage2.json", "")
+INSTRUCT = Stage((CONVERSATIONS,), ALL, lr=2e-5, global_batch=128)
 RECIPES: dict[str, tuple[Stage, ...]] = {
     "frozen": (INSTRUCT,),
-    "video-llava": (
-        Stage(("stage1.json",), ALIGN, 1e-3, 256, 0.0, template="caption", miniature_lr=5e-3),
-        INSTRUCT,
-    ),
-    "full": (Stage(("stage1.json",), ALL, 1e-4, 256, template="caption"), INSTRUCT),
+    "video-llava": (Stage((CAPTIONS,), ALIGN, 1e-3, 256, 0.0, miniature_lr=5e-3), INSTRUCT),
+    "full": (Stage((CAPTIONS,), ALL, 1e-4, 256), INSTRUCT),
+    "mixed": (replace(INSTRUCT, files=(CAPTIONS, CONVERSATIONS)),),
 }
 
 
@@ -82,9 +77,7 @@ class TrainConfig:
 
     model: str = option("miniature", f"one of {', '.join(MERVS)}")
     recipe: str = option("frozen", f"which stages, which parts are trained: {', '.join(RECIPES)}")
-    encoders: str = option(
-        "", "comma-separated encoders instead of the model's, such as dinov2,vivit"
-    )
+    encoders: str = option("", "other encoders than the model's, such as dinov2,vivit")
     projector: str = option("avg2d", f"table 2a: {', '.join(PROJECTORS)}")
     data: str = option("miniature", "folder with stage1.json and stage2.json; miniature makes one")
     tokenizer: str = option("", "LLaMA-2's tokenizer.model; the miniature makes its own")
@@ -99,14 +92,31 @@ class TrainConfig:
     clip: float = option(1.0, "largest gradient norm")
     seed: int = option(0, "of new weights and of the order of the data")
     workers: int = option(2, "processes per rank that decode videos")
-    activation_checkpointing: bool = option(
-        True, "recompute LLM layers: less memory, 1/3 more work"
-    )
-    cache_features: str = option(
-        "auto", "folder for pooled features; none; auto: none but in miniature"
-    )
+    activation_checkpointing: bool = option(True, "recompute LLM layers: less memory, more work")
+    cache_features: str = option("auto", "folder for pooled features; none; auto: in miniature")
+    resume: str = option("", "go on with this run, such as runs/NAME, in its folder, as it began")
+    save_every: int = option(500, "steps between two saves to resume from; 0: end of a stage only")
+    keep: int = option(2, "how many of these to keep; 0: all")
+    max_bad: float = option(0.01, "stop when more than this fraction of rows, and 10, are unusable")
     evaluate: bool = option(True, "after training, score the miniature's test clips")
     device: str = option("auto", "cuda or cpu; auto takes cuda if there is one")
+
+
+# What --resume may change: how a run is computed, not what. All else stays as it began.
+HOW = ("resume", "micro_batch", "workers", "activation_checkpointing", "save_every", "keep")
+HOW += ("max_bad", "evaluate", "device")
+
+
+@dataclass
+class Run:
+    """A run while it is under way."""
+
+    config: TrainConfig
+    folder: Path
+    done: int  # steps, over all stages, of the save that it goes on from; 0: from the start
+    bad: int  # rows that could not be used so far, over all processes
+    seen: int = 0  # rows so far
+    stop: bool = False  # SIGTERM came
 
 
 # --------------------------------------------------------------------------------- processes, model
@@ -118,11 +128,9 @@ def join_processes(device: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local_rank)
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
@@ -138,21 +146,15 @@ def configure(config: TrainConfig) -> tuple[MERVConfig, Path, str]:
         model = replace(model, encoders=encoders)
     folder, tokenizer = Path(config.data), config.tokenizer
     if config.data == "miniature":
-        folder = MINIATURE
         if dist.get_rank() == 0:
-            miniature.prepare(folder)
+            miniature.prepare(MINIATURE)
         dist.barrier()
-        tokenizer = tokenizer or str(folder / "tokenizer.model")
-        folder = folder / "train"
+        folder, tokenizer = MINIATURE / "train", tokenizer or str(MINIATURE / "tokenizer.model")
     if small:
-        sources = MINIATURE / "encoders"
-        model = replace(
-            model,
-            encoders=tuple(
-                replace(e, source=str(sources / f"{e.name.removeprefix('miniature-')}.safetensors"))
-                for e in model.encoders
-            ),
-        )
+        names = [e.name.removeprefix("miniature-") for e in model.encoders]
+        files = [str(MINIATURE / "encoders" / f"{name}.safetensors") for name in names]
+        sourced = zip(model.encoders, files, strict=True)
+        model = replace(model, encoders=tuple(replace(e, source=file) for e, file in sourced))
     return model, folder, tokenizer
 
 
@@ -211,16 +213,12 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def fill_cache(
-    model: MERV, dataset: ConversationDataset, cache: FeatureCache, workers: int
-) -> None:
+def fill_cache(model: MERV, dataset: data.ConversationDataset, workers: int) -> None:
     """Encode every clip that is not in the cache yet, split over the processes."""
+    cache, rank, world = dataset.cache, dist.get_rank(), dist.get_world_size()
     files = sorted({path for row in dataset.rows if (path := dataset.media(row)[1])})
-    missing = [
-        file for file in files[dist.get_rank() :: dist.get_world_size()] if not cache.get(file)
-    ]
-
-    load = partial(load_pixels, encoders=dataset.encoders)
+    missing = [file for file in files[rank::world] if not cache.get(file)]
+    load = partial(data.load_pixels, encoders=dataset.encoders)
     loader = DataLoader(missing, batch_size=None, collate_fn=load, num_workers=workers)
     for done, pixels in enumerate(loader):
         device = next(model.encoders.parameters()).device
@@ -230,11 +228,21 @@ def fill_cache(
     dist.barrier()
 
 
-def train_stage(
-    model: MERV, stage: Stage, dataset: ConversationDataset, config: TrainConfig, log: Path
-) -> None:
-    """One stage of a recipe, on a sharded model. The README explains what is logged."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+def concatenate(datasets: list[data.ConversationDataset]) -> ConcatDataset:
+    """Several files as one dataset, with what the sampler and the dump of a failure read of it."""
+    together = ConcatDataset(datasets)
+    for name in ("rows", "lengths", "modalities"):
+        setattr(together, name, [value for one in datasets for value in getattr(one, name)])
+    return together
+
+
+def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, before: int) -> int:
+    """One stage of a recipe, on a sharded model. The README explains what is logged.
+
+    before: steps of the earlier stages; gives them plus this stage's. Those up to run.done are
+    behind us: skipped, without reading their data.
+    """
+    config, rank, world = run.config, dist.get_rank(), dist.get_world_size()
 
     # 1. What is trained. The rest keeps its weights and needs neither gradient nor optimizer.
     for name, parameter in model.named_parameters():
@@ -243,42 +251,41 @@ def train_stage(
     model.train()
 
     # 2. The order of the data: `accumulation` micro-batches of every process make one step.
-    samplers = [
-        GroupedBatchSampler(
-            dataset, stage.global_batch, config.micro_batch, rank, world, config.seed, epoch
-        )
-        for epoch in range(config.epochs)
-    ]
+    sizes, order = (stage.global_batch, config.micro_batch, rank, world, config.seed), []
+    for epoch in range(config.epochs):
+        order += data.GroupedBatchSampler(dataset, *sizes, epoch)
     accumulation = stage.global_batch // (config.micro_batch * world)
-    steps = sum(len(sampler) for sampler in samplers) // accumulation
-    steps = min(steps, config.max_steps or steps)
-    loader = iter(
-        DataLoader(
-            dataset,
-            batch_sampler=[rows for sampler in samplers for rows in sampler],
-            num_workers=config.workers,
-            collate_fn=collate,
-        )
-    )
+    steps = min(len(order) // accumulation, config.max_steps or len(order))
+    start = min(steps, max(0, run.done - before))
+    order = order[start * accumulation : steps * accumulation]
+    loading = {"num_workers": config.workers, "collate_fn": data.collate}
+    loader = iter(DataLoader(dataset, batch_sampler=order, **loading))
+    run.seen += start * stage.global_batch
+    if before < run.done <= before + steps:
+        state = state_of(model, optimizers)
+        dcp.load(state, checkpoint_id=run.folder / "resume" / f"{run.done:08d}")
+        sharded.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=TRAINED)
 
-    for step in range(steps):
+    for step in range(start, steps):
         # 3. Load the micro-batches of this step.
-        started = time.perf_counter()
-        batches: list[Batch] = [next(loader) for _ in range(accumulation)]
+        started, number = time.perf_counter(), before + step + 1
+        batches: list[data.Batch] = [next(loader) for _ in range(accumulation)]
         waited = time.perf_counter() - started
 
-        # 4. How many labels the whole step has, and which micro-batches have pictures on any rank.
-        counts = torch.tensor(
-            [sum(b.num_labels for b in batches)] + [len(b.visual_rows) for b in batches]
-        )
+        # 4. Over all ranks: labels, unusable rows, who must stop, micro-batches with pictures.
+        counts = [sum(b.num_labels for b in batches), sum(len(b.bad) for b in batches), run.stop]
+        counts = torch.tensor(counts + [len(b.visual_rows) for b in batches])
         dist.all_reduce(counts)
-        num_labels, pictures = int(counts[0]), counts[1:].tolist()
+        num_labels, num_bad, stop, *pictures = counts.tolist()
+        run.seen += stage.global_batch
+        if num_bad:
+            report_bad([row for batch in batches for row in batch.bad], num_bad, run, number)
 
         # 5. Forward and backward. FIX: dividing each micro-batch by its own number of labels would
         #    weigh a label in a short batch more than one in a long batch (ledger F5).
         total, weights = torch.zeros(()), []
         for batch, anywhere in zip(batches, pictures, strict=True):
-            join = bool(anywhere) and dataset.cache is None
+            join = bool(anywhere) and config.cache_features == "none"
             loss, weight_be = model(batch.to(model.device), join)
             # FSDP gives the mean of the ranks' gradients; times their number it is the sum.
             (loss * world / num_labels).backward()
@@ -286,7 +293,14 @@ def train_stage(
             weights.append(weight_be.float().cpu())
 
         # 6. Clip, then step with this step's learning rate.
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).full_tensor()
+        dist.all_reduce(total)
+        loss = total.item() / num_labels
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).full_tensor().item()
+        if not math.isfinite(loss + norm):
+            indices = order[(step - start) * accumulation :][:accumulation]
+            rows = [dataset.rows[i] for micro_batch in indices for i in micro_batch]
+            what = f"the loss is {loss}, the gradient norm {norm}"
+            fail(model, batches, rows, run.folder / f"failure-step-{number}", what)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, group["peak"], config.warmup)
@@ -294,78 +308,197 @@ def train_stage(
             optimizer.zero_grad()
 
         # 7. Log.
-        dist.all_reduce(total)
-        seen = torch.cat(weights)
         if rank == 0:
             seconds = time.perf_counter() - started
-            metrics = {
-                "step": step + 1,
-                "loss": total.item() / num_labels,
-                "lr": optimizers[0].param_groups[0]["lr"],
-                "gradient_norm": norm.item(),
-                "labels_per_second": num_labels / seconds,
-                "data_wait": waited / seconds,
-                "weights": seen.mean(0).tolist() if len(seen) else [],
-            }
-            with log.open("a") as file:
+            lr, seen = optimizers[0].param_groups[0]["lr"], torch.cat(weights)
+            metrics = {"step": number, "loss": loss, "lr": lr, "gradient_norm": norm}
+            metrics |= {"labels_per_second": num_labels / seconds, "data_wait": waited / seconds}
+            metrics |= {"weights": seen.mean(0).tolist() if len(seen) else []}
+            with (run.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
-            progress("train", step + 1, steps, f"loss {metrics['loss']:.3f}")
+            progress("train", step + 1, steps, f"loss {loss:.3f}")
+
+        # 8. Save what the next step needs, now and then; leave if asked to.
+        if stop or step + 1 == steps or (config.save_every and number % config.save_every == 0):
+            save_state(state_of(model, optimizers), run, number)
+        if stop:
+            leave(f"Stopped after step {number}: --resume {run.folder} goes on.\n" * (rank == 0))
+    return before + steps
+
+
+# ------------------------------------------------------------------- what goes wrong, and going on
+
+
+def report_bad(mine: list[dict], total: int, run: Run, step: int) -> None:
+    """Write the rows of a step that could not be used to a file; stop if they become too many.
+
+    FIX: the authors replace them silently (ledger F4).
+    """
+    records = [None] * dist.get_world_size()
+    dist.all_gather_object(records, [{"step": step, **row} for row in mine])
+    file = run.folder / "bad_examples.jsonl"
+    if dist.get_rank() == 0:
+        with file.open("a") as lines:
+            lines.writelines(json.dumps(row) + "\n" for rows in records for row in rows)
+    run.bad += total
+    if run.bad >= 10 and run.bad > run.config.max_bad * run.seen:
+        raise UserError(
+            f"{run.bad} of the {run.seen} rows so far could not be used.",
+            f"with more than --max-bad {run.config.max_bad} of them, this is another data set.",
+            f"repair the rows that {file} lists.",
+        )
+
+
+def fail(model: MERV, batches: list, rows: list[dict], folder: Path, what: str) -> None:
+    """Write what reproduces this step to a folder (weights, batches, rows), then raise."""
+    dcp.save(sharded.get_model_state_dict(model, options=TRAINED), checkpoint_id=folder)
+    step = {"batches": [vars(batch) for batch in batches], "rows": rows}
+    torch.save(step, folder / f"rank-{dist.get_rank()}.pt")
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, [row.get("id") for row in rows])
+    raise UserError(
+        f"{folder.name}: {what}.",
+        f"the cause is among the rows with these ids, a list for each rank: {everyone}.",
+        f"see {folder} (weights, batches, rows); a smaller --lr may help.",
+    )
+
+
+def state_of(model: MERV, optimizers: list[torch.optim.Optimizer]) -> dict:
+    """What steps change, as shards; the weights among it are the model's own tensors."""
+    weights, moments = sharded.get_state_dict(model, optimizers, options=TRAINED)
+    return {"model": weights, "optimizers": moments}
+
+
+def save_state(state: dict, run: Run, number: int) -> None:
+    """resume/NUMBER: the shards of every process after so many steps, complete or not there.
+
+    FIX: the authors save the optimizer state of rank 0 only (ledger F6). Data order and learning
+    rate follow from the number, and nothing is random, so nothing else is needed.
+    """
+    folder = run.folder / "resume" / f"{number:08d}"
+    partial = folder.with_suffix(".partial")
+    dcp.save(state, checkpoint_id=partial)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        partial.rename(folder)
+        saved = sorted(f for f in folder.parent.iterdir() if not f.suffix)
+        for old in saved[: -run.config.keep] if run.config.keep else []:
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # never half a save
+    dist.barrier()
+
+
+def saved_config(config: TrainConfig) -> TrainConfig:
+    """The configuration that the run to resume began with, and the HOW of this command line."""
+    file = Path(config.resume) / "config.json"
+    if not file.is_file():
+        raise UserError(f"No run at {config.resume}.", f"{file} is missing.", "check the path.")
+    found, changed = json.loads(file.read_text()), {}
+    for name, default in ((f.name, f.default) for f in fields(config)):
+        value = getattr(config, name)
+        if name in HOW and value != default:
+            changed[name] = value
+        elif name not in HOW and value not in (default, found[name]):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value} contradicts {file}.",
+                f"the run began with {found[name]!r}, and goes on as it began.",
+                f"leave that out; what may change is {', '.join(HOW)}.",
+            )
+    return TrainConfig(**{f.name: found[f.name] for f in fields(config)} | changed)
+
+
+def open_run(config: TrainConfig) -> Run:
+    """On rank 0: a new folder or, in the one to go on with, all as it was at the last save."""
+    runs, launch = Path("runs"), os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    launch = str(os.getppid()) if launch == "none" else launch  # the same after a restart
+    folder, number = Path(config.resume) if config.resume else None, 1
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not folder:
+        configs = {f: json.loads(f.read_text()) for f in runs.glob("*/config.json")}
+        mine = [f for f, saved in configs.items() if saved.get("launch") == launch]
+        folder = max(mine, key=lambda f: f.stat().st_mtime).parent if mine else None
+    if not folder:
+        folder = runs / config.name
+        while folder.exists():  # no run is ever overwritten
+            number += 1
+            folder = runs / f"{config.name}-{number}"
+        folder.mkdir(parents=True)
+        saved = asdict(config) | {"launch": launch, "torch": torch.__version__}
+        eval.write_file(folder / "config.json", json.dumps(saved, indent=2))
+    for rest in (folder / "resume").glob("*.partial"):
+        shutil.rmtree(rest)
+    done, lines = max((int(f.name) for f in (folder / "resume").glob("*")), default=0), []
+    for file in (folder / "metrics.jsonl", folder / "bad_examples.jsonl"):
+        lines = [x for x in eval.whole_lines(file) if json.loads(x)["step"] <= done]
+        eval.write_file(file, "".join(lines))
+    print(f"{folder}, from step {done}: {json.dumps(asdict(config))}")
+    return Run(config, folder, done, bad=len(lines))
+
+
+# ------------------------------------------------------------------------------------ the whole run
 
 
 def settle(config: TrainConfig) -> TrainConfig:
     """Fill in what depends on the model's size."""
-    small, auto = config.model == "miniature", config.cache_features == "auto"
+    small, cache = config.model == "miniature", config.cache_features
+    if cache == "auto":
+        cache = str(MINIATURE / "features") if small else "none"
     return replace(
         config,
         epochs=config.epochs or (8 if small else 1),
         muon_lr=config.muon_lr if config.muon_lr >= 0 else 0.01 * small,
         micro_batch=config.micro_batch or (config.global_batch or 32 if small else 4),
-        cache_features=str(MINIATURE / "features") if small and auto else config.cache_features,
+        cache_features=cache,
         name=config.name or f"{config.model}-{config.recipe}",
     )
 
 
-def train(config: TrainConfig) -> Path:
-    """Every stage of the recipe, then the checkpoint; the folder of the run."""
+def train(config: TrainConfig) -> Run:
+    """Every stage of the recipe, then the checkpoint; or what is left of a run that has begun."""
     device = join_processes(config.device)
-    config = settle(config)
+    config = settle(saved_config(config) if config.resume else config)
     model_config, folder, tokenizer = configure(config)
-    run, number = Path("runs") / config.name, 1
-    if dist.get_rank() == 0:
-        while run.exists():  # no run is ever overwritten
-            number += 1
-            run = Path("runs") / f"{config.name}-{number}"
-        run.mkdir(parents=True)
-        (run / "config.json").write_text(json.dumps(asdict(config), indent=2))
-        print(f"{run}: {json.dumps(asdict(config))}")
-    small = config.model == "miniature"
-    model = MERV.create(model_config, tokenizer, config.seed)
-    cache = None
-    if config.cache_features not in ("none", "auto"):
-        cache = FeatureCache(config.cache_features, model.fingerprints())
-    stages = []
+    found = [open_run(config) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    run: Run = found[0]
+    if (run.folder / "checkpoint").is_dir():
+        return run
+    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
+    model, small = MERV.create(model_config, tokenizer, config.seed), config.model == "miniature"
+    llm, encoders, cache, stages = model_config.llm, list(model.config.encoders), None, []
+    if config.cache_features != "none":
+        cache = data.FeatureCache(config.cache_features, model.fingerprints())
     for stage in RECIPES[config.recipe]:
-        template = TEMPLATES[stage.template or model_config.llm.template]
-        for file in stage.files:
-            dataset = ConversationDataset(
-                folder / file, model.tokenizer, template, list(model.config.encoders), cache=cache
-            )
-            lr = config.lr or (stage.miniature_lr if small else stage.lr)
-            size = config.global_batch or (32 if small else stage.global_batch)
-            stages.append((replace(stage, lr=lr, global_batch=size), dataset))
+        lr = config.lr or (stage.miniature_lr if small else stage.lr)
+        size, files = config.global_batch or (32 if small else stage.global_batch), []
+        for file, template in stage.files:
+            parts = (model.tokenizer, data.TEMPLATES[template or llm.template], encoders)
+            files.append(data.ConversationDataset(folder / file, *parts, cache=cache))
             if cache:
-                fill_cache(model.to(device), dataset, cache, config.workers)
+                fill_cache(model.to(device), files[-1], config.workers)
+        stages.append((replace(stage, lr=lr, global_batch=size), concatenate(files)))
     model.llm.activation_checkpointing = config.activation_checkpointing and not small
     shard(model.to(device), device)
+    steps = 0
     for stage, dataset in stages:
-        train_stage(model, stage, dataset, config, run / "metrics.jsonl")
-    state = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
-    )
+        steps = train_stage(model, stage, dataset, run, steps)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = sharded.get_model_state_dict(model, options=whole)
     if dist.get_rank() == 0:
-        model.save_pretrained(run / "checkpoint", state)
+        model.save_pretrained(run.folder / "checkpoint", state)
     dist.barrier()
     return run
+
+
+def leave(message: str = "") -> None:
+    """End this process as a success.
+
+    WHY: DTensor's caches keep the process group, so gloo's threads outlive its destruction. One
+    that drops a tensor while Python takes itself down aborts ("terminate called without an active
+    exception", pytorch issue 190489). All files are closed here, so nothing need be taken down.
+    """
+    print(message, end="", flush=True)
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -373,19 +506,21 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_options(TrainConfig, arguments, "Train MERV.")
     try:
         run = train(config)
-        first = dist.get_rank() == 0
         dist.destroy_process_group()
-        if first and config.evaluate and config.data == "miniature":
-            model = MERV.from_pretrained(run)
-            for name in ("miniature-open", "miniature-mcq"):
-                questions = eval.evaluate(model, name, MINIATURE / "test", run / "eval")
-                eval.print_table(name, questions)
-            eval.write_report([str(run)], run / "report.html")
-            clip = MINIATURE / "test" / "videos" / "clip_000000.mp4"
-            print(f'\nask it: python merv.py {clip} "What happens?"')
+        if run.config.evaluate and run.config.data == "miniature":
+            model, last = MERV.from_pretrained(run.folder), None
+            for name in ("miniature-open", "miniature-mcq"):  # all processes, each its share
+                last = eval.evaluate(model, name, MINIATURE / "test", run.folder / "eval")
+                if last:
+                    eval.print_table(name, last)
+            if last:
+                eval.write_report([str(run.folder)], run.folder / "report.html")
+                clip = MINIATURE / "test" / "videos" / "clip_000000.mp4"
+                print(f'ask it: python merv.py {clip} "What happens?"')
     except UserError as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
     main()
+    leave()

@@ -148,14 +148,46 @@ def test_vectors_do_not_decay(workplace):
     assert len(trained) == sum(p.requires_grad for p in model.parameters())
 
 
+CAPTIONS, INSTRUCTIONS = math.ceil(14 / 4), math.ceil(18 / 4)  # steps of four rows
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["video-llava", "full"])
-def test_a_recipe_of_two_stages_runs_through(workplace, recipe):
-    """Captions, then instructions, on two processes; stage 2 begins where stage 1 has arrived."""
+@pytest.mark.parametrize(
+    ("recipe", "steps"),
+    [
+        ("frozen", [INSTRUCTIONS]),
+        ("video-llava", [CAPTIONS, INSTRUCTIONS]),
+        ("full", [CAPTIONS, INSTRUCTIONS]),
+        ("mixed", [math.ceil((14 + 18) / 4)]),
+    ],
+)
+def test_every_recipe_runs_through(workplace, recipe, steps):
+    """On two processes; stage 2 begins where stage 1 has arrived, and numbers its steps on."""
     options = (*STEPS, "--recipe", recipe, "--micro-batch", "2")
     done = run(workplace, recipe, *options, processes=2)
     assert done.returncode == 0, done.stderr
-    captions, instructions = math.ceil(14 / 4), math.ceil(18 / 4)
     curve = losses(workplace, recipe)
-    assert len(curve) == captions + instructions
-    assert curve[-1] < curve[captions] < curve[0]
+    assert len(curve) == sum(steps)
+    assert curve[-1] < curve[sum(steps[:-1])] <= curve[0]
+    lines = (workplace / "runs" / recipe / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, sum(steps) + 1))
+
+
+def test_mixed_has_the_rows_of_both_stages_each_in_its_own_form(workplace):
+    """A caption has no prompt and all of it is a label; an instruction keeps its question."""
+    tokenizer = Tokenizer(workplace / "data" / "miniature" / "tokenizer.model")
+    (stage,), folder = train.RECIPES["mixed"], workplace / "data" / "miniature" / "train"
+    encoders = list(MERVS["miniature"].encoders)
+    captions, instructions = (
+        train.data.ConversationDataset(
+            folder / file, tokenizer, train.data.TEMPLATES[template or "base"], encoders
+        )
+        for file, template in stage.files
+    )
+    mixed = train.concatenate([captions, instructions])
+    assert len(mixed) == 14 + 18 == len(mixed.rows) == len(mixed.lengths) == len(mixed.modalities)
+    assert (mixed[0].labels != -100).sum() == len(mixed[0].input_ids) - 1  # all but BOS
+    assert mixed.rows[14] == instructions.rows[0]
+    asked = tokenizer.decode(mixed[14].input_ids[mixed[14].labels == -100].tolist())
+    assert asked.startswith("In: ") and asked.endswith("Out:")
+    assert stage.lr == 2e-5 and stage.global_batch == 128
