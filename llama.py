@@ -11,7 +11,7 @@ Read before: encoders.py (how released weights are read). Read next: data.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import sentencepiece
@@ -58,21 +58,15 @@ class LlamaConfig:
         return self.hidden_size // self.num_heads
 
 
-_7B = LlamaConfig("llama2-7b", "meta-llama/Llama-2-7b-hf")
-_13B = replace(
-    _7B, hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40
-)
+_13B = dict(hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40)
 LLAMAS: dict[str, LlamaConfig] = {
     config.name: config
     for config in [
-        _7B,
-        replace(_13B, name="llama2-13b", source="meta-llama/Llama-2-13b-hf"),
-        replace(
-            _7B, name="llama2-7b-chat", source="meta-llama/Llama-2-7b-chat-hf",
-            template="llama2_chat",
-        ),
-        replace(_7B, name="vicuna-7b", source="lmsys/vicuna-7b-v1.5", template="vicuna"),
-        replace(_13B, name="vicuna-13b", source="lmsys/vicuna-13b-v1.5", template="vicuna"),
+        LlamaConfig("llama2-7b", "meta-llama/Llama-2-7b-hf"),
+        LlamaConfig("llama2-13b", "meta-llama/Llama-2-13b-hf", **_13B),
+        LlamaConfig("llama2-7b-chat", "meta-llama/Llama-2-7b-chat-hf", template="llama2_chat"),
+        LlamaConfig("vicuna-7b", "lmsys/vicuna-7b-v1.5", template="vicuna"),
+        LlamaConfig("vicuna-13b", "lmsys/vicuna-13b-v1.5", template="vicuna", **_13B),
         LlamaConfig(
             "tinyllama-1.1b", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
             hidden_size=2048, intermediate_size=5632, num_layers=22, num_kv_heads=4,
@@ -123,32 +117,22 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class KVCache:
     """Keys and values of what has been read, so that each token passes through the model once.
 
-    A row's token number p lies in slot p, also when rows differ in length: [a b c] and [d e] padded
-    to 3 lie in slots 0..2, and the next token of the second row overwrites its padding in slot 2.
-    So one rule serves as mask for everything: a query in slot p sees slots 0..p.
+    Rows differ in length, up to max_length. A row's token number p lies in slot p all the same:
+    [a b c] and [d e] padded to 3 lie in slots 0..2, and the next token of the second row overwrites
+    its padding in slot 2. So one rule serves as mask: a query in slot p sees slots 0..p.
     FIX: the authors drop the mask when decoding, so rows see each other's padding (ledger F3).
 
     prefix: a cache of one row that all rows of this one begin with (BOS and the video), shared.
     """
 
-    def __init__(
-        self,
-        config: LlamaConfig,
-        batch_size: int,
-        max_length: int,
-        dtype: torch.dtype,
-        device: torch.device | str,
-        prefix: KVCache | None = None,
-    ):
+    def __init__(self, config: LlamaConfig, batch_size, max_length, dtype, device, prefix=None):
         self.prefix = prefix
         self.prefix_length = prefix.used if prefix else 0
         total = self.prefix_length + max_length
         if total > config.max_positions:
-            raise UserError(
-                f"{config.name} was asked for {total} positions, has {config.max_positions}.",
-                "it was trained on no more.",
-                "a shorter question, fewer visual tokens, or a smaller max_new_tokens.",
-            )
+            what = f"{config.name} was asked for {total} positions, has {config.max_positions}."
+            fix = "a shorter question, fewer visual tokens, or a smaller max_new_tokens."
+            raise UserError(what, "it was trained on no more.", fix)
         shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
         self.keys, self.values = torch.zeros(2, *shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
@@ -255,33 +239,19 @@ class Llama(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        cache: KVCache | None = None,
-        lengths: Tensor | None = None,
-    ) -> Tensor:
+    def forward(self, input_ids=None, inputs_embeds=None, cache=None, lengths=None) -> Tensor:
         """Logits (b, s, vocab) for ids (b, s) or embeddings (b, s, d); see `hidden_states`."""
         return self.logits(self.hidden_states(input_ids, inputs_embeds, cache, lengths))
 
-    def hidden_states(
-        self,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        cache: KVCache | None = None,
-        lengths: Tensor | None = None,
-    ) -> Tensor:
+    def hidden_states(self, input_ids=None, inputs_embeds=None, cache=None, lengths=None) -> Tensor:
         """The normed output of the last layer (b, s, d).
 
-        cache: what these tokens follow; they are added to it. lengths (b,): how many of the s
-        tokens of each row are real, the rest being padding on the right (default: all).
+        cache: the KVCache that these tokens follow and are added to. lengths (b,): how many of the
+        s tokens of each row are real, the rest being padding on the right (default: all).
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if cache is None:
-            positions = torch.arange(x.shape[1], device=x.device)[None]
-        else:
-            positions = cache.advance(x.shape[1], lengths)
+        s = x.shape[1]
+        positions = cache.advance(s, lengths) if cache else torch.arange(s, device=x.device)[None]
         cos, sin = rope(positions, self.config)
         for layer in self.layers:
             if self.activation_checkpointing and self.training and cache is None:
@@ -378,16 +348,11 @@ NAMES = {ours: f"model.{ours}" for ours in META_NAMES} | {"lm_head": "lm_head"} 
 SKIP = {"model.layers.*.self_attn.rotary_emb.inv_freq": "computed in rope()", "rope.freqs": "too"}
 
 
-def load_llama(
-    config_or_name_or_folder: LlamaConfig | str | Path,
-    source: str | Path | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-) -> Llama:
+def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, device="cpu") -> Llama:
     """A LLaMA with released weights, or random ones if only a configuration or its name is given.
 
-    A folder or hub id gives both: config.json and weights in Hugging Face format, or Meta's own
-    params.json and consolidated.*.pth.
+    A folder or hub id, first or as `source`, has config.json and weights in Hugging Face format, or
+    Meta's own params.json and consolidated.*.pth. Raises CheckpointError if they do not fit.
     """
     config = LLAMAS.get(str(config_or_name_or_folder), config_or_name_or_folder)
     if not isinstance(config, LlamaConfig):
@@ -458,11 +423,9 @@ def read_config(source: str | Path) -> LlamaConfig:
     }  # fmt: skip
     odd = [f"{k} = {found[k]!r}" for k, value in plain.items() if found.get(k, value) != value]
     if odd:
-        raise CheckpointError(
-            f"{source} is no plain LLaMA: {', '.join(odd)}.",
-            "this file has the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only.",
-            "choose one of those.",
-        )
+        what = f"{source} is no plain LLaMA: {', '.join(odd)}."
+        why = "this file has the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only."
+        raise CheckpointError(what, why, "choose one of those.")
     name, hub_id = Path(source).name, str(source).partition("@")[0]  # pinned: the same model
     known = [c for c in LLAMAS.values() if c.source == hub_id or c.name == name]
     return LlamaConfig(
@@ -490,11 +453,9 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         if not Path(path).is_file():
-            raise CheckpointError(
-                f"No tokenizer at {path}.",
-                "text becomes ids by a SentencePiece model.",
-                "point at LLaMA-2's tokenizer.model; it lies beside the weights.",
-            )
+            why = "text becomes ids by a SentencePiece model."
+            fix = "point at LLaMA-2's tokenizer.model; it lies beside the weights."
+            raise CheckpointError(f"No tokenizer at {path}.", why, fix)
         self.path = path
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()

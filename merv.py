@@ -164,7 +164,7 @@ class LearnedMixer(Mixer):
 
 
 class SequenceMixer(Mixer):
-    """Table 2c, concat (seq): all encoders' tokens in a row, (b, e * n, d); 1/e is a share of them."""
+    """Table 2c, concat (seq): all tokens in a row, (b, e * n, d); 1/e is each encoder's share."""
 
     def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
         return x_bend.flatten(1, 2), self.weigh(x_bend)
