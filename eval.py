@@ -20,6 +20,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import random
 import re
@@ -98,12 +99,10 @@ def read_pairs(folder: Path, questions: str = "test_q.json", answers: str = "tes
     by_id = {a["question_id"]: a for a in json.loads((folder / answers).read_text())}
     for q in json.loads((folder / questions).read_text()):
         a, options = by_id[q["question_id"]], tuple(q.get("options", ()))
-        expected = LETTERS[a["answer_id"]] if options else str(a["answer"])
-        kind = a.get("type", "")
-        yield Question(
-            q["question_id"], q["video_name"], q["question"], expected, str(kind), options,
-            q.get("start"), q.get("end"), q.get("end_frame"),
-        )  # fmt: skip
+        right = LETTERS[a["answer_id"]] if options else str(a["answer"])
+        asked, kind = (q["question_id"], q["video_name"], q["question"]), str(a.get("type", ""))
+        clip = (q.get(key) for key in ("start", "end", "end_frame"))
+        yield Question(*asked, right, kind, options, *clip)
 
 
 def read_perception(folder: Path) -> Iterator[Question]:
@@ -112,42 +111,34 @@ def read_perception(folder: Path) -> Iterator[Question]:
     for video, found in json.loads((folder / "mc_question_valid.json").read_text()).items():
         end_frame = cuts.get(video, -1) if cuts.get(video, -1) > 0 else None
         for q in found["mc_question"]:
-            yield Question(
-                f"{video}_{q['id']}", video, q["question"], LETTERS[q["answer_id"]], q["area"],
-                tuple(q["options"]), end_frame=end_frame,
-            )  # fmt: skip
+            right, clip = LETTERS[q["answer_id"]], (None, None, end_frame)
+            asked = f"{video}_{q['id']}", video, q["question"]
+            yield Question(*asked, right, q["area"], tuple(q["options"]), *clip)
 
 
 def read_nextqa(folder: Path) -> Iterator[Question]:
     """NExT-QA, multiple choice. A type's first letter: causal, temporal or descriptive."""
     for q in csv.DictReader(io.StringIO((folder / "val.csv").read_text())):
         kind = {"C": "causal", "T": "temporal", "D": "descriptive"}[q["type"][0]]
-        options = tuple(q[f"a{i}"] for i in range(5))
-        expected = LETTERS[int(q["answer"])]
-        yield Question(
-            f"{q['video']}_{q['qid']}", q["video"], q["question"], expected, kind, options
-        )
+        right, options = LETTERS[int(q["answer"])], tuple(q[f"a{i}"] for i in range(5))
+        yield Question(f"{q['video']}_{q['qid']}", q["video"], q["question"], right, kind, options)
 
 
 def read_vlep(folder: Path) -> Iterator[Question]:
     """VLEP: which of two events is likelier to follow what happens from ts[0] to ts[1]?"""
     for line in (folder / "vlep_dev_release.jsonl").read_text().splitlines():
         q, text = json.loads(line), "Which of these is more likely to happen next?"
-        yield Question(
-            q["example_id"], q["vid_name"], text, LETTERS[q["answer"]], "all",
-            tuple(q["events"]), *q["ts"],
-        )  # fmt: skip
+        right, events = LETTERS[q["answer"]], tuple(q["events"])
+        yield Question(q["example_id"], q["vid_name"], text, right, "all", events, *q["ts"])
 
 
 def read_tvqa(folder: Path) -> Iterator[Question]:
     """TVQA: five answers, a stretch of the clip; "nan-nan" is the whole clip."""
     for line in (folder / "tvqa_val.jsonl").read_text().splitlines():
         q = json.loads(line)
-        start, end = (None if t != t else t for t in map(float, q["ts"].split("-")))
-        options = tuple(q[f"a{i}"] for i in range(5))
-        yield Question(
-            q["qid"], q["vid_name"], q["q"], LETTERS[int(q["answer_idx"])], "", options, start, end
-        )
+        times = (None if math.isnan(t) else t for t in map(float, q["ts"].split("-")))
+        right, options = LETTERS[int(q["answer_idx"])], tuple(q[f"a{i}"] for i in range(5))
+        yield Question(q["qid"], q["vid_name"], q["q"], right, "", options, *times)
 
 
 TEMPORAL = {  # appendix B.2.2: played backwards, each looks like another class
@@ -172,11 +163,11 @@ def read_ssv2(folder: Path, num_options: int, temporal: bool = False) -> Iterato
         draw = random.Random(f"MERV {row['id']}")  # the same wrong options on every machine
         options = [name, *draw.sample(sorted(set(classes) - {name}), num_options)]
         draw.shuffle(options)
-        expected = LETTERS[options.index(name)] if num_options else name
+        right = LETTERS[options.index(name)] if num_options else name
+        text = "How is the object in the video being interacted with?"
         yield Question(
-            row["id"], row["id"], "How is the object in the video being interacted with?",
-            expected, name, tuple(options) if num_options else (),
-        )  # fmt: skip
+            row["id"], row["id"], text, right, name, tuple(options) if num_options else ()
+        )
 
 
 BENCHMARKS: dict[str, Callable[[Path], Iterator[Question]]] = {
@@ -205,11 +196,8 @@ def load_questions(name: str, folder: str | Path) -> list[Question]:
             raise ValueError(f"more than one question has the id {twice[0]}")
         return questions
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(
-            f"Cannot read the benchmark {name} in {folder}.",
-            f"{type(error).__name__}: {error}",
-            "lay it out as the README shows (Evaluate).",
-        ) from error
+        what, why = f"Cannot read {name} in {folder}.", f"{type(error).__name__}: {error}"
+        raise UserError(what, why, "lay it out as the README shows (Evaluate).") from error
 
 
 def list_videos(folder: Path) -> dict[str, Path]:
@@ -338,11 +326,9 @@ class Journal:
     def __init__(self, folder: Path, settings: dict, rank: int = 0):
         self.file, known = folder / f"{rank}.jsonl", folder / "settings.json"
         if known.exists() and json.loads(known.read_text()) != settings:
-            raise UserError(
-                f"{folder} holds the answers of another run.",
-                f"it was made with {known.read_text()}, this is {json.dumps(settings)}.",
-                "give another --output, or delete that folder.",
-            )
+            what = f"{folder} holds the answers of another run."
+            why = f"it was made with {known.read_text()}, this is {json.dumps(settings)}."
+            raise UserError(what, why, "give another --output, or delete that folder.")
         write_file(known, json.dumps(settings))
         write_file(self.file, "".join(whole_lines(self.file)))
 
@@ -462,11 +448,8 @@ def ask_judge(question: Question, client: InferenceClient, model: str, retries: 
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status < 500 and status not in (408, 429):
-                raise UserError(
-                    f"The judge refuses: {error}",
-                    "asking again would not help.",
-                    "check --judge, --judge-model and the key in JUDGE_API_KEY.",
-                ) from error
+                fix = "check --judge, --judge-model and the key in JUDGE_API_KEY."
+                raise UserError(f"The judge refuses: {error}", "it always would.", fix) from error
         except Exception as error:  # time-outs, cut connections, replies that are no JSON
             print(f"judge: {type(error).__name__}: {error}", file=sys.stderr)
     return None
@@ -485,9 +468,8 @@ def judge(path: Path, config: EvalConfig) -> None:
     journal = Journal(path.with_suffix(".judge"), prompt)
     replies = {(r["id"], r["answer"]): r for r in journal.records()}
     todo = [q for q in questions if not q.failure and (q.id, q.answer) not in replies]
-    client = InferenceClient(
-        base_url=config.judge, api_key=os.environ.get("JUDGE_API_KEY", "none"), timeout=60
-    )
+    key = os.environ.get("JUDGE_API_KEY", "none")
+    client = InferenceClient(base_url=config.judge, api_key=key, timeout=60)
     with ThreadPoolExecutor(config.judge_parallel) as pool:
         args = (client, config.judge_model, config.judge_retries)
         asked = {pool.submit(ask_judge, question, *args): question for question in todo}
@@ -584,11 +566,8 @@ def write_report(runs: list[str], output: Path) -> None:
     for run in runs:
         files = sorted(Path(run).glob("eval/*.json"))
         if not files:
-            raise UserError(
-                f"{run} has no results.",
-                "a report shows what is in RUN/eval/*.json.",
-                "run `python eval.py --checkpoint RUN --benchmark NAME --data DIR` first.",
-            )
+            fix = "run `python eval.py --checkpoint RUN --benchmark NAME --data DIR` first."
+            raise UserError(f"{run} has no results.", "there is no RUN/eval/*.json.", fix)
         for result in (json.loads(file.read_text()) for file in files):
             questions = [Question(**q) for q in result.pop("questions")]
             found = {"run": Path(run).name, "questions": questions}
