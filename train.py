@@ -38,9 +38,10 @@ from torch.utils.data import ConcatDataset, DataLoader
 
 import data
 import eval
+import merv
 import miniature
 from encoders import ENCODERS, UserError
-from merv import MERV, MERVS, PROJECTORS, MERVConfig, choose, option, parse_options, progress
+from merv import MERV, MERVS, MIXERS, PROJECTORS, choose, option, parse_options, progress
 
 # ------------------------------------------------------------------------------------------- config
 
@@ -79,6 +80,7 @@ class TrainConfig:
     recipe: str = option("frozen", f"which stages, which parts are trained: {', '.join(RECIPES)}")
     encoders: str = option("", "other encoders than the model's, such as dinov2,vivit")
     projector: str = option("avg2d", f"table 2a: {', '.join(PROJECTORS)}")
+    mixer: str = option("cross_attention", f"table 2c: {', '.join(MIXERS)}")
     data: str = option("miniature", "folder with stage1.json and stage2.json; miniature makes one")
     tokenizer: str = option("", "LLaMA-2's tokenizer.model; the miniature makes its own")
     name: str = option("", "the run is runs/NAME, or NAME-2 ...; MODEL-RECIPE if empty")
@@ -128,18 +130,24 @@ def join_processes(device: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local_rank)
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    store, rank, world = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://"))
+        # WHY: torchrun's store outlives a restart, and with it the addresses of dead processes.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = dist.PrefixStore(f"attempt {attempt}", store)
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
-def configure(config: TrainConfig) -> tuple[MERVConfig, Path, str]:
+def configure(config: TrainConfig) -> tuple[merv.MERVConfig, Path, str]:
     """The model's configuration, the data folder and the tokenizer; rank 0 makes the miniature."""
     model, small = choose(MERVS, config.model, "model"), config.model == "miniature"
     choose(RECIPES, config.recipe, "recipe")
     choose(PROJECTORS, config.projector, "projector")
-    model = replace(model, projector=config.projector)
+    choose(MIXERS, config.mixer, "mixer")
+    model = replace(model, projector=config.projector, mixer=config.mixer)
     if config.encoders:
         names = [f"miniature-{name}" if small else name for name in config.encoders.split(",")]
         encoders = tuple(choose(ENCODERS, name, "encoder") for name in names)
@@ -218,14 +226,23 @@ def fill_cache(model: MERV, dataset: data.ConversationDataset, workers: int) -> 
     cache, rank, world = dataset.cache, dist.get_rank(), dist.get_world_size()
     files = sorted({path for row in dataset.rows if (path := dataset.media(row)[1])})
     missing = [file for file in files[rank::world] if not cache.get(file)]
-    load = partial(data.load_pixels, encoders=dataset.encoders)
+    load = partial(pixels_or_none, encoders=dataset.encoders)
     loader = DataLoader(missing, batch_size=None, collate_fn=load, num_workers=workers)
     for done, pixels in enumerate(loader):
-        device = next(model.encoders.parameters()).device
-        features = model.features({name: clip[None].to(device) for name, clip in pixels.items()})
-        cache.put(missing[done], {name: value[0] for name, value in features.items()})
         progress("encode clips once", done + 1, len(missing))
+        if pixels:
+            clip = {name: frames[None].to(model.device) for name, frames in pixels.items()}
+            features = model.features(clip)
+            cache.put(missing[done], {name: value[0] for name, value in features.items()})
     dist.barrier()
+
+
+def pixels_or_none(file: Path, encoders: list) -> dict | None:
+    """A clip for the encoders; None if it is damaged, as its row will say when it is read."""
+    try:
+        return data.load_pixels(file, encoders)
+    except data.DataError:
+        return None
 
 
 def concatenate(datasets: list[data.ConversationDataset]) -> ConcatDataset:
@@ -489,8 +506,8 @@ def train(config: TrainConfig) -> Run:
     return run
 
 
-def leave(message: str = "") -> None:
-    """End this process as a success.
+def leave(message: str = "", status: int = 0) -> None:
+    """End this process.
 
     WHY: DTensor's caches keep the process group, so gloo's threads outlive its destruction. One
     that drops a tensor while Python takes itself down aborts ("terminate called without an active
@@ -498,7 +515,7 @@ def leave(message: str = "") -> None:
     """
     print(message, end="", flush=True)
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -518,7 +535,8 @@ def main(arguments: list[str] | None = None) -> None:
                 clip = MINIATURE / "test" / "videos" / "clip_000000.mp4"
                 print(f'ask it: python merv.py {clip} "What happens?"')
     except UserError as error:
-        sys.exit(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
+        leave(status=1)
 
 
 if __name__ == "__main__":
