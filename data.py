@@ -5,20 +5,15 @@
     a conversation                         -> render_prompt, tokenize -> ids and labels
     a JSON file of conversations           -> ConversationDataset, collate         -> Batch
 
-    python data.py FILE.json --check                               every row that cannot be used
-    python data.py FILE.json --show 3 --tokenizer tokenizer.model  what the model is given
-
 Read before: encoders.py (what each encoder wants), llama.py (the tokenizer). Read next: merv.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
 import re
-import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -31,7 +26,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from encoders import EncoderConfig, UserError, save_tensors
 from llama import Tokenizer
@@ -439,15 +434,6 @@ class ConversationDataset(Dataset):
         path = self.media(self.rows[index])[1]
         return dict(row=index, id=self.ids[index], file=path and str(path), reason=str(error))
 
-    def check(self, index: int) -> dict | None:
-        """The failure of a row, or None; decodes four frames of its clip, both ends included."""
-        try:
-            self.turns(index)
-            if path := self.media(self.rows[index])[1]:
-                load_video(path, 4)
-        except DataError as error:
-            return self.failure(index, error)
-
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -544,57 +530,3 @@ class GroupedBatchSampler(Sampler[list[int]]):
         for batch in self.global_batches():
             mine = batch[self.rank :: self.world_size]
             yield from np.reshape(mine, (-1, self.micro_batch)).tolist()
-
-
-# ------------------------------------------------------------------------------------- command line
-
-
-def check(dataset: ConversationDataset) -> int:
-    """Try every row, in parallel, and print those that cannot be used; how many they are."""
-    total, bad, workers = len(dataset), 0, torch.get_num_threads()
-    rows = DataLoader(range(total), None, collate_fn=dataset.check, num_workers=workers)
-    for done, failure in enumerate(rows, start=1):
-        if failure:
-            bad += 1
-            print("row {row}  id {id}  file {file}\n{reason}\n".format(**failure))
-        if done * 10 // total > (done - 1) * 10 // total:
-            print(f"{dataset.file}: {done} of {total} rows tried", file=sys.stderr)
-    print(f"{dataset.file}: {total} rows, {bad} bad ({100 * bad / max(1, total):.1f} %)")
-    return bad
-
-
-def show(dataset: ConversationDataset, count: int) -> None:
-    """Print the first rows: the file, the text, and every token with its label."""
-    for index in range(min(count, len(dataset))):
-        turns, (kind, path) = dataset.turns(index), dataset.media(dataset.rows[index])
-        print(f"\nrow {index}  id {dataset.ids[index]}  {kind} {path or ''}")
-        for text, is_answer in turns:
-            print(f"  {'answer' if is_answer else 'prompt'}  {text!r}")
-        print(f"\n  {'id':>6}  {'piece':<16}  label")
-        for number, label in zip(*tokenize(turns, dataset.tokenizer), strict=True):
-            piece = dataset.tokenizer.pieces.id_to_piece(number)
-            print(f"  {number:>6}  {piece:<16}  {'-' if label == IGNORE else label}")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """`data.py`: find bad rows before a training run does, see what the model is given."""
-    parser = argparse.ArgumentParser(description="Look at a dataset before training on it.")
-    parser.add_argument("file", type=Path, help="JSON file, or a folder of stage*.json")
-    parser.add_argument("--check", action="store_true", help="try every row (the default)")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N rows")
-    parser.add_argument("--tokenizer", default="tokenizer.model", help="LLaMA-2's, for --show")
-    parser.add_argument("--template", default="base", choices=TEMPLATES, help="for --show")
-    args = parser.parse_args(arguments)
-    try:
-        tokenizer, bad = Tokenizer(args.tokenizer) if args.show else None, 0
-        for file in sorted(args.file.glob("stage*.json")) or [args.file]:
-            dataset = ConversationDataset(file, tokenizer, TEMPLATES[args.template], encoders=[])
-            show(dataset, args.show)
-            bad += check(dataset) if args.check or not args.show else 0
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    sys.exit(int(bad > 0))
-
-
-if __name__ == "__main__":
-    main()

@@ -286,7 +286,6 @@ class MERV(nn.Module):
     def __init__(self, config: MERVConfig, encoders: list, llm: Llama, tokenizer: Tokenizer):
         super().__init__()
         self.config, self.tokenizer, self.llm = config, tokenizer, llm
-        self.streams = False  # on CUDA: run each encoder on a stream of its own
         self.template = config.llm.template  # of the prompt: data.TEMPLATES
         d, projector = config.llm.hidden_size, PROJECTORS[config.projector]
         self.encoders, self.projectors = nn.ModuleDict(), nn.ModuleDict()
@@ -299,22 +298,14 @@ class MERV(nn.Module):
     def features(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
         """encoder -> (v, T_e, 3, H, W) becomes encoder -> pooled (v, t, h, w, d_e); all frozen."""
         pooled, dtype = {}, next(self.encoders.parameters()).dtype
-        gpu = self.device if self.streams and self.device.type == "cuda" else None
-        lanes = {name: torch.cuda.Stream(gpu) for name in self.encoders} if gpu else {}
-        for lane in lanes.values():
-            lane.wait_stream(torch.cuda.current_stream(gpu))
         for name, encoder in self.encoders.items():
-            with torch.cuda.stream(lanes.get(name)):  # None: where we are
-                frames, t = pixels[name].to(self.device), encoder.config.grid[0]
-                if frames.shape[1] == 1 and encoder.config.family != "vit":
-                    frames = frames.expand(-1, encoder.config.num_frames, -1, -1, -1)
-                # FIX: a still is a clip of identical frames; an encoder of single frames sees it
-                # once, not 16 times, and text-only rows run no encoder at all (ledger F8).
-                grid = encoder(frames.to(dtype)).expand(-1, t, -1, -1, -1)
-                pooled[name] = self.projectors[name].pool(grid)
-        for name, lane in lanes.items():
-            torch.cuda.current_stream(gpu).wait_stream(lane)
-            pooled[name].record_stream(torch.cuda.current_stream(gpu))  # which may still read it
+            frames, t = pixels[name].to(self.device), encoder.config.grid[0]
+            if frames.shape[1] == 1 and encoder.config.family != "vit":
+                frames = frames.expand(-1, encoder.config.num_frames, -1, -1, -1)
+            # FIX: a still is a clip of identical frames; an encoder of single frames sees it
+            # once, not 16 times, and text-only rows run no encoder at all (ledger F8).
+            grid = encoder(frames.to(dtype)).expand(-1, t, -1, -1, -1)
+            pooled[name] = self.projectors[name].pool(grid)
         return pooled
 
     def encode(self, videos: dict, features: dict | None = None) -> tuple[Tensor, Tensor]:

@@ -8,9 +8,7 @@ One loop, any number of processes: FSDP2 shards every parameter over them, so wh
 hold several can. Losses are sums over tokens divided by the tokens of the whole step, so one
 process with a batch of 128 and eight with micro-batches of 4 take the same steps.
 
-Leaves runs/NAME/ with config.json, metrics.jsonl, resume/ and checkpoint/ (for merv.py, eval.py).
-A killed run goes on with `train.py --resume runs/NAME`, to the same weights bit for bit; under
-`torchrun --max-restarts 3` it does so by itself.
+Leaves runs/NAME/ with config.json, metrics.jsonl and checkpoint/ (for merv.py and eval.py).
 Read before: merv.py. Read next: eval.py, miniature/.
 """
 
@@ -19,11 +17,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
-import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -96,17 +92,9 @@ class TrainConfig:
     workers: int = option(2, "processes per rank that decode videos")
     activation_checkpointing: bool = option(True, "recompute LLM layers: less memory, more work")
     cache_features: str = option("auto", "folder for pooled features; none; auto: in miniature")
-    resume: str = option("", "go on with this run, such as runs/NAME, in its folder, as it began")
-    save_every: int = option(500, "steps between two saves to resume from; 0: end of a stage only")
-    keep: int = option(2, "how many of these to keep; 0: all")
     max_bad: float = option(0.01, "stop when more than this fraction of rows, and 10, are unusable")
     evaluate: bool = option(True, "after training, score the miniature's test clips")
     device: str = option("auto", "cuda or cpu; auto takes cuda if there is one")
-
-
-# What --resume may change: how a run is computed, not what. All else stays as it began.
-HOW = ("resume", "micro_batch", "workers", "activation_checkpointing", "save_every", "keep")
-HOW += ("max_bad", "evaluate", "device")
 
 
 @dataclass
@@ -115,10 +103,8 @@ class Run:
 
     config: TrainConfig
     folder: Path
-    done: int  # steps, over all stages, of the save that it goes on from; 0: from the start
-    bad: int  # rows that could not be used so far, over all processes
-    seen: int = 0  # rows so far
-    stop: bool = False  # SIGTERM came
+    seen: int = 0  # rows so far, over all processes
+    bad: int = 0  # those of them that could not be used
 
 
 # --------------------------------------------------------------------------------- processes, model
@@ -130,14 +116,9 @@ def join_processes(device: str) -> torch.device:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if cuda:
         torch.cuda.set_device(local_rank)
-    store, rank, world = dist.HashStore(), 0, 1
-    if "RANK" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://"))
-        # WHY: torchrun's store outlives a restart, and with it the addresses of dead processes.
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = dist.PrefixStore(f"attempt {attempt}", store)
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
@@ -256,8 +237,7 @@ def concatenate(datasets: list[data.ConversationDataset]) -> ConcatDataset:
 def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, before: int) -> int:
     """One stage of a recipe, on a sharded model. The README explains what is logged.
 
-    before: steps of the earlier stages; gives them plus this stage's. Those up to run.done are
-    behind us: skipped, without reading their data.
+    before: steps of the earlier stages; gives them plus this stage's.
     """
     config, rank, world = run.config, dist.get_rank(), dist.get_world_size()
 
@@ -273,27 +253,21 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
         order += data.GroupedBatchSampler(dataset, *sizes, epoch)
     accumulation = stage.global_batch // (config.micro_batch * world)
     steps = min(len(order) // accumulation, config.max_steps or len(order))
-    start = min(steps, max(0, run.done - before))
-    order = order[start * accumulation : steps * accumulation]
+    order = order[: steps * accumulation]
     loading = {"num_workers": config.workers, "collate_fn": data.collate}
     loader = iter(DataLoader(dataset, batch_sampler=order, **loading))
-    run.seen += start * stage.global_batch
-    if before < run.done <= before + steps:
-        state = state_of(model, optimizers)
-        dcp.load(state, checkpoint_id=run.folder / "resume" / f"{run.done:08d}")
-        sharded.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=TRAINED)
 
-    for step in range(start, steps):
+    for step in range(steps):
         # 3. Load the micro-batches of this step.
         started, number = time.perf_counter(), before + step + 1
         batches: list[data.Batch] = [next(loader) for _ in range(accumulation)]
         waited = time.perf_counter() - started
 
-        # 4. Over all ranks: labels, unusable rows, who must stop, micro-batches with pictures.
-        counts = [sum(b.num_labels for b in batches), sum(len(b.bad) for b in batches), run.stop]
+        # 4. Over all ranks: labels, unusable rows, and which micro-batches have pictures.
+        counts = [sum(b.num_labels for b in batches), sum(len(b.bad) for b in batches)]
         counts = torch.tensor(counts + [len(b.visual_rows) for b in batches])
         dist.all_reduce(counts)
-        num_labels, num_bad, stop, *pictures = counts.tolist()
+        num_labels, num_bad, *pictures = counts.tolist()
         run.seen += stage.global_batch
         if num_bad:
             report_bad([row for batch in batches for row in batch.bad], num_bad, run, number)
@@ -314,7 +288,7 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
         loss = total.item() / num_labels
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).full_tensor().item()
         if not math.isfinite(loss + norm):
-            indices = order[(step - start) * accumulation :][:accumulation]
+            indices = order[step * accumulation :][:accumulation]
             rows = [dataset.rows[i] for micro_batch in indices for i in micro_batch]
             what = f"the loss is {loss}, the gradient norm {norm}"
             fail(model, batches, rows, run.folder / f"failure-step-{number}", what)
@@ -334,16 +308,10 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
             with (run.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
             progress("train", step + 1, steps, f"loss {loss:.3f}")
-
-        # 8. Save what the next step needs, now and then; leave if asked to.
-        if stop or step + 1 == steps or (config.save_every and number % config.save_every == 0):
-            save_state(state_of(model, optimizers), run, number)
-        if stop:
-            leave(f"Stopped after step {number}: --resume {run.folder} goes on.\n" * (rank == 0))
     return before + steps
 
 
-# ------------------------------------------------------------------- what goes wrong, and going on
+# --------------------------------------------------------------------------------- what goes wrong
 
 
 def report_bad(mine: list[dict], total: int, run: Run, step: int) -> None:
@@ -380,76 +348,6 @@ def fail(model: MERV, batches: list, rows: list[dict], folder: Path, what: str) 
     )
 
 
-def state_of(model: MERV, optimizers: list[torch.optim.Optimizer]) -> dict:
-    """What steps change, as shards; the weights among it are the model's own tensors."""
-    weights, moments = sharded.get_state_dict(model, optimizers, options=TRAINED)
-    return {"model": weights, "optimizers": moments}
-
-
-def save_state(state: dict, run: Run, number: int) -> None:
-    """resume/NUMBER: the shards of every process after so many steps, complete or not there.
-
-    FIX: the authors save the optimizer state of rank 0 only (ledger F6). Data order and learning
-    rate follow from the number, and nothing is random, so nothing else is needed.
-    """
-    folder = run.folder / "resume" / f"{number:08d}"
-    partial = folder.with_suffix(".partial")
-    dcp.save(state, checkpoint_id=partial)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        partial.rename(folder)
-        saved = sorted(f for f in folder.parent.iterdir() if not f.suffix)
-        for old in saved[: -run.config.keep] if run.config.keep else []:
-            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # never half a save
-    dist.barrier()
-
-
-def saved_config(config: TrainConfig) -> TrainConfig:
-    """The configuration that the run to resume began with, and the HOW of this command line."""
-    file = Path(config.resume) / "config.json"
-    if not file.is_file():
-        raise UserError(f"No run at {config.resume}.", f"{file} is missing.", "check the path.")
-    found, changed = json.loads(file.read_text()), {}
-    for name, default in ((f.name, f.default) for f in fields(config)):
-        value = getattr(config, name)
-        if name in HOW and value != default:
-            changed[name] = value
-        elif name not in HOW and value not in (default, found[name]):
-            raise UserError(
-                f"--{name.replace('_', '-')} {value} contradicts {file}.",
-                f"the run began with {found[name]!r}, and goes on as it began.",
-                f"leave that out; what may change is {', '.join(HOW)}.",
-            )
-    return TrainConfig(**{f.name: found[f.name] for f in fields(config)} | changed)
-
-
-def open_run(config: TrainConfig) -> Run:
-    """On rank 0: a new folder or, in the one to go on with, all as it was at the last save."""
-    runs, launch = Path("runs"), os.environ.get("TORCHELASTIC_RUN_ID", "none")
-    launch = str(os.getppid()) if launch == "none" else launch  # the same after a restart
-    folder, number = Path(config.resume) if config.resume else None, 1
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and not folder:
-        configs = {f: json.loads(f.read_text()) for f in runs.glob("*/config.json")}
-        mine = [f for f, saved in configs.items() if saved.get("launch") == launch]
-        folder = max(mine, key=lambda f: f.stat().st_mtime).parent if mine else None
-    if not folder:
-        folder = runs / config.name
-        while folder.exists():  # no run is ever overwritten
-            number += 1
-            folder = runs / f"{config.name}-{number}"
-        folder.mkdir(parents=True)
-        saved = asdict(config) | {"launch": launch, "torch": torch.__version__}
-        eval.write_file(folder / "config.json", json.dumps(saved, indent=2))
-    for rest in (folder / "resume").glob("*.partial"):
-        shutil.rmtree(rest)
-    done, lines = max((int(f.name) for f in (folder / "resume").glob("*")), default=0), []
-    for file in (folder / "metrics.jsonl", folder / "bad_examples.jsonl"):
-        lines = [x for x in eval.whole_lines(file) if json.loads(x)["step"] <= done]
-        eval.write_file(file, "".join(lines))
-    print(f"{folder}, from step {done}: {json.dumps(asdict(config))}")
-    return Run(config, folder, done, bad=len(lines))
-
-
 # ------------------------------------------------------------------------------------ the whole run
 
 
@@ -468,17 +366,26 @@ def settle(config: TrainConfig) -> TrainConfig:
     )
 
 
+def new_folder(config: TrainConfig) -> Path:
+    """runs/NAME, or NAME-2 ...: no run is ever overwritten."""
+    folder, number = Path("runs") / config.name, 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{config.name}-{number}"
+    saved = asdict(config) | {"torch": torch.__version__}
+    eval.write_file(folder / "config.json", json.dumps(saved, indent=2))
+    print(f"{folder}: {json.dumps(asdict(config))}")
+    return folder
+
+
 def train(config: TrainConfig) -> Run:
-    """Every stage of the recipe, then the checkpoint; or what is left of a run that has begun."""
+    """Every stage of the recipe, then the checkpoint."""
     device = join_processes(config.device)
-    config = settle(saved_config(config) if config.resume else config)
+    config = settle(config)
     model_config, folder, tokenizer = configure(config)
-    found = [open_run(config) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    run: Run = found[0]
-    if (run.folder / "checkpoint").is_dir():
-        return run
-    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
+    home = [new_folder(config) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(home)
+    run = Run(config, home[0])
     model, small = MERV.create(model_config, tokenizer, config.seed), config.model == "miniature"
     llm, encoders, cache, stages = model_config.llm, list(model.config.encoders), None, []
     if config.cache_features != "none":
@@ -497,7 +404,6 @@ def train(config: TrainConfig) -> Run:
     steps = 0
     for stage, dataset in stages:
         steps = train_stage(model, stage, dataset, run, steps)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = sharded.get_model_state_dict(model, options=whole)
     if dist.get_rank() == 0:
@@ -506,14 +412,14 @@ def train(config: TrainConfig) -> Run:
     return run
 
 
-def leave(message: str = "", status: int = 0) -> None:
+def leave(status: int = 0) -> None:
     """End this process.
 
     WHY: DTensor's caches keep the process group, so gloo's threads outlive its destruction. One
     that drops a tensor while Python takes itself down aborts ("terminate called without an active
     exception", pytorch issue 190489). All files are closed here, so nothing need be taken down.
     """
-    print(message, end="", flush=True)
+    sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
 
@@ -536,7 +442,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f'ask it: python merv.py {clip} "What happens?"')
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        leave(status=1)
+        leave(1)
 
 
 if __name__ == "__main__":
