@@ -36,8 +36,10 @@ from torch.serialization import set_default_mmap_options
 
 # ------------------------------------------------------------------------------------------- config
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of R, G, B
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+VIT_L = dict(hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14)
+VIT_B = dict(hidden_size=768, num_heads=12, released_layers=12, num_layers=11, patch_size=16)
 
 
 @dataclass(frozen=True)
@@ -79,25 +81,20 @@ ENCODERS: dict[str, EncoderConfig] = {
     config.name: config
     for config in [
         EncoderConfig(
-            "languagebind", "languagebind", "LanguageBind/LanguageBind_Video_merge",
-            hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14,
+            "languagebind", "languagebind", "LanguageBind/LanguageBind_Video_merge", **VIT_L,
             temporal_window=8, norm_eps=1e-5, resize="short_side", interpolation="bilinear",
             pixel_mean=CLIP[0], pixel_std=CLIP[1],
         ),
         EncoderConfig(
-            "dinov2", "vit", "timm/vit_large_patch14_reg4_dinov2.lvd142m",
-            hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14,
+            "dinov2", "vit", "timm/vit_large_patch14_reg4_dinov2.lvd142m", **VIT_L,
             num_registers=4, layer_scale=True, pixel_mean=IMAGENET[0], pixel_std=IMAGENET[1],
         ),
         EncoderConfig(
-            "vivit", "vivit", "google/vivit-b-16x2-kinetics400",
-            hidden_size=768, num_heads=12, released_layers=12, num_layers=12, patch_size=16,
+            "vivit", "vivit", "google/vivit-b-16x2-kinetics400", **VIT_B | {"num_layers": 12},
             num_frames=32, tubelet_frames=2, activation="gelu_tanh", interpolation="bilinear",
         ),
         EncoderConfig(
-            "siglip", "vit", "timm/vit_base_patch16_siglip_224.webli",
-            hidden_size=768, num_heads=12, released_layers=12, num_layers=11, patch_size=16,
-            class_token=False,
+            "siglip", "vit", "timm/vit_base_patch16_siglip_224.webli", **VIT_B, class_token=False,
         ),
     ]
 }  # fmt: skip
@@ -189,25 +186,20 @@ class Encoder(nn.Module):
         for block in self.blocks:
             x = block(x)
         extra = self.config.class_token + self.config.num_registers  # they come first
-        (b, T), (_, h, w) = frames.shape[:2], self.config.grid
-        t = T // self.config.tubelet_frames
-        return self.final_norm(x)[:, extra:].view(b, t, h, w, x.shape[-1])
+        _, h, w = self.config.grid
+        return self.final_norm(x)[:, extra:].view(len(frames), -1, h, w, x.shape[-1])
 
     def check(self, frames: Tensor) -> None:
         """Raise if `frames` is not (b, T, 3, side, side) with a T that the encoder can take."""
         name, side, window = self.config.name, self.config.image_size, self.config.temporal_window
         if frames.ndim != 5 or frames.shape[2:] != (3, side, side):
-            raise UserError(
-                f"{name} got frames {tuple(frames.shape)}, wants (b, T, 3, {side}, {side}).",
-                f"it reads clips of {side}x{side} RGB frames.",
-                "pass the video through data.preprocess(frames, encoder.config).",
-            )
+            what = f"{name} got frames {tuple(frames.shape)}, wants (b, T, 3, {side}, {side})."
+            fix = "pass the video through data.preprocess(frames, encoder.config)."
+            raise UserError(what, f"it reads clips of {side}x{side} RGB frames.", fix)
         if window and frames.shape[1] % window:
-            raise UserError(
-                f"{name} got {frames.shape[1]} frames, wants a multiple of {window}.",
-                f"it attends to windows of {window} frames, each with its learned position.",
-                f"sample {window}, {2 * window}, {3 * window} ... frames.",
-            )
+            what = f"{name} got {frames.shape[1]} frames, wants a multiple of {window}."
+            why = f"it attends to windows of {window} frames, each with its learned position."
+            raise UserError(what, why, f"sample {window}, {2 * window}, {3 * window} ... frames.")
 
 
 class ViT(Encoder):
@@ -293,11 +285,9 @@ class ViViT(Encoder):
         """(b, T, 3, H, W) -> (b, 1 + t*h*w, d_e), with T exactly config.num_frames."""
         given, wanted = frames.shape[1], self.config.num_frames
         if given != wanted:
-            raise UserError(
-                f"{self.config.name} got {given} frames, wants {wanted}.",
-                "every tubelet of the clip has its own learned position.",
-                f"sample {wanted} frames.",
-            )
+            what = f"{self.config.name} got {given} frames, wants {wanted}."
+            why = "every tubelet of the clip has its own learned position."
+            raise UserError(what, why, f"sample {wanted} frames.")
         x = self.patch_embedding(frames.transpose(1, 2)).flatten(2).mT  # (b, t*h*w, d_e)
         return torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.position_embedding
 
@@ -306,56 +296,43 @@ FAMILIES = {"vit": ViT, "languagebind": LanguageBind, "vivit": ViViT}
 
 # ------------------------------------------------------------------------------------------ weights
 
-
 FILES = (  # how released weights are called; the first that is there is read
     "model.safetensors", "model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin",
 )  # fmt: skip
 # In front of the names of a family; we write the first.
 PREFIXES = {"vit": ("", "visual.trunk."), "languagebind": ("vision_model.",), "vivit": ("vivit.",)}
+BLOCKS = {"vit": "blocks.*", "languagebind": "encoder.layers.*", "vivit": "encoder.layer.*"}
+_ROWS = [  # ours, timm's ("vit"), LanguageBind's, Google's ("vivit"); "*" is a block, "" is nothing
+    ("class_token", "cls_token", "embeddings.class_embedding", "embeddings.cls_token"),
+    ("register_tokens", "reg_token", "", ""),
+    ("position_embedding", "pos_embed",
+     "embeddings.position_embedding.weight", "embeddings.position_embeddings"),
+    ("patch_embedding", "patch_embed.proj",
+     "embeddings.patch_embedding", "embeddings.patch_embeddings.projection"),
+    ("embedding_norm", "", "pre_layrnorm", ""),  # [sic]
+    ("*.temporal_embedding", "", "*.temporal_embedding", ""),
+    ("*.temporal_norm", "", "*.temporal_layer_norm1", ""),
+    ("*.temporal_attention.qkv_proj", "", "*.temporal_attn.{q,k,v}_proj", ""),
+    ("*.temporal_attention.out_proj", "", "*.temporal_attn.out_proj", ""),
+    ("*.attention_norm", "*.norm1", "*.layer_norm1", "*.layernorm_before"),
+    ("*.attention.qkv_proj", "*.attn.qkv",
+     "*.self_attn.{q,k,v}_proj", "*.attention.attention.{query,key,value}"),
+    ("*.attention.out_proj", "*.attn.proj", "*.self_attn.out_proj", "*.attention.output.dense"),
+    ("*.attention_scale", "*.ls1.gamma", "", ""),
+    ("*.mlp_norm", "*.norm2", "*.layer_norm2", "*.layernorm_after"),
+    ("*.mlp.up_proj", "*.mlp.fc1", "*.mlp.fc1", "*.intermediate.dense"),
+    ("*.mlp.down_proj", "*.mlp.fc2", "*.mlp.fc2", "*.output.dense"),
+    ("*.mlp_scale", "*.ls2.gamma", "", ""),
+    ("final_norm", "", "", "layernorm"),
+]  # fmt: skip
 NAMES = {  # family -> ours -> theirs, as `released_names` reads it
-    "vit": {  # timm's
-        "class_token": "cls_token",
-        "register_tokens": "reg_token",
-        "position_embedding": "pos_embed",
-        "patch_embedding": "patch_embed.proj",
-        "blocks.*.attention_norm": "blocks.*.norm1",
-        "blocks.*.attention.qkv_proj": "blocks.*.attn.qkv",
-        "blocks.*.attention.out_proj": "blocks.*.attn.proj",
-        "blocks.*.attention_scale": "blocks.*.ls1.gamma",
-        "blocks.*.mlp_norm": "blocks.*.norm2",
-        "blocks.*.mlp.up_proj": "blocks.*.mlp.fc1",
-        "blocks.*.mlp.down_proj": "blocks.*.mlp.fc2",
-        "blocks.*.mlp_scale": "blocks.*.ls2.gamma",
-    },
-    "languagebind": {
-        "class_token": "embeddings.class_embedding",
-        "position_embedding": "embeddings.position_embedding.weight",
-        "patch_embedding": "embeddings.patch_embedding",
-        "embedding_norm": "pre_layrnorm",  # [sic]
-        "blocks.*.temporal_embedding": "encoder.layers.*.temporal_embedding",
-        "blocks.*.temporal_norm": "encoder.layers.*.temporal_layer_norm1",
-        "blocks.*.temporal_attention.qkv_proj": "encoder.layers.*.temporal_attn.{q,k,v}_proj",
-        "blocks.*.temporal_attention.out_proj": "encoder.layers.*.temporal_attn.out_proj",
-        "blocks.*.attention_norm": "encoder.layers.*.layer_norm1",
-        "blocks.*.attention.qkv_proj": "encoder.layers.*.self_attn.{q,k,v}_proj",
-        "blocks.*.attention.out_proj": "encoder.layers.*.self_attn.out_proj",
-        "blocks.*.mlp_norm": "encoder.layers.*.layer_norm2",
-        "blocks.*.mlp.up_proj": "encoder.layers.*.mlp.fc1",
-        "blocks.*.mlp.down_proj": "encoder.layers.*.mlp.fc2",
-    },
-    "vivit": {  # Google's
-        "class_token": "embeddings.cls_token",
-        "position_embedding": "embeddings.position_embeddings",
-        "patch_embedding": "embeddings.patch_embeddings.projection",
-        "blocks.*.attention_norm": "encoder.layer.*.layernorm_before",
-        "blocks.*.attention.qkv_proj": "encoder.layer.*.attention.attention.{query,key,value}",
-        "blocks.*.attention.out_proj": "encoder.layer.*.attention.output.dense",
-        "blocks.*.mlp_norm": "encoder.layer.*.layernorm_after",
-        "blocks.*.mlp.up_proj": "encoder.layer.*.intermediate.dense",
-        "blocks.*.mlp.down_proj": "encoder.layer.*.output.dense",
-        "final_norm": "layernorm",
-    },
+    family: {
+        ours.replace("*", "blocks.*"): theirs[i].replace("*", block)
+        for ours, *theirs in _ROWS
+        if theirs[i]
+    }
+    for i, (family, block) in enumerate(BLOCKS.items())
 }
 SKIP = {  # left unread -> why
     "norm.*": "DINOv2's and SigLIP's features are taken before the final norm",
@@ -369,16 +346,12 @@ SKIP = {  # left unread -> why
 }
 
 
-def load_encoder(
-    config_or_name: EncoderConfig | str,
-    source: str | Path | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-) -> Encoder:
+def load_encoder(config_or_name, source=None, dtype=torch.float32, device="cpu") -> Encoder:
     """A frozen encoder in eval mode, with released weights or, without a source, random ones.
 
-    source: a checkpoint file, a folder, or a hub id ("owner/name" or "owner/name@revision") in the
-    released format. Raises CheckpointError with every name that does not fit.
+    config_or_name: an EncoderConfig, or its name in ENCODERS. source: a file, a folder or a hub id
+    ("owner/name" or "owner/name@revision") in the released format. Raises CheckpointError with
+    every name that does not fit.
     """
     config = ENCODERS[config_or_name] if isinstance(config_or_name, str) else config_or_name
     if source is not None:
@@ -388,10 +361,9 @@ def load_encoder(
     if source is None:
         initialise(encoder.to_empty(device="cpu"), torch.Generator().manual_seed(0))
     else:
-        names, skip = NAMES[config.family], dict(SKIP)
-        block = names["blocks.*.mlp_norm"].partition("*")[0]  # such as "encoder.layers."
-        for index in range(config.num_layers, config.released_layers):
-            skip[f"{block}{index}.*"] = "after the block whose output is taken"
+        names, block = NAMES[config.family], BLOCKS[config.family]
+        after = range(config.num_layers, config.released_layers)  # the block whose output is taken
+        skip = SKIP | {block.replace("*", f"{index}.*"): "not run" for index in after}
         assign_weights(encoder, tensors, names, skip, f"{config.name} from {source}", dtype)
     return encoder.to(device, dtype).eval().requires_grad_(False)
 
@@ -412,19 +384,14 @@ def _read_released(config: EncoderConfig, source: str | Path) -> tuple[EncoderCo
         vision = read_json(path).get("vision_config", {}) if path else {}
         config = replace(config, activation=vision.get("hidden_act", config.activation))
         if config.activation not in ACTIVATIONS:
-            raise CheckpointError(
-                f"{path} asks for the activation {config.activation}.",
-                "it is not one that LanguageBind was released with.",
-                f"choose a checkpoint with one of {', '.join(ACTIVATIONS)}.",
-            )
+            what = f"{path} asks for the activation {config.activation}."
+            fix = f"choose a checkpoint with one of {', '.join(ACTIVATIONS)}."
+            raise CheckpointError(what, "LanguageBind was not released with it.", fix)
     return config, tensors
 
 
 def save_encoder(encoder: Encoder, path: str | Path, state: dict | None = None) -> None:
-    """Write the weights under the released names, for `load_encoder(encoder.config, path)`.
-
-    state: the full state_dict, if the encoder's own is sharded.
-    """
+    """Write what `load_encoder` reads. state: the full state_dict, if the encoder's is sharded."""
     family, tensors = encoder.config.family, {}
     for ours, tensor in (encoder.state_dict() if state is None else state).items():
         theirs = released_names(ours, NAMES[family])
@@ -474,11 +441,9 @@ def find_file(source: str | Path, names: tuple[str, ...], required: bool = True)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
         found = _download(str(source), names)
     if not found and required:
-        raise CheckpointError(
-            f"Found no {' or '.join(names)} at {source}.",
-            "a source is a folder or a hub id (owner/name) with such a file, or the file itself.",
-            "check the path or the name, and that the download or copy is complete.",
-        )
+        why = "a source is a folder or a hub id (owner/name) with such a file, or the file itself."
+        fix = "check the path or the name, and that the download or copy is complete."
+        raise CheckpointError(f"Found no {' or '.join(names)} at {source}.", why, fix)
     return found[0] if found else None
 
 
@@ -543,11 +508,9 @@ def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor
     except CheckpointError:
         raise
     except Exception as error:  # every reader has its own zoo of errors for a damaged file
-        raise CheckpointError(
-            f"Cannot read {path}.",
-            f"{type(error).__name__}: {error}",
-            "the file is damaged or no checkpoint; delete it and download it again.",
-        ) from error
+        why = f"{type(error).__name__}: {error}"
+        fix = "the file is damaged or no checkpoint; delete it and download it again."
+        raise CheckpointError(f"Cannot read {path}.", why, fix) from error
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
@@ -556,9 +519,8 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial)
-    umask = os.umask(0)
-    os.umask(umask)
-    partial.chmod(0o666 & ~umask)  # safetensors writes files that only their owner may read
+    # WHY: safetensors lets only the owner read; now whoever may read the folder may read the file.
+    partial.chmod(0o644 & path.parent.stat().st_mode)
     partial.replace(path)
 
 
@@ -566,8 +528,7 @@ def released_names(ours: str, names: dict[str, str] | None) -> list[str]:
     """Our tensor name -> theirs, by a table in which "*" stands for the number of the block, and
     {q,k,v} for three tensors of theirs that are one of ours. What it does not hold stays the same.
 
-    {"blocks.*.mlp.up_proj": "blocks.*.mlp.fc1"}: blocks.3.mlp.up_proj.bias becomes
-    ["blocks.3.mlp.fc1.bias"]
+    {"blocks.*.up_proj": "layers.*.fc1"}: "blocks.3.up_proj.bias" -> ["layers.3.fc1.bias"]
     """
     names = names or {}
     number = re.search(r"\.(\d+)\.", ours)
@@ -578,12 +539,10 @@ def released_names(ours: str, names: dict[str, str] | None) -> list[str]:
     return [several[1] + x + several[3] for x in several[2].split(",")] if several else [theirs]
 
 
-def assign_weights(
-    model: nn.Module, tensors: dict, names: dict | None, skip: dict, what: str, dtype: torch.dtype
-) -> None:
+def assign_weights(model: nn.Module, tensors, names, skip, what: str, dtype) -> None:
     """Give a model on the meta device its weights, one tensor at a time, cast to `dtype`.
 
-    tensors: theirs by name; names: the table of `released_names`; skip: patterns left unread.
+    tensors: theirs by name; names: table of `released_names`; skip: what to leave unread -> why.
     FIX: no random weights are made first and no second copy exists: peak memory is the model's, not
     80 GB, and nothing but tensors is unpickled (ledger F11).
     Strict: raises one CheckpointError that lists all missing, unexpected and mis-shaped names.
@@ -607,11 +566,10 @@ def assign_weights(
         if name not in used and not any(fnmatch(name, pattern) for pattern in skip):
             problems.append(f"unexpected  {name}")
     if problems:
-        raise CheckpointError(
-            f"The weights do not fit: {what}.\n" + "\n".join(f"  {p}" for p in problems),
-            "with a tensor missing or misplaced the features would be silently wrong.",
-            "check that this checkpoint belongs to this configuration, and that it is complete.",
-        )
+        what = "\n  ".join([f"The weights do not fit: {what}.", *problems])
+        why = "with a tensor missing or misplaced the features would be silently wrong."
+        fix = "check that this checkpoint belongs to this configuration, and that it is complete."
+        raise CheckpointError(what, why, fix)
     model.load_state_dict(weights, strict=True, assign=True)
 
 

@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import encoders as files
+import encoders as files  # its last section: how weights are found, read and written
 from data import IGNORE, TEMPLATES, Batch, load_pixels, preprocess, render_prompt, tokenize
 from encoders import ENCODERS, CheckpointError, EncoderConfig, UserError, assign_weights, initialise
 from llama import LLAMAS, KVCache, Llama, LlamaConfig, Tokenizer, load_llama

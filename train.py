@@ -327,11 +327,9 @@ def report_bad(mine: list[dict], total: int, run: Run, step: int) -> None:
             lines.writelines(json.dumps(row) + "\n" for rows in records for row in rows)
     run.bad += total
     if run.bad >= 10 and run.bad > run.config.max_bad * run.seen:
-        raise UserError(
-            f"{run.bad} of the {run.seen} rows so far could not be used.",
-            f"with more than --max-bad {run.config.max_bad} of them, this is another data set.",
-            f"repair the rows that {file} lists.",
-        )
+        what = f"{run.bad} of the {run.seen} rows so far could not be used."
+        why = f"with more than --max-bad {run.config.max_bad} of them, this is another data set."
+        raise UserError(what, why, f"repair the rows that {file} lists.")
 
 
 def fail(model: MERV, batches: list, rows: list[dict], folder: Path, what: str) -> None:
@@ -341,11 +339,9 @@ def fail(model: MERV, batches: list, rows: list[dict], folder: Path, what: str) 
     torch.save(step, folder / f"rank-{dist.get_rank()}.pt")
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [row.get("id") for row in rows])
-    raise UserError(
-        f"{folder.name}: {what}.",
-        f"the cause is among the rows with these ids, a list for each rank: {everyone}.",
-        f"see {folder} (weights, batches, rows); a smaller --lr may help.",
-    )
+    why = f"the cause is among the rows with these ids, a list for each rank: {everyone}."
+    fix = f"see {folder} (weights, batches, rows); a smaller --lr may help."
+    raise UserError(f"{folder.name}: {what}.", why, fix)
 
 
 # ------------------------------------------------------------------------------------ the whole run

@@ -9,9 +9,6 @@ from __future__ import annotations
 import json
 import pickle
 import random
-import re
-import subprocess
-import sys
 import zlib
 from dataclasses import replace
 from fractions import Fraction
@@ -39,7 +36,6 @@ from data import (
     collate,
     load_pixels,
     load_video,
-    main,
     mcq_prompt,
     preprocess,
     render_prompt,
@@ -1140,124 +1136,6 @@ def test_load_pixels_cuts_a_folder_of_images_by_its_frame_rate(tmp_path):
     frames = load_video(folder, max(c.num_frames for c in SMALL), start=1, end=3, fps=3)
     for config in SMALL:
         assert torch.equal(pixels[config.name], preprocess(frames, config))
-
-
-# ------------------------------------------------------------------------------------- command line
-
-REPOSITORY = Path(__file__).parent.parent
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess:
-    """python data.py ARGUMENTS, as a user does."""
-    command = [sys.executable, str(REPOSITORY / "data.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
-def test_check_prints_every_bad_row_and_fails(damaged):
-    """Rows 3, 6 and 9 with their ids, files and reasons; then how many there are of all."""
-    done = run(damaged, "--check")
-    assert done.returncode == 1, done.stderr
-    found = re.findall(r"^row (\d+)  id (\S+)  file (\S+)\n(.*)$", done.stdout, re.MULTILINE)
-    folder = damaged.parent
-    assert [(row, name, file) for row, name, file, _ in found] == [
-        ("3", "id-3", str(folder / "half.mp4")),
-        ("6", "id-6", str(folder / "gone.mp4")),
-        ("9", "id-9", str(folder / "clip.mp4")),
-    ]
-    for (*_, reason), expected in zip(found, ["incomplete", "no such", "['gpt']"], strict=True):
-        assert expected in reason
-    assert f"{damaged}: 30 rows, 3 bad (10.0 %)" in done.stdout
-    assert f"{damaged}: 30 of 30 rows tried" in done.stderr
-    assert len(re.findall("rows tried", done.stderr)) == 10  # a line every tenth
-
-
-def test_check_finds_each_kind_of_malformed_row_and_goes_on(tmp_path, clip):
-    (tmp_path / "clip.mp4").write_bytes(clip.read_bytes())
-    good = {"id": "good", "video": "clip.mp4", "conversations": talk("a", "b")}
-    file = tmp_path / "rows.json"
-    file.write_text(json.dumps([*MALFORMED.values(), good]))
-    done = run(file, "--check")
-    assert done.returncode == 1, done.stderr
-    bad = [int(row) for row in re.findall(r"^row (\d+) ", done.stdout, re.MULTILINE)]
-    assert bad == list(range(len(MALFORMED)))
-    assert f"{len(MALFORMED) + 1} rows, {len(MALFORMED)} bad" in done.stdout
-
-
-def test_check_is_silent_about_good_rows_and_takes_every_stage_of_a_folder(mixed_folder, tmp_path):
-    """stage1.json and stage2.json; another JSON beside them is no dataset."""
-    for source in mixed_folder.iterdir():
-        if source.is_file():
-            (tmp_path / source.name).write_bytes(source.read_bytes())
-    (tmp_path / "rows.json").rename(tmp_path / "stage1.json")
-    (tmp_path / "stage2.json").write_text(
-        json.dumps([{"id": "t", "conversations": talk("left", "right")}])
-    )
-    (tmp_path / "notes.json").write_text("[7]")
-    done = run(tmp_path, "--check")
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines() == [
-        f"{tmp_path / 'stage1.json'}: 4 rows, 0 bad (0.0 %)",
-        f"{tmp_path / 'stage2.json'}: 1 rows, 0 bad (0.0 %)",
-    ]
-    (tmp_path / "stage1.json").write_text('[{"id": "x"}]')
-    done = run(tmp_path, "--check")
-    assert done.returncode == 1
-    assert "stage1.json: 1 rows, 1 bad (100.0 %)" in done.stdout
-    assert "stage2.json: 1 rows, 0 bad (0.0 %)" in done.stdout
-
-
-def test_show_prints_every_token_with_its_label(mixed_folder, llama2_tokenizer):
-    """Three rows: what they show, their text, and - where no loss is taken."""
-    done = run(mixed_folder / "rows.json", "--show", 3, "--tokenizer", llama2_tokenizer.path)
-    assert done.returncode == 0, done.stderr
-    first, second, third = re.split(r"\n(?=row )", done.stdout.strip())
-    lines = first.splitlines()
-    assert lines[0] == f"row 0  id v  video {mixed_folder / 'clip.mp4'}"
-    assert lines[1].split(maxsplit=1) == ["prompt", repr("In: what moves\nOut:")]
-    assert lines[2].split(maxsplit=1) == ["answer", repr("red square")]
-    table = [line.split() for line in lines[4:] if line]
-    assert table[0] == ["id", "piece", "label"]
-    rows = json.loads((mixed_folder / "rows.json").read_text())
-    turns = render_prompt(rows[0]["conversations"], TEMPLATES["base"])
-    expected = [
-        [str(i), llama2_tokenizer.pieces.id_to_piece(i), "-" if label == IGNORE else str(label)]
-        for i, label in zip(*tokenize(turns, llama2_tokenizer), strict=True)
-    ]
-    assert table[1:] == expected
-    assert second.splitlines()[0].rstrip() == "row 1  id t  text"
-    assert third.splitlines()[0] == f"row 2  id i  image {mixed_folder / 'still.png'}"
-
-
-def test_show_takes_a_template(mixed_folder, llama2_tokenizer, capsys):
-    """A caption has no prompt: after <s> every token carries a label."""
-    arguments = ["--show", "1", "--template", "caption", "--tokenizer", str(llama2_tokenizer.path)]
-    with pytest.raises(SystemExit) as finished:
-        main([str(mixed_folder / "rows.json"), *arguments])
-    assert finished.value.code == 0
-    labels = [
-        line.split()[-1] for line in capsys.readouterr().out.splitlines() if re.match(r" +\d", line)
-    ]
-    assert labels[0] == "-"
-    assert labels[1:] == [str(i) for i in [*llama2_tokenizer.encode("red square"), 2]]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "text"),
-    [
-        (["absent.json", "--check"], "Cannot read absent.json"),
-        ([".", "--check"], "Cannot read ."),
-        (["good.json", "--show", "1", "--tokenizer", "none.model"], "No tokenizer at none.model"),
-        (["bad.json", "--show", "1"], "No tokenizer at tokenizer.model"),
-        (["good.json", "--show", "1", "--template", "nope"], "choose from"),
-    ],
-)
-def test_a_wrong_command_is_an_error_with_a_text(tmp_path, monkeypatch, capsys, arguments, text):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "good.json").write_text(json.dumps([{"conversations": talk("a", "b")}]))
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert text in str(caught.value.code) + capsys.readouterr().err
-    assert caught.value.code not in (0, None)
 
 
 # ------------------------------------------------------------------------------------ feature cache

@@ -943,6 +943,14 @@ def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
     assert torch.equal(load_file(path)["x"], torch.ones(3))
 
 
+@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o750, 0o640), (0o700, 0o600)])
+def test_a_saved_file_may_be_read_by_whoever_may_read_its_folder(folder, file, tmp_path):
+    """safetensors writes for the owner alone: in a shared folder nobody else could load a run."""
+    tmp_path.chmod(folder)
+    save_tensors({"x": torch.ones(3)}, tmp_path / "model.safetensors")
+    assert (tmp_path / "model.safetensors").stat().st_mode & 0o777 == file
+
+
 def test_an_explained_error_survives_the_way_out_of_a_worker_process():
     error = CheckpointError("what", "why", "fix")
     again = pickle.loads(pickle.dumps(error))

@@ -467,16 +467,6 @@ def test_an_encoder_of_single_frames_sees_a_still_once(model):
         assert seen[e.name] == (1 if e.family == "vit" else e.num_frames)
 
 
-def test_streams_change_no_feature(model, monkeypatch):
-    """On CUDA each encoder then has a stream of its own; elsewhere nothing is different."""
-    pixels = {name: frames[None] for name, frames in random_pixels(1).items()}
-    expected = model.features(pixels)
-    monkeypatch.setattr(model, "streams", True)
-    found = model.features(pixels)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
 def test_features_carry_no_gradient_and_encode_does(model):
     pixels = {name: frames[None] for name, frames in random_pixels(1).items()}
     assert not any(f.requires_grad for f in model.features(pixels).values())

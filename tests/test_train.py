@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train
+from data import Batch
 from encoders import load_encoder, save_encoder
 from llama import Tokenizer
 from merv import FOUR, MERV, MERVS
@@ -191,3 +192,54 @@ def test_mixed_has_the_rows_of_both_stages_each_in_its_own_form(workplace):
     asked = tokenizer.decode(mixed[14].input_ids[mixed[14].labels == -100].tolist())
     assert asked.startswith("In: ") and asked.endswith("Out:")
     assert stage.lr == 2e-5 and stage.global_batch == 128
+
+
+SPOILED = """
+import sys
+sys.path.insert(0, {root!r})
+import data, train
+from functools import partial
+whole = data.collate
+def spoil(examples):
+    batch = whole(examples)
+    {spoil}
+    return batch
+data.collate = spoil
+train.main(sys.argv[1:])
+train.leave()
+"""
+
+
+def run_spoiled(workplace: Path, name: str, spoil: str, *options: str):
+    """train.py on two processes, with something done to every batch."""
+    script = workplace / f"{name}.py"
+    script.write_text(SPOILED.format(root=str(ROOT), spoil=spoil))
+    return run(workplace, name, *STEPS, *options, processes=2, script=str(script))
+
+
+def test_unusable_rows_are_written_down_once_and_stop_the_run_when_too_many(workplace):
+    """One bad row on each of two ranks in every step of four rows: the tenth is one too many."""
+    spoil = 'batch.bad = [{"row": 3, "id": "x", "file": "x.mp4", "reason": "no frames"}]'
+    done = run_spoiled(workplace, "bad", spoil, "--micro-batch", "2")
+    assert done.returncode != 0
+    assert "error: 10 of the 20 rows so far could not be used." in done.stderr
+    lines = (workplace / "runs" / "bad" / "bad_examples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+    assert json.loads(lines[0])["reason"] == "no frames"
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_reproduces_it(workplace):
+    """The error names the step and the rows; weights, batches and rows are in a folder."""
+    spoil = "batch.pixels = {k: v * float('nan') for k, v in batch.pixels.items()}"
+    done = run_spoiled(workplace, "nan", spoil, "--micro-batch", "2")
+    assert done.returncode != 0
+    folder = next((workplace / "runs" / "nan").glob("failure-step-*"))
+    assert f"error: {folder.name}: the loss is nan" in done.stderr
+    dumps = [torch.load(folder / f"rank-{rank}.pt") for rank in (0, 1)]
+    ids = [[row["id"] for row in dump["rows"]] for dump in dumps]
+    assert str(ids) in done.stderr and sum(map(len, ids)) == 4
+    pixels = [v for dump in dumps for b in dump["batches"] for v in b["pixels"].values()]
+    assert any(not clip.isfinite().all() for clip in pixels)
+    again = Batch(**dumps[0]["batches"][0])
+    assert again.num_labels > 0 and len(again.lengths) == 2
+    assert (folder / ".metadata").exists()  # the weights
