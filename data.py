@@ -218,35 +218,29 @@ def _crop(frame: Tensor, side: int, interpolation: str) -> Tensor:
 IGNORE = -100  # the label of a position without loss
 
 
-@dataclass(frozen=True)
-class Template:
-    """How the turns of a conversation become text."""
-
-    question: str  # with {question}
-    system: str = ""  # in front of the first question
-    opening: str = ""  # in front of the first question's text, inside the template
-
-
-TEMPLATES: dict[str, Template] = {
-    "base": Template("In: {question}\nOut:"),
+# How a question becomes text, as (the first of a conversation, each later one).
+BASE = "In: {question}\nOut:"
+TEMPLATES: dict[str, tuple[str, str]] = {
+    "base": (BASE, BASE),
     # QUIRK: the authors' models were trained with the literal text <video>, and asked without (K4).
-    "base_video_tag": Template("In: {question}\nOut:", opening="<video>\n"),
-    "vicuna": Template(
-        "USER: {question} ASSISTANT:",
+    "base_video_tag": ("In: <video>\n{question}\nOut:", BASE),
+    "vicuna": (
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
-        "gives helpful, detailed, and polite answers to the user's questions. ",
+        "gives helpful, detailed, and polite answers to the user's questions. "
+        "USER: {question} ASSISTANT:",
+        "USER: {question} ASSISTANT:",
     ),
-    "llama2_chat": Template(
-        "[INST] {question} [/INST]",
-        opening="<<SYS>>\nYou are a helpful language and vision assistant. You are able to "
+    "llama2_chat": (
+        "[INST] <<SYS>>\nYou are a helpful language and vision assistant. You are able to "
         "understand the visual content that the user provides, and assist the user with a variety "
-        "of tasks using natural language.\n<</SYS>>\n\n",
+        "of tasks using natural language.\n<</SYS>>\n\n{question} [/INST]",
+        "[INST] {question} [/INST]",
     ),
-    "caption": Template(""),  # stage 1: the picture, then its caption
+    "caption": ("", ""),  # stage 1: the picture, then its caption
 }
 
 
-def render_prompt(conversation: list[dict[str, str]], template: Template) -> list[tuple[str, bool]]:
+def render_prompt(conversation: list[dict], template: tuple[str, str]) -> list[tuple[str, bool]]:
     """The turns as text, each with whether it is an answer, which is what the loss is taken on.
 
     conversation: [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]
@@ -261,8 +255,7 @@ def render_prompt(conversation: list[dict[str, str]], template: Template) -> lis
     for number, turn in enumerate(conversation):
         text = re.sub(r"\s*<(image|video)>\s*", " ", turn["value"]).strip()
         if number % 2 == 0:
-            system, opening = ("", "") if number else (template.system, template.opening)
-            text = system + template.question.replace("{question}", opening + text)
+            text = template[number > 0].replace("{question}", text)
         turns.append((text, number % 2 == 1))
     return turns
 
@@ -335,6 +328,7 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
 
+@dataclass
 class FeatureCache:
     """Pooled features of clips on disk, so that frozen encoders run once per clip, not per epoch.
 
@@ -342,8 +336,8 @@ class FeatureCache:
     and preprocessing and of the pooled size, so a stale entry is never found.
     """
 
-    def __init__(self, folder: str | Path, fingerprints: dict[str, str]):
-        self.folder, self.fingerprints = Path(folder), fingerprints  # encoder -> hash
+    folder: str | Path
+    fingerprints: dict[str, str]  # encoder -> hash
 
     def paths(self, file: Path) -> dict[str, Path]:
         """encoder -> where its features of one file lie, or would lie."""
@@ -351,15 +345,14 @@ class FeatureCache:
         for part in sorted(file.iterdir()) if file.is_dir() else [file]:
             content.update(part.read_bytes())
         name = content.hexdigest()
-        entry = Path(name[:2], f"{name}.safetensors")
-        return {e: self.folder / f"{e}-{hash_}" / entry for e, hash_ in self.fingerprints.items()}
+        entry = f"{name[:2]}/{name}.safetensors"
+        return {e: Path(self.folder, f"{e}-{h}", entry) for e, h in self.fingerprints.items()}
 
     def get(self, file: Path) -> dict[str, Tensor] | None:
         """encoder -> (t, h, w, d_e), or None if any, or the file itself, is missing."""
         paths = self.paths(file) if file.exists() else {}
-        if not paths or not all(path.exists() for path in paths.values()):
-            return None
-        return {encoder: load_file(path)["features"] for encoder, path in paths.items()}
+        if paths and all(path.exists() for path in paths.values()):
+            return {encoder: load_file(path)["features"] for encoder, path in paths.items()}
 
     def put(self, file: Path, features: dict[str, Tensor]) -> None:
         """Store encoder -> (t, h, w, d_e) in bfloat16."""
@@ -379,28 +372,28 @@ class ConversationDataset(Dataset):
 
     file: str | Path
     tokenizer: Tokenizer
-    template: Template
+    template: tuple[str, str]  # one of TEMPLATES
     encoders: list[EncoderConfig]
     max_length: int = 2048  # text tokens; longer conversations are cut
     cache: FeatureCache | None = None
 
     def __post_init__(self):
         try:
-            self.rows = json.loads(Path(self.file).read_bytes())
-            if not isinstance(self.rows, list):
+            rows = json.loads(Path(self.file).read_bytes())
+            if not isinstance(rows, list):
                 raise ValueError("it holds no list.")
         except (OSError, ValueError) as error:
             fix = f"check the path and the file: a dataset is a JSON list of {ROW}."
             raise DataError(f"Cannot read {self.file}.", str(error), fix) from error
-        self.ids = [row.get("id") if isinstance(row, dict) else None for row in self.rows]
+        self.rows = [row if isinstance(row, dict) else {} for row in rows]
         self.modalities = kinds = [self.media(row)[0] for row in self.rows]
         self.alike = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in set(kinds)}
         self.lengths = [self._words(row) for row in self.rows]
 
     def media(self, row: dict) -> tuple[str, Path | None]:
-        """("video" | "image" | "text", the file); a row that is no dict counts as text."""
+        """("video" | "image" | "text", the file)."""
         for kind in ("video", "image"):
-            if isinstance(row, dict) and kind in row:
+            if kind in row:
                 return kind, Path(self.file).parent / str(row[kind])
         return "text", None
 
@@ -413,12 +406,13 @@ class ConversationDataset(Dataset):
 
     def turns(self, index: int) -> list[tuple[str, bool]]:
         """The conversation of a row, rendered."""
+        row = self.rows[index]
         try:
-            turns = render_prompt(self.rows[index]["conversations"], self.template)
+            turns = render_prompt(row["conversations"], self.template)
             "".join(text for text, _ in turns).encode()  # half an emoji is no text
             return turns
         except (DataError, *MALFORMED) as error:
-            what = f"{self.file}, row {index} (id {self.ids[index]}) is malformed: {error.args[0]}"
+            what = f"{self.file}, row {index} (id {row.get('id')}) is malformed: {error.args[0]}"
             raise DataError(what, f"a row is {ROW}.", "correct the row or take it out.") from error
 
     def read(self, index: int) -> Example:
@@ -431,8 +425,8 @@ class ConversationDataset(Dataset):
 
     def failure(self, index: int, error: DataError) -> dict:
         """What is written down about a row that cannot be used."""
-        path = self.media(self.rows[index])[1]
-        return dict(row=index, id=self.ids[index], file=path and str(path), reason=str(error))
+        row, path = self.rows[index], self.media(self.rows[index])[1]
+        return dict(row=index, id=row.get("id"), file=path and str(path), reason=str(error))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -493,11 +487,10 @@ class GroupedBatchSampler(Sampler[list[int]]):
     """
 
     def __init__(self, dataset, global_batch, micro_batch, rank=0, world_size=1, seed=0, epoch=0):
-        whole = micro_batch * world_size
-        if global_batch % whole:
-            what = f"A global batch of {global_batch} is no multiple of {whole}."
+        if global_batch % (micro_batch * world_size):
+            what = f"A global batch of {global_batch} cannot be dealt out."
             why = f"{world_size} processes run whole micro-batches of {micro_batch}."
-            raise DataError(what, why, f"choose a multiple of {whole}.")
+            raise DataError(what, why, f"choose a multiple of {micro_batch * world_size}.")
         self.lengths, self.modalities = dataset.lengths, dataset.modalities
         self.global_batch, self.micro_batch = global_batch, micro_batch
         self.rank, self.world_size, self.seed, self.epoch = rank, world_size, seed, epoch
@@ -522,9 +515,6 @@ class GroupedBatchSampler(Sampler[list[int]]):
             batches += [leftovers[i : i + size] for i in range(0, len(leftovers), size)]
         rng.shuffle(batches)
         return batches
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.global_batches():

@@ -1272,11 +1272,6 @@ def test_any_number_of_processes_makes_the_same_steps(world_size, micro_batch):
             GroupedBatchSampler(Rows(), 8, micro_batch, 0, world_size)
 
 
-def test_the_length_of_the_sampler_is_the_number_of_its_micro_batches():
-    sampler = GroupedBatchSampler(Rows(), 8, 2, rank=1, world_size=2)
-    assert len(sampler) == len(list(sampler)) == 26
-
-
 def test_a_global_batch_that_cannot_be_dealt_out_is_an_error():
     with pytest.raises(DataError) as caught:
         GroupedBatchSampler(Rows(), 10, 4)
