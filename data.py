@@ -114,11 +114,11 @@ def _load_container(path: Path, pick: Callable[[int, float], list[int]]) -> list
             raise VideoError(f"{path}: has no frames, or incomplete ones.", *DAMAGED)
         indices = pick(len(packets), float(stream.average_rate or stream.guessed_rate or 0))
         times, wanted = [pts for pts, _, _ in packets], set(indices)
-        container.seek(0, stream=stream) if None not in times else container.seek(0)
         # WHY: only these two seek by the time a frame is shown; others (AVI, TS, FLV) by the time
         # it is decoded, which lands behind the frame where the two differ.
         seekable = {"mov", "matroska"} & set(container.format.name.split(","))
         if not seekable or None in times or len(set(times)) < len(times):
+            container.seek(0)
             frames = enumerate(container.decode(stream))  # no usable times: count
             decoded = {i: _to_rgb(frame) for i, frame in frames if i in wanted}
         else:
@@ -164,9 +164,7 @@ def _load_folder(path: Path, pick: Callable[[int, float], list[int]], fps) -> li
     files.sort(key=lambda f: [int(n) for n in re.findall(r"\d+", f.stem)])
     if not files:
         raise VideoError(f"{path}: no images.", "a folder holds numbered ones.", "check the path.")
-    indices = pick(len(files), fps)
-    images = {index: _load_image(files[index]) for index in set(indices)}
-    return [images[index] for index in indices]
+    return [_load_image(files[index]) for index in pick(len(files), fps)]
 
 
 def preprocess(frames: Tensor, config: EncoderConfig) -> Tensor:
@@ -332,8 +330,8 @@ class Batch:
 class FeatureCache:
     """Pooled features of clips on disk, so that frozen encoders run once per clip, not per epoch.
 
-    Content-addressed: the name of an entry is a hash of the file's bytes, of the encoder's weights
-    and preprocessing and of the pooled size, so a stale entry is never found.
+    An entry is named by hashes of the file's bytes, the encoder's weights and preprocessing and the
+    pooled size, so a stale one is never found.
     """
 
     folder: str | Path
@@ -436,15 +434,15 @@ class ConversationDataset(Dataset):
 
         FIX: the authors replace a bad example silently by a random one, without end (ledger F4).
         """
-        alike, errors, bad = self.alike[self.modalities[index]], [], []
+        alike, first, bad = self.alike[self.modalities[index]], None, []
         others = random.Random(int(index)).sample(alike, min(TRIES, len(alike)))
         for row in list(dict.fromkeys([index, *others]))[:TRIES]:
             try:
                 return replace(self.read(row), bad=bad)
             except DataError as error:
-                errors.append(error)
+                first = first or error
                 bad.append(self.failure(row, error))
-        raise errors[0]
+        raise first
 
 
 def collate(examples: list[Example]) -> Batch:
