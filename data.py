@@ -85,8 +85,7 @@ def load_video(
     elif not path.is_file():
         raise VideoError(f"{path}: no such video.", "nothing has that name.", "check the path.")
     elif path.suffix.lower() in IMAGE_SUFFIXES:
-        still = torch.from_numpy(_load_image(path)).permute(2, 0, 1)
-        return still.expand(num_frames, -1, -1, -1)
+        frames = [_load_image(path)]
     else:
         try:
             frames = _load_container(path, pick)
@@ -95,7 +94,8 @@ def load_video(
     if len({frame.shape for frame in frames}) > 1:
         what = f"{path}: has frames of different sizes."
         raise VideoError(what, "a video has frames of one size.", "resize them alike.")
-    return torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
+    return video.expand(num_frames, -1, -1, -1)  # a still: one frame becomes all
 
 
 def _load_container(path: Path, pick: Callable[[int, float], list[int]]) -> list[np.ndarray]:
