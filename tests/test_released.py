@@ -210,7 +210,12 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("name", KINDS)
+SLOW = {"languagebind", "vivit", "llama2-7b"}  # hundreds of loads each
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in KINDS]
+)
 def test_a_full_size_manifest_loads_and_any_damage_to_it_is_named(name, shared_folder, monkeypatch):
     """Nothing missing or unexpected; a tensor that is lost, renamed or cut is an error by name."""
     manifest = json.loads((shared_folder / "manifests" / f"{name}.json").read_text())

@@ -217,6 +217,7 @@ def run_spoiled(workplace: Path, name: str, spoil: str, *options: str):
     return run(workplace, name, *STEPS, *options, processes=2, script=str(script))
 
 
+@pytest.mark.slow
 def test_unusable_rows_are_written_down_once_and_stop_the_run_when_too_many(workplace):
     """One bad row on each of two ranks in every step of four rows: the tenth is one too many."""
     spoil = 'batch.bad = [{"row": 3, "id": "x", "file": "x.mp4", "reason": "no frames"}]'
@@ -228,6 +229,7 @@ def test_unusable_rows_are_written_down_once_and_stop_the_run_when_too_many(work
     assert json.loads(lines[0])["reason"] == "no frames"
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_reproduces_it(workplace):
     """The error names the step and the rows; weights, batches and rows are in a folder."""
     spoil = "batch.pixels = {k: v * float('nan') for k, v in batch.pixels.items()}"
