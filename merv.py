@@ -37,12 +37,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import encoders as files  # its last section: how weights are found, read and written
+import encoders
 from data import IGNORE, TEMPLATES, Batch, load_pixels, preprocess, render_prompt, tokenize
 from encoders import ENCODERS, CheckpointError, EncoderConfig, UserError, assign_weights, initialise
 from llama import LLAMAS, KVCache, Llama, LlamaConfig, Tokenizer, load_llama
 from llama import NAMES as LLAMA_NAMES
 from llama import SKIP as LLAMA_SKIP
+
+Place = str | Path  # of a file or a folder, on disk or the hub
 
 # ------------------------------------------------------------------------------------------- config
 
@@ -59,11 +61,6 @@ class MERVConfig:
     mixer: str = "cross_attention"  # MIXERS, table 2c
 
     @property
-    def num_frames(self) -> int:
-        """T sampled from a clip: what the most demanding encoder wants."""
-        return max(encoder.num_frames for encoder in self.encoders)
-
-    @property
     def grid(self) -> tuple[int, int, int]:
         """(t, h, w) of the aligned features."""
         t, h, w = self.encoders[0].grid
@@ -74,14 +71,10 @@ class MERVConfig:
     @classmethod
     def from_dict(cls, values: dict) -> MERVConfig:
         """The inverse of dataclasses.asdict, after JSON made lists of tuples."""
-        try:
-            rgb = "pixel_mean", "pixel_std"
-            encoders = [e | {key: tuple(e[key]) for key in rgb} for e in values["encoders"]]
-            encoders = tuple(EncoderConfig(**e) for e in encoders)
-            return cls(**values | {"encoders": encoders, "llm": LlamaConfig(**values["llm"])})
-        except (KeyError, TypeError) as error:
-            why, fix = "another version wrote it, or a hand changed it.", "train or copy it again."
-            raise CheckpointError(f"config.json describes no MERV: {error!r}.", why, fix) from error
+        rgb = "pixel_mean", "pixel_std"
+        four = [e | {key: tuple(e[key]) for key in rgb} for e in values["encoders"]]
+        parts = {"encoders": tuple(EncoderConfig(**e) for e in four)}
+        return cls(**values | parts | {"llm": LlamaConfig(**values["llm"])})
 
 
 FOUR = ("languagebind", "dinov2", "vivit", "siglip")
@@ -164,7 +157,7 @@ class LearnedMixer(Mixer):
 
 
 class SequenceMixer(Mixer):
-    """Table 2c, concat (seq): all tokens in a row, (b, e * n, d); 1/e is each encoder's share."""
+    """Table 2c, concat (seq): all encoders' tokens in a row: (b, e * n, d)."""
 
     def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
         return x_bend.flatten(1, 2), self.weigh(x_bend)
@@ -212,17 +205,19 @@ class RegNetBlock(nn.Module):
 
     def __init__(self, wide_in: int, wide: int):
         super().__init__()
-        enter, leave, shortcut = (nn.Linear(w, wide, False) for w in (wide_in, wide, wide_in))
-        self.enter = nn.Sequential(enter, nn.LayerNorm(wide), nn.SiLU())
+        self.enter, self.leave, self.shortcut = (
+            nn.Sequential(nn.Linear(width, wide, bias=False), nn.LayerNorm(wide))
+            for width in (wide_in, wide, wide_in)
+        )
+        if wide_in == wide:
+            self.shortcut = nn.Identity()
         self.depthwise = nn.Conv3d(wide, wide, (1, 3, 3), padding="same", groups=wide, bias=False)
-        self.norm = nn.Sequential(nn.LayerNorm(wide), nn.SiLU())
+        self.norm = nn.LayerNorm(wide)
         self.squeeze, self.excite = nn.Linear(wide, wide_in // 4), nn.Linear(wide_in // 4, wide)
-        self.leave = nn.Sequential(leave, nn.LayerNorm(wide))
-        same = wide_in == wide
-        self.shortcut = nn.Identity() if same else nn.Sequential(shortcut, nn.LayerNorm(wide))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(self.depthwise(self.enter(x).movedim(-1, 1)).movedim(1, -1))
+        y = F.silu(self.enter(x)).movedim(-1, 1)
+        y = F.silu(self.norm(self.depthwise(y).movedim(1, -1)))
         gate = self.excite(F.silu(self.squeeze(y.mean((2, 3), keepdim=True)))).sigmoid()
         return F.silu(self.leave(y * gate) + self.shortcut(x))
 
@@ -245,19 +240,19 @@ class Pooled3dProjector(PooledProjector):
     time_stride = 2
 
 
-class Conv3dProjector(Pooled3dProjector):
+class Conv3dProjector(AllTokensProjector):
     """Table 2a, 3D Conv: one 3x3x3 convolution to width d, then the 3-D pool."""
+
+    time_stride = 2
 
     def __init__(self, d_e: int, d: int, side: int):
         super().__init__(d, d, side)
         # QUIRK: the text says 2x3x3; its 113 M parameters are those of 3x3x3 (ledger K11).
         self.conv = nn.Conv3d(d_e, d, 3, padding=1)
 
-    def pool(self, v: Tensor) -> Tensor:
-        return v
-
     def forward(self, v: Tensor) -> Tensor:
-        return super().forward(super().pool(self.conv(v.movedim(-1, 1)).movedim(1, -1)))
+        x = self.conv(v.movedim(-1, 1)).movedim(1, -1)
+        return super().forward(PooledProjector.pool(self, x))
 
 
 PROJECTORS = {
@@ -299,13 +294,12 @@ class MERV(nn.Module):
         """encoder -> (v, T_e, 3, H, W) becomes encoder -> pooled (v, t, h, w, d_e); all frozen."""
         pooled, dtype = {}, next(self.encoders.parameters()).dtype
         for name, encoder in self.encoders.items():
-            frames, t = pixels[name].to(self.device), encoder.config.grid[0]
+            frames, t = pixels[name].to(self.device, dtype), encoder.config.grid[0]
             if frames.shape[1] == 1 and encoder.config.family != "vit":
                 frames = frames.expand(-1, encoder.config.num_frames, -1, -1, -1)
-            # FIX: a still is a clip of identical frames; an encoder of single frames sees it
-            # once, not 16 times, and text-only rows run no encoder at all (ledger F8).
-            grid = encoder(frames.to(dtype)).expand(-1, t, -1, -1, -1)
-            pooled[name] = self.projectors[name].pool(grid)
+            # FIX: a still is a clip of identical frames; an encoder of single frames sees it once,
+            # not 16 times, and text-only rows run no encoder at all (ledger F8).
+            pooled[name] = self.projectors[name].pool(encoder(frames).expand(-1, t, -1, -1, -1))
         return pooled
 
     def encode(self, videos: dict, features: dict | None = None) -> tuple[Tensor, Tensor]:
@@ -385,8 +379,8 @@ class MERV(nn.Module):
             prefix, weights = self.prefill(self.pixels(videos[indices[0]]))
             prompts = [self.prompt_ids(questions[index]) for index in indices]
             lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-            padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
-            yield indices, prefix, weights, padded.to(self.device), lengths
+            ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(self.device)
+            yield indices, prefix, weights, ids, lengths
 
     def answer(
         self, videos, questions, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None
@@ -402,8 +396,8 @@ class MERV(nn.Module):
         how = (max_new_tokens, temperature, top_p, generator, self.tokenizer.eos_id)
         for indices, prefix, weights, ids, lengths in self.ask(videos, questions):
             replies = self.llm.generate(ids, None, lengths, prefix, *how)
-            for index, reply in zip(indices, replies, strict=True):
-                answers[index] = Answer(self.tokenizer.decode(reply).strip(), weights)
+            texts = [self.tokenizer.decode(reply).strip() for reply in replies]
+            answers |= zip(indices, [Answer(text, weights) for text in texts], strict=True)
         return [answers[index] for index in sorted(answers)]
 
     @torch.no_grad()
@@ -439,30 +433,33 @@ class MERV(nn.Module):
         return self.llm.embed_tokens.weight.device
 
     @classmethod
-    def create(cls, config: MERVConfig, tokenizer, seed=0, dtype=torch.float32, device="cpu"):
+    def create(
+        cls, config: MERVConfig, tokenizer, seed: int = 0, dtype=torch.float32, device="cpu"
+    ) -> MERV:
         """A model to train. Encoders and LLM come from their sources, random where that is "";
-        projectors and mixer are random. tokenizer: a Tokenizer, or where its tokenizer.model is.
+        projectors and mixer are random. tokenizer: a Tokenizer, where its tokenizer.model is, or
+        None for a model that will see but not read.
         """
         tokenizer = Tokenizer(tokenizer) if isinstance(tokenizer, str | Path) else tokenizer
-        if tokenizer.vocab_size > config.llm.vocab_size:
+        if tokenizer and tokenizer.vocab_size > config.llm.vocab_size:
             what = f"The tokenizer has {tokenizer.vocab_size} pieces, {config.llm.name} has fewer."
             fix = "take the tokenizer.model that lies beside the LLM's weights."
             raise UserError(what, "they do not belong together.", fix)
-        encoders = [files.load_encoder(e, e.source or None, dtype, device) for e in config.encoders]
+        parts = [encoders.load_encoder(e, e.source or None, dtype, device) for e in config.encoders]
         # RoPE has no last position: where a video takes half of LLaMA-2's 4096, it trains beyond.
-        copies = len(encoders) if config.mixer == "concat_sequence" else 1
+        copies = len(parts) if config.mixer == "concat_sequence" else 1
         room = max(config.llm.max_positions, 2 * copies * math.prod(config.grid))
-        config = replace(config, llm=replace(config.llm, max_positions=room))
-        config = replace(config, encoders=tuple(encoder.config for encoder in encoders))
-        llm = load_llama(config.llm, config.llm.source or None, dtype, device)
-        model = cls(config, encoders, llm, tokenizer).to(device, dtype)
+        llm = replace(config.llm, max_positions=room)
+        llm = load_llama(llm, llm.source or None, dtype, device)
+        config = replace(config, llm=llm.config, encoders=tuple(e.config for e in parts))
+        model = cls(config, parts, llm, tokenizer).to(device, dtype)
         generator = torch.Generator().manual_seed(seed)
         for part in [model.projectors, model.mixer] + ([] if config.llm.source else [llm]):
             # WHY: keeps the size of activations: 0.016 at width 4096, but 0.09 at 128.
             initialise(part, generator, std=config.llm.hidden_size**-0.5)
         return model
 
-    def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
+    def save_pretrained(self, folder: Place, state: dict[str, Tensor] | None = None) -> None:
         """Write what `from_pretrained` reads: config.json, model.safetensors, tokenizer.model.
 
         Encoders of the hub stay references; others are copied. The folder gets its name when it is
@@ -473,24 +470,24 @@ class MERV(nn.Module):
         partial.mkdir(parents=True)
         state = self.state_dict() if state is None else state
         trained = {k: v.contiguous() for k, v in state.items() if not k.startswith("encoders.")}
-        files.save_tensors(trained, partial / "model.safetensors")
-        encoders = []
-        for config in self.config.encoders:
-            if not config.source or Path(config.source).exists():
-                prefix = f"encoders.{config.name}."
+        encoders.save_tensors(trained, partial / "model.safetensors")
+        saved = []
+        for e in self.config.encoders:
+            if not e.source or Path(e.source).exists():
+                prefix = f"encoders.{e.name}."
                 own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-                config = replace(config, source=f"encoders/{config.name}.safetensors")
-                files.save_encoder(self.encoders[config.name], partial / config.source, own)
-            encoders.append(config)
+                e = replace(e, source=f"encoders/{e.name}.safetensors")
+                encoders.save_encoder(self.encoders[e.name], partial / e.source, own)
+            saved.append(e)
         shutil.copyfile(self.tokenizer.path, partial / "tokenizer.model")
-        saved = asdict(replace(self.config, encoders=tuple(encoders)))
-        (partial / "config.json").write_text(json.dumps({"merv": saved}, indent=2))
+        config = asdict(replace(self.config, encoders=tuple(saved)))
+        (partial / "config.json").write_text(json.dumps({"merv": config}, indent=2))
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
 
     @classmethod
     def from_pretrained(
-        cls, name_or_folder, dtype=torch.float32, device="cpu", tokenizer=None, sources=None
+        cls, name_or_folder: Place, dtype=torch.float32, device="cpu", tokenizer=None, sources=None
     ) -> MERV:
         """A model to ask, in eval mode: a run of train.py, a folder of `save_pretrained`, or a
         checkpoint of the authors, by name (AUTHORS) or as a folder.
@@ -502,29 +499,35 @@ class MERV(nn.Module):
         folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
         hub = str(name_or_folder) in AUTHORS
         place, inside = ("tyleryzhu/merv", f"{name_or_folder}/") if hub else (folder, "")
-        found = files.read_json(files.find_file(place, (inside + "config.json",)))
-        if "merv" in found:
-            config, names, skip = MERVConfig.from_dict(found["merv"]), None, {}
-            tensors = files.read_tensors(place, ("model.safetensors",))
+        path = encoders.find_file(place, (inside + "config.json",))
+        try:
+            found = encoders.read_json(path)
+            ours = "merv" in found
+            config = (
+                MERVConfig.from_dict(found["merv"]) if ours else authors_config(folder.name, found)
+            )
+            with torch.device("meta"):  # a skeleton: all its parts come from files
+                model = cls(config, [nn.Module() for _ in config.encoders], Llama(config.llm), None)
+        except (AttributeError, KeyError, TypeError) as error:
+            what, fix = f"{path} describes no MERV: {error!r}.", "name one, or train it again."
+            why = "it is another model's or another version's, or of a run that has not ended."
+            raise CheckpointError(what, why, fix) from error
+        if ours:
+            tensors, names = encoders.read_tensors(place, ("model.safetensors",)), None
         else:
-            config, skip = authors_config(name_or_folder, found), LLAMA_SKIP
-            parts = files.read_tensors(place, (inside + "checkpoints/latest-checkpoint.pt",))
+            parts = encoders.read_tensors(place, (inside + "checkpoints/latest-checkpoint.pt",))
             tensors, names = authors_tensors(config, parts["model"])
-        encoders = []
+        home = folder if (folder / "tokenizer.model").is_file() else config.llm.source
+        model.tokenizer = Tokenizer(tokenizer or encoders.find_file(home, ("tokenizer.model",)))
+        assign_weights(model, tensors, names, LLAMA_SKIP, str(name_or_folder), dtype)
         for e in config.encoders:
             # A copied encoder is this folder's own: "" makes the next save_pretrained copy it too.
             copy = folder / e.source
             e = replace(e, source="") if copy.is_file() else e
             source = (sources or {}).get(e.name, e.source or copy)
-            encoders.append(files.load_encoder(e, source, dtype, device))
-        config = replace(config, encoders=tuple(encoder.config for encoder in encoders))
-        home = folder if (folder / "tokenizer.model").is_file() else config.llm.source
-        tokenizer = Tokenizer(tokenizer or files.find_file(home, ("tokenizer.model",)))
-        with torch.device("meta"):
-            model = cls(config, encoders, Llama(config.llm), tokenizer)
-        loaded, model.encoders = model.encoders, nn.ModuleDict()  # they have their weights
-        assign_weights(model, tensors, names, skip, str(name_or_folder), dtype)
-        model.encoders = loaded
+            model.encoders[e.name] = encoders.load_encoder(e, source, dtype, device)
+        loaded = (encoder.config for encoder in model.encoders.values())
+        model.config = replace(config, encoders=tuple(loaded))
         return model.to(device).eval()
 
     def fingerprints(self) -> dict[str, str]:
@@ -551,17 +554,17 @@ AUTHORS_ENCODERS = {  # their names -> ours
 }
 
 
-def authors_config(name: str | Path, found: dict) -> MERVConfig:
+def authors_config(name: str, found: dict) -> MERVConfig:
     """Our configuration for the authors' config.json."""
-    settings = found.get("model", {})
-    backbones, tokens = (settings.get(k) for k in ("video_backbone_ids", "visual_feature_length"))
+    settings = found["model"]
+    backbones, tokens = settings["video_backbone_ids"], settings.get("visual_feature_length")
     # QUIRK: 32064 rows, 64 of them for a <PAD> that we never need (ledger K9).
     llm = replace(LLAMAS["llama2-7b"], vocab_size=32064, rope_bf16=True)
-    if backbones and set(backbones) <= set(AUTHORS_ENCODERS):
-        encoders = tuple(ENCODERS[AUTHORS_ENCODERS[backbone]] for backbone in backbones)
+    if set(backbones) <= set(AUTHORS_ENCODERS):
+        four = tuple(ENCODERS[AUTHORS_ENCODERS[backbone]] for backbone in backbones)
         side = math.isqrt(settings.get("projector_token_length", 64))
         for projector in ("avg2d", "all"):  # the visual tokens tell which
-            config = MERVConfig(Path(name).name, encoders, llm, side, projector)
+            config = MERVConfig(name, four, llm, side, projector)
             if tokens in (None, math.prod(config.grid)):
                 return config
     what = f"{name}/config.json asks for {tokens} visual tokens from the encoders {backbones}."
@@ -578,7 +581,7 @@ def authors_tensors(config: MERVConfig, parts: dict) -> tuple[dict[str, Tensor],
     needless = len(config.encoders) == 1 and not fusion  # the softmax over one is 1 in any case
     tensors["query"] = torch.zeros(config.llm.hidden_size) if needless else fold_query(fusion)
     names = {f"llm.{ours}": theirs for ours, theirs in LLAMA_NAMES.items()}
-    names["mixer.query"] = "query"
+    names |= {"mixer.query": "query"}
     for index, encoder in enumerate(config.encoders):
         names[f"projectors.{encoder.name}.linear"] = f"projectors.{index}.projector.projector"
     return tensors, names
@@ -615,26 +618,13 @@ def drawn_clip(num_frames: int = 32, height: int = 72, width: int = 128) -> Tens
     return clip
 
 
-class ByteTokenizer:
-    """LLaMA's vocabulary without SentencePiece: ids 3..258 are the 256 bytes. For `trace` only."""
-
-    bos_id, eos_id, vocab_size = 1, 2, 259
-
-    def encode(self, text: str) -> list[int]:
-        return [3 + byte for byte in text.encode()]
-
-    def decode(self, ids: list[int]) -> str:
-        return bytes(i - 3 for i in ids if 3 <= i < 259).decode(errors="replace")
-
-
 def trace() -> None:
     """Print the shape of every stage of a tiny MERV with random weights on a drawn clip."""
-    model, question = MERV.create(MERVS["miniature"], ByteTokenizer()).eval(), "What moves?"
-    frames = drawn_clip(model.config.num_frames)
+    model, frames = MERV.create(MERVS["miniature"], tokenizer=None).eval(), drawn_clip()
     pixels = {name: clip[None] for name, clip in model.pixels(frames).items()}
 
     def show(stage: str, tensor: Tensor) -> None:
-        print(f"{stage:<44} {tuple(tensor.shape)}")
+        print(f"{stage:<48} {tuple(tensor.shape)}")
 
     show("frames sampled (T, 3, H, W)", frames)
     for name, pooled in model.features(pixels).items():
@@ -643,22 +633,22 @@ def trace() -> None:
         show("  pooled (b, t, h, w, d_e), eq. 1", pooled)
         show("  projected (b, n, d), eq. 1", model.projectors[name](pooled))
     visual, weights = model.encode(pixels)
-    print(f"{'mixing weights (eq. 2), which sum to 1':<44} {weights.detach().numpy().round(4)}")
+    print(f"{'mixing weights (eq. 2), which sum to 1':<48} {weights.detach().numpy().round(4)}")
     show("visual tokens (b, n, d), eq. 2", visual)
-    text, n = len(model.prompt_ids(question)), visual.shape[1]
-    print(f"LLM input: [BOS] + {n} visual + {text} text tokens, which are bytes here")
-    print(f"answer of random weights: {model.answer(frames, question, 8)[0].text!r}")
+    print(f"LLM input: [BOS] + {visual.shape[1]} visual tokens + text; here without text:")
+    bos = model.llm.embed_tokens(torch.tensor([[1]]))
+    logits = model.llm(inputs_embeds=torch.cat([bos, visual], dim=1))
+    show("[BOS] + visual -> LLaMA -> logits (b, s, vocab)", logits)
 
 
 def pick_device(name: str = "auto") -> torch.device:
     """The device of that name; "auto" takes CUDA or MPS where there is one, else the CPU."""
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     return torch.device(name)
 
 
-def latest_run(folder: str | Path = "runs") -> Path:
+def latest_run(folder: Place = "runs") -> Path:
     """The run whose checkpoint was written last."""
     runs = sorted(Path(folder).glob("*/checkpoint/config.json"), key=lambda f: f.stat().st_mtime)
     if not runs:
@@ -719,6 +709,8 @@ class AskConfig:
     start: float = option(0.0, "first second of the clip")
     end: float = option(0.0, "last second of the clip; 0: all of it")
     max_new_tokens: int = option(256, "longest answer, in tokens")
+    temperature: float = option(0.0, "0: the likeliest words; above: drawn, the more freely")
+    seed: int = option(0, "of what is drawn")
     device: str = option("auto", "auto, cuda, mps or cpu")
     dtype: str = option("float32", "float32 or bfloat16")
     ask: tuple[str, ...] = option((), "a video, GIF, image or folder of images, then questions")
@@ -738,7 +730,8 @@ def main(arguments: list[str] | None = None) -> None:
         device, tokenizer = pick_device(args.device), args.tokenizer or None
         model = MERV.from_pretrained(checkpoint, dtype, device, tokenizer)
         pixels = load_pixels(video, model.config.encoders, args.start or None, args.end or None)
-        answers = model.answer(pixels, questions, args.max_new_tokens)
+        drawn = args.temperature, 1.0, torch.Generator(device).manual_seed(args.seed)
+        answers = model.answer(pixels, questions, args.max_new_tokens, *drawn)
     except UserError as error:
         sys.exit(f"error: {error}")
     for question, answer in zip(questions, answers, strict=True):

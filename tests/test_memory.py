@@ -46,7 +46,7 @@ def use_small_model(llama: LlamaConfig) -> None:
 def measure(folder: str, tokenizer: str) -> None:
     """Load in bfloat16 and print the model's bytes and the peak of anonymous memory on top."""
     use_small_model(LLAMA)
-    MERV.create(merv.MERVS["miniature"], merv.ByteTokenizer())  # what libraries take at first use
+    MERV.create(merv.MERVS["miniature"], None)  # what libraries take at first use
     before, peak, done = anonymous_memory(), 0, threading.Event()
 
     def watch() -> None:

@@ -61,6 +61,7 @@ TINY = replace(
         num_kv_heads=2, max_positions=256,
     ),
 )  # fmt: skip
+NUM_FRAMES = max(e.num_frames for e in TINY.encoders)
 
 
 @pytest.fixture(autouse=True)
@@ -102,7 +103,7 @@ def saved(shared_model, tmp_path_factory) -> Path:
 def random_pixels(seed: int, still: bool = False) -> dict[str, Tensor]:
     """encoder -> (T_e, 3, H, W), as preprocess gives them; a still has T_e = 1."""
     generator = torch.Generator().manual_seed(seed)
-    frames = torch.rand(1 if still else TINY.num_frames, 3, 32, 32, generator=generator)
+    frames = torch.rand(1 if still else NUM_FRAMES, 3, 32, 32, generator=generator)
     return {e.name: preprocess((frames * 255).byte(), e) for e in TINY.encoders}
 
 
@@ -306,7 +307,7 @@ def test_learned_weights_are_a_softmax_that_no_clip_changes():
     powers = [math.exp(score) for score in scores.tolist()]
     assert torch.equal(weights[0], weights[1])
     for e in range(4):
-        assert weights[0, e].item() == pytest.approx(powers[e] / sum(powers), rel=1e-5)
+        assert float(weights[0, e]) == pytest.approx(powers[e] / sum(powers), rel=1e-5)
     for b, n in itertools.product(range(2), range(7)):
         token = sum(powers[e] / sum(powers) * x[b, e, n] for e in range(4))
         torch.testing.assert_close(tokens[b, n], token)
@@ -386,10 +387,9 @@ def test_presets_have_the_sizes_of_the_paper():
         config = MERVS[name]
         assert config.name == name
         assert config.grid == (16, 8, 8)
-        assert config.grid == (16, 8, 8)
         assert config.llm == LLAMAS["llama2-7b"]
         has_vivit = "vivit" in [e.name for e in config.encoders]
-        assert config.num_frames == (32 if has_vivit else 16)
+        assert max(e.num_frames for e in config.encoders) == (32 if has_vivit else 16)
     for name in FOUR:
         assert [e.name for e in MERVS[f"{name}-single"].encoders] == [name]
         rest = [other for other in FOUR if other != name]
@@ -755,7 +755,7 @@ def test_text_alone_is_answered_without_any_encoder(model, encoder_calls):
 
 def test_a_video_can_be_given_as_path_frames_or_pixels(model, clip):
     """Three forms of one clip, one answer."""
-    frames = decode_everything(clip)[sample_indices(24, TINY.num_frames)]
+    frames = decode_everything(clip)[sample_indices(24, NUM_FRAMES)]
     pixels = {e.name: preprocess(frames, e) for e in TINY.encoders}
     found = [
         model.answer(video, QUESTIONS[0], max_new_tokens=6)[0]
@@ -962,14 +962,54 @@ def test_a_missing_file_is_a_checkpoint_error(saved, tmp_path, file):
     assert "Fix: " in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ['{"model": {}}', '{"merv": ', '{"merv": {"surprise": 1}}'])
-def test_a_config_that_is_not_mervs_is_a_checkpoint_error(saved, tmp_path, text):
-    """Another model's, half a file, or fields from another version of this code."""
-    folder = tmp_path / "config"
-    shutil.copytree(saved, folder)
-    (folder / "config.json").write_text(text)
-    with pytest.raises(CheckpointError, match=r"config\.json"):
-        MERV.from_pretrained(folder)
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"merv": ',
+        "[]",
+        "null",
+        '{"merv": null}',
+        '{"merv": {"surprise": 1}}',
+        '{"model": {}}',
+        '{"model": "miniature"}',
+        '{"model_type": "llama", "hidden_size": 4096}',
+    ],
+)
+def test_a_config_that_is_not_mervs_is_a_checkpoint_error(tmp_path, text):
+    """Half a file, no object, another model's, or that of a run of train.py that has not ended."""
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json") as caught:
+        MERV.from_pretrained(tmp_path)
+    assert "\nWhy: " in str(caught.value) and "\nFix: " in str(caught.value)
+
+
+def _set(values: dict, path: str, value: object) -> None:
+    """_set({"llm": {}}, "llm.x", 1) makes it {"llm": {"x": 1}}."""
+    *folders, name = path.split(".")
+    for folder in folders:
+        values = values[int(folder) if folder.isdigit() else folder]
+    values[name] = value
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("released_as", "merv-full"),
+        ("encoders.0.released_as", "x"),
+        ("llm.surprise", 1),
+        ("projector", "avg4d"),
+        ("mixer", "vote"),
+    ],
+)
+def test_a_config_of_another_version_names_what_is_unknown(saved, tmp_path, path, value):
+    """A field or a projector that this version has not cannot be ignored: it decided something."""
+    found = json.loads((saved / "config.json").read_text())
+    _set(found["merv"], path, value)
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    with pytest.raises(CheckpointError, match=r"config\.json") as caught:
+        MERV.from_pretrained(tmp_path)
+    unknown = value if path in ("projector", "mixer") else path.rpartition(".")[2]
+    assert unknown in str(caught.value) and "\nFix: " in str(caught.value)
 
 
 def test_a_model_in_bfloat16_still_answers(saved, clip):
@@ -1028,7 +1068,8 @@ def test_trace_prints_the_shape_of_every_stage(tmp_path):
     assert found.returncode == 0, found.stderr
     for stage in (
         "frames sampled", "languagebind", "dinov2", "vivit", "siglip", "preprocessed", "eq. 1",
-        "mixing weights (eq. 2)", "visual tokens", "[BOS] + 16 visual", "(1, 16, 128)", "answer",
+        "mixing weights (eq. 2)", "visual tokens", "(1, 16, 128)", "[BOS] + visual", "logits",
+        f"(1, 17, {LLAMAS['miniature'].vocab_size})",
     ):  # fmt: skip
         assert stage in found.stdout, stage
     assert found.stderr == ""
@@ -1045,6 +1086,20 @@ def test_a_question_on_the_command_line_is_answered(model, saved, clip, capsys):
         assert f"Q: {question}\nA: {answer.text}\n" in output
     mix = output.splitlines()[-1]
     assert [part for part in FOUR if part in mix] == list(FOUR)
+
+
+def test_a_drawn_answer_is_drawn_again_with_its_seed(saved, clip, capsys):
+    """--temperature leaves the likeliest words, --seed says where to: nothing else is random."""
+
+    def drawn(*options: str) -> str:
+        merv.main([str(clip), *QUESTIONS, "--checkpoint", str(saved), "--max-new-tokens", "8",
+                   "--device", "cpu", *options])  # fmt: skip
+        return capsys.readouterr().out
+
+    hot = ("--temperature", "1.0")
+    assert drawn(*hot, "--seed", "1") == drawn(*hot, "--seed", "1")
+    assert drawn(*hot, "--seed", "1") != drawn(*hot, "--seed", "2")
+    assert drawn("--seed", "1") == drawn("--seed", "2") == drawn()
 
 
 @pytest.mark.parametrize("wrong", ["video", "checkpoint"])
