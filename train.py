@@ -38,6 +38,7 @@ import merv
 import miniature
 from encoders import ENCODERS, UserError
 from merv import MERV, MERVS, MIXERS, PROJECTORS, choose, option, parse_options, progress
+from miniature import specialists
 
 # ------------------------------------------------------------------------------------------- config
 
@@ -295,7 +296,8 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, group["peak"], config.warmup)
-            optimizer.step()
+            with specialists.InFloat32():
+                optimizer.step()
             optimizer.zero_grad()
 
         # 7. Log.

@@ -25,14 +25,10 @@ def prepare(folder: str | Path = "data/miniature") -> Path:
     if made_by.exists() and made_by.read_text() == digest.hexdigest():
         return folder
     if folder.exists() and not made_by.exists():
-        raise encoders.UserError(
-            f"{folder} is in the way.",
-            "it was not made by miniature.prepare, which would replace it.",
-            "remove it, or run from another folder.",
-        )
+        why = "it was not made by miniature.prepare, which would replace it."
+        raise encoders.UserError(f"{folder} is in the way.", why, "remove it, or run elsewhere.")
     start = time.time()
-    again = " again, by changed code" if folder.exists() else ""
-    print(f"Making {folder}{again}: a video world, then four encoders.", flush=True)
+    print(f"Making {folder}: a video world, then four encoders.", flush=True)
     shutil.rmtree(partial, ignore_errors=True)
     world.write_world(world.World(), partial)
     specialists.pretrain(partial / "encoders")

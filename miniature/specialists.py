@@ -2,12 +2,8 @@
 
     SigLIP         sigmoid loss between frames and lists of what they show
     LanguageBind   the same for clips and captions, from SigLIP's weights
-    DINOv2         a student predicts from a masked frame what its teacher, its own moving
-                   average, makes of the whole one
+    DINOv2         from a masked frame, what its own moving average makes of the whole one
     ViViT          which action is it?
-
-In:   clips of world.py, drawn for this and in none of its splits
-Out:  {siglip,languagebind,dinov2,vivit}.safetensors in the released format, for load_encoder
 
 Sources: SigLIP arXiv:2303.15343, LanguageBind 2310.01852, iBOT 2111.07832, DINOv2 2304.07193.
 """
@@ -31,12 +27,22 @@ from miniature import world
 from miniature.world import ACTIONS, COLOURS, FIRST_SEED, NUM_FRAMES, REVERSED, SHAPES, Scene
 
 NUM_CLIPS = 6000  # to learn from
+FAST_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # a CPU without it is faster in float32
 RECIPES = {  # steps; batch, of frames, clips or, DINOv2, pairs of frames; Muon's learning rate
     "siglip": (350, 256, 0.04), "languagebind": (160, 64, 0.02),
     "dinov2": (300, 96, 0.04), "vivit": (600, 64, 0.04),
 }  # fmt: skip
 PHRASES = ["", *(f"{c} {s}" for c in COLOURS for s in SHAPES), *ACTIONS]
 BACKWARDS = torch.tensor([ACTIONS.index(REVERSED.get(action, action)) for action in ACTIONS])
+
+
+class InFloat32(torch.overrides.TorchFunctionMode):
+    """WHY: torch's Muon computes in bfloat16, which CPUs without AVX-512 do 30 times slower."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.bfloat16:
+            return args[0].to(torch.float32, copy=True)
+        return func(*args, **(kwargs or {}))
 
 
 class Clips:
@@ -104,9 +110,7 @@ class Contrast(nn.Module):
 
 class SelfDistillation(nn.Module):
     """DINOv2's: from a masked frame, predict which prototype the teacher sees in each hidden patch.
-
-    SIMPLIFY: only the patch loss; a loss between whole frames never moved at this size.
-    """
+    SIMPLIFY: only the patch loss; a loss between whole frames never moved at this size."""
 
     def __init__(self, encoder: Encoder, prototypes: int = 256):
         super().__init__()
@@ -186,14 +190,15 @@ def train(objective: nn.Module, clips: Clips, name: str) -> None:
     schedules = [torch.optim.lr_scheduler.LambdaLR(each, factor) for each in optimizers]
     for step in range(steps):
         # WHY: on a CPU and at this size, plain attention is faster than the fused kernel.
-        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+        with torch.autocast("cpu", torch.bfloat16, FAST_BF16), sdpa_kernel(SDPBackend.MATH):
             loss = objective(clips, batch)
         if not loss.isfinite():
             raise ArithmeticError(f"{name}: the loss is {loss.item()} at step {step}.")
         loss.backward()
         nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-        for each in (*optimizers, *schedules):
-            each.step()
+        with InFloat32():
+            for each in (*optimizers, *schedules):
+                each.step()
         objective.zero_grad()
         if (step + 1) % 50 == 0:
             print(f"{name}: step {step + 1} of {steps}, loss {loss:.3f}", file=sys.stderr)
@@ -217,9 +222,8 @@ def train_chain(names: tuple, drawn: list, folder: Path) -> None:
             objective.start_from(objectives["siglip"])
         train(objective, clips, name)
         if name == "vivit":
-            # WHY: the last norm makes its features ten times smaller than the others' (a standard
-            # deviation of 0.7, not 3 to 7), so MERV's new mixture would hardly contain them. Now
-            # that the classifier is gone the scale is free.
+            # WHY: the last norm leaves features ten times smaller than the others', so MERV's new
+            # mixture would hardly contain them. Without the classifier their scale is free.
             for parameter in encoder.final_norm.parameters():
                 parameter.data *= 8
         save_encoder(encoder, path)
@@ -228,8 +232,7 @@ def train_chain(names: tuple, drawn: list, folder: Path) -> None:
 
 def pretrain(folder: Path) -> None:
     """Train the four specialists into <folder>/<name>.safetensors."""
-    first = FIRST_SEED["specialists"]
-    seeds = range(first, first + NUM_CLIPS)
+    seeds = range(FIRST_SEED["specialists"], FIRST_SEED["specialists"] + NUM_CLIPS)
     drawn = world.parallel("clips to learn from", world.draw_clip, seeds)
     run = partial(train_chain, drawn=drawn, folder=folder)
     # WHY: two processes of one thread do 1.4 times the work of one process with two threads.
