@@ -307,7 +307,7 @@ def test_learned_weights_are_a_softmax_that_no_clip_changes():
     powers = [math.exp(score) for score in scores.tolist()]
     assert torch.equal(weights[0], weights[1])
     for e in range(4):
-        assert float(weights[0, e]) == pytest.approx(powers[e] / sum(powers), rel=1e-5)
+        assert weights[0, e].item() == pytest.approx(powers[e] / sum(powers), rel=1e-5)
     for b, n in itertools.product(range(2), range(7)):
         token = sum(powers[e] / sum(powers) * x[b, e, n] for e in range(4))
         torch.testing.assert_close(tokens[b, n], token)
