@@ -12,7 +12,7 @@ import encoders
 from miniature import specialists, world
 
 
-def prepare(folder: str | Path = "data/miniature") -> Path:
+def prepare(folder: str | Path = "data/miniature", seed: int = 0) -> Path:
     """The folder with the world and encoders/NAME.safetensors, made first if this code has not yet.
 
     Until it is complete it carries another name. Not for two processes at once: rank 0 goes first.
@@ -31,7 +31,7 @@ def prepare(folder: str | Path = "data/miniature") -> Path:
     print(f"Making {folder}: a video world, then four encoders.", flush=True)
     shutil.rmtree(partial, ignore_errors=True)
     world.write_world(world.World(), partial)
-    specialists.pretrain(partial / "encoders")
+    specialists.pretrain(partial / f"encoders-{seed}")
     (partial / made_by.name).write_text(digest.hexdigest())
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
