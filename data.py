@@ -303,9 +303,9 @@ class Batch:
     """Examples padded on the right to one length s; v of the b rows have a picture."""
 
     input_ids: Tensor  # (b, s)
-    labels: Tensor  # (b, s)
-    lengths: Tensor  # (b,) tokens of each row that are real
-    visual_rows: Tensor  # (v,) which rows have a video or image
+    labelled: Tensor  # (2, k): row and place of each token that the loss is taken on
+    lengths: list[int]  # tokens of each of the b rows that are real
+    visual_rows: list[int]  # which v rows have a video or image
     pixels: dict[str, Tensor]  # encoder -> (v, T_e, 3, H, W)
     features: dict[str, Tensor]  # encoder -> (v, t, h, w, d_e)
     bad: list[dict] = field(default_factory=list)  # {"row", "id", "file", "reason"} of each failure
@@ -323,7 +323,7 @@ class Batch:
     @property
     def num_labels(self) -> int:
         """How many positions the loss is taken on."""
-        return int((self.labels != IGNORE).sum())
+        return self.labelled.shape[1]
 
 
 @dataclass
@@ -453,13 +453,14 @@ def collate(examples: list[Example]) -> Batch:
         what = "A batch mixes cached features and pixels."
         raise DataError(what, "only some clips are cached.", "cache them all before training.")
     pad = torch.nn.utils.rnn.pad_sequence
+    labels = pad([e.labels for e in examples], batch_first=True, padding_value=IGNORE)
     return Batch(
         # WHY: 0 is a real token (<unk>), not a pad token. LLaMA-2 has none, and none is needed:
         # lengths say what is real.
         input_ids=pad([e.input_ids for e in examples], batch_first=True, padding_value=0),
-        labels=pad([e.labels for e in examples], batch_first=True, padding_value=IGNORE),
-        lengths=torch.tensor([len(e.input_ids) for e in examples]),
-        visual_rows=torch.tensor(rows, dtype=torch.long),
+        labelled=(labels != IGNORE).nonzero().T,
+        lengths=[len(e.input_ids) for e in examples],
+        visual_rows=rows,
         pixels=_stack([e.pixels for e in visual]),
         features=_stack([e.features for e in visual]),
         bad=[failure for e in examples for failure in e.bad],
