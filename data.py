@@ -325,6 +325,11 @@ class Batch:
         """How many positions the loss is taken on."""
         return self.labelled.shape[1]
 
+    @property
+    def num_tokens(self) -> int:
+        """Of text, without padding."""
+        return sum(self.lengths)
+
 
 @dataclass
 class FeatureCache:

@@ -250,8 +250,8 @@ def check(name: str, folder: str | Path, workers: int) -> int:
     found = len(names & set(clips.videos))
     print(f"{len(questions)} questions, {found}/{len(names)} videos found in {clips.folder}")
     bad = 0
-    for number, _, failure in DataLoader(clips, batch_size=None, num_workers=workers):
-        progress("decode", number + 1, len(clips))
+    loader = DataLoader(clips, batch_size=None, num_workers=workers)
+    for number, _, failure in progress(loader, "decode"):
         if failure:
             bad += 1
             print(f"bad  {clips.groups[number][0].video}: {failure.splitlines()[0]}")
@@ -382,7 +382,7 @@ def evaluate(
     clips = Clips(name, questions, folder, model.config.encoders)
     mine = [n for n in range(rank, len(clips), world) if clips.groups[n][0].id not in done]
     loader = DataLoader(torch.utils.data.Subset(clips, mine), None, num_workers=config.workers)
-    for count, (number, pixels, failure) in enumerate(loader, start=1):
+    for number, pixels, failure in progress(loader, name):
         asked, answers, weights = clips.groups[number], [""] * len(clips.groups[number]), []
         if not failure:
             prompts = [question.prompt for question in asked]
@@ -395,7 +395,6 @@ def evaluate(
                 answers, weights = [r.text for r in replies], replies[0].weights.tolist()
         answers = dict(zip((question.id for question in asked), answers, strict=True))
         journal.append({"answers": answers, "weights": weights, "failure": failure})
-        progress(name, count, len(mine))
     outcome = {id: record for record in journal.records() for id in record["answers"]}
     complete = len(outcome) == len({question.id for question in questions})
     if not complete or not (mine or rank == 0):
@@ -474,8 +473,7 @@ def judge(path: Path, config: EvalConfig) -> None:
         args = (client, config.judge_model, config.judge_retries)
         asked = {pool.submit(ask_judge, question, *args): question for question in todo}
         try:
-            for done, future in enumerate(as_completed(asked), start=1):
-                progress("judge", done, len(todo))
+            for future in progress(as_completed(asked), "judge", len(todo)):
                 if (reply := future.result()) is not None:
                     record = {"id": asked[future].id, "answer": asked[future].answer}
                     today = date.today().isoformat()

@@ -69,6 +69,12 @@ class MERVConfig:
             h = w = 1 if self.projector == "class" else self.pooled_side
         return t // PROJECTORS[self.projector].time_stride, h, w
 
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens of a clip: n, or e * n where the encoders' stand in a row."""
+        copies = len(self.encoders) if self.mixer == "concat_sequence" else 1
+        return copies * math.prod(self.grid)
+
     @classmethod
     def from_dict(cls, values: dict) -> MERVConfig:
         """The inverse of dataclasses.asdict, after JSON made lists of tuples."""
@@ -460,8 +466,7 @@ class MERV(nn.Module):
             raise UserError(what, "they do not belong together.", fix)
         parts = [encoders.load_encoder(e, e.source or None, dtype, device) for e in config.encoders]
         # RoPE has no last position: where a video takes half of LLaMA-2's 4096, it trains beyond.
-        copies = len(parts) if config.mixer == "concat_sequence" else 1
-        room = max(config.llm.max_positions, 2 * copies * math.prod(config.grid))
+        room = max(config.llm.max_positions, 2 * config.num_visual)
         llm = replace(config.llm, max_positions=room)
         llm = load_llama(llm, llm.source or None, dtype, device)
         config = replace(config, llm=llm.config, encoders=tuple(e.config for e in parts))

@@ -284,13 +284,11 @@ def evaluation_files(scenes: list[Scene], seed: int) -> dict[str, list[dict]]:
 
 def parallel(what: str, function: Callable, *arguments: Sequence) -> list:
     """list(map(function, *arguments)), on every core."""
-    results, total = [], len(arguments[0])
+    total = len(arguments[0])
     # WHY: spawn, not fork, because the caller may already run torch's threads.
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
-        for result in pool.map(function, *arguments, chunksize=1 + total // 100):
-            results.append(result)
-            progress(what, len(results), total)
-    return results
+        drawn = pool.map(function, *arguments, chunksize=1 + total // 100)
+        return list(progress(drawn, what, total))
 
 
 def write_world(world: World, folder: Path) -> None:
