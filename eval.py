@@ -43,10 +43,10 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import merv
-from data import IMAGE_SUFFIXES, VideoError, load_pixels, load_video, mcq_prompt
+from data import IMAGE_SUFFIXES, VideoError, load_pixels, load_video, mcq_prompt, progress
 from encoders import ENCODERS, FAMILIES, UserError
 from llama import LLAMAS, Llama
-from merv import MERV, choose, option, parse_options, progress
+from merv import MERV, choose, option, parse_options
 
 # ---------------------------------------------------------------------------------------- questions
 

@@ -29,14 +29,12 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import encoders
 from data import TEMPLATES, Batch, load_pixels, preprocess, render_prompt, tokenize
@@ -706,12 +704,6 @@ def choose(table: dict, name: str, what: str):
     if name not in table:
         raise UserError(f"No {what} {name}.", "there is none.", f"choose of {', '.join(table)}.")
     return table[name]
-
-
-def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
-    """Go through `items` with a bar and the time left on stderr; in a log a line every 10 s."""
-    every = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(items, what, total, mininterval=every, ascii=" #", dynamic_ncols=True)
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,10 @@ import data
 import eval
 import merv
 import miniature
+from data import progress
 from encoders import ENCODERS, FAMILIES, UserError
 from llama import Llama
-from merv import MERV, MERVS, MIXERS, PROJECTORS, choose, option, parse_options, progress
+from merv import MERV, MERVS, MIXERS, PROJECTORS, choose, option, parse_options
 from miniature import specialists
 
 # ------------------------------------------------------------------------------------------- config
@@ -592,19 +593,22 @@ def memory_of(config: TrainConfig, stage: Stage, mesh: DeviceMesh) -> dict[str, 
     kept = model.parameters()
     if config.place_encoders == "cached":
         kept = [p for name, p in model.named_parameters() if not name.startswith("encoders.")]
-    states = {torch.optim.AdamW: 2, torch.optim.Muon: 1}  # tensors for each parameter
-    moments = sum(
-        states[type(optimizer)] * p.to_local().nbytes
-        for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]
-    )  # fmt: skip
-    return {
+    rows = {
         "weights": sum(getattr(p, "_local_tensor", p).nbytes for p in kept),
         "gradients": held["SHARDED_GRAD"],
-        "optimizer": moments,
         "gathered layers": held["UNSHARDED_PARAM"] + held["ALL_GATHER"],
         "reduced gradients": held["UNSHARDED_GRAD"] + held["REDUCE_SCATTER"],
-        "activations": held["ACT"] + held["TEMP"] + held["INP"] + held["BUFFER"],
     }
+    rows["activations, logits, batch"] = held["TOTAL"] - sum(rows.values())
+    # WHY: not the tracker's, which takes the temporaries of a step for the optimizer's state.
+    moments = {torch.optim.AdamW: 2, torch.optim.Muon: 1}  # tensors for each parameter
+    rows["optimizer"] = sum(
+        moments[type(optimizer)] * p.to_local().nbytes
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+    return rows
 
 
 def work_of(config: TrainConfig, stage: Stage, mesh: DeviceMesh, still: bool) -> dict[str, float]:

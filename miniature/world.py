@@ -24,8 +24,7 @@ import sentencepiece
 from numpy.random import Generator, default_rng
 from PIL import Image
 
-from data import mcq_prompt
-from merv import progress
+from data import mcq_prompt, progress
 
 
 @dataclass(frozen=True)
