@@ -204,10 +204,12 @@ class Encoder(nn.Module):
             what = f"{name} got frames {tuple(frames.shape)}, wants (b, T, 3, {side}, {side})."
             fix = "pass the video through data.preprocess(frames, encoder.config)."
             raise UserError(what, f"it reads clips of {side}x{side} RGB frames.", fix)
-        if window and frames.shape[1] % window:
-            what = f"{name} got {frames.shape[1]} frames, wants a multiple of {window}."
-            why = f"it attends to windows of {window} frames, each with its learned position."
-            raise UserError(what, why, f"sample {window}, {2 * window}, {3 * window} ... frames.")
+        # LanguageBind takes whole windows, ViViT its 32 frames; a ViT sees each frame alone.
+        given, every, alone = frames.shape[1], self.config.num_frames, self.config.family == "vit"
+        if not (given % window == 0 if window else given == every or alone):
+            wanted = f"a multiple of {window}" if window else f"{every}"
+            why = "each moment that it sees at once has its own learned position."
+            raise UserError(f"{name} got {given} frames, wants {wanted}.", why, f"sample {wanted}.")
 
 
 class ViT(Encoder):
@@ -291,11 +293,6 @@ class ViViT(Encoder):
 
     def embed(self, frames: Tensor) -> Tensor:
         """(b, T, 3, H, W) -> (b, 1 + t*h*w, d_e), with T exactly config.num_frames."""
-        given, wanted = frames.shape[1], self.config.num_frames
-        if given != wanted:
-            what = f"{self.config.name} got {given} frames, wants {wanted}."
-            why = "every tubelet of the clip has its own learned position."
-            raise UserError(what, why, f"sample {wanted} frames.")
         x = self.patch_embedding(frames.transpose(1, 2)).flatten(2).mT  # (b, t*h*w, d_e)
         return torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.position_embedding
 
@@ -384,17 +381,13 @@ def _read_released(config: EncoderConfig, source: str | Path) -> tuple[EncoderCo
     if "pos_embed" in tensors:
         tensors["pos_embed"] = resize_positions(tensors["pos_embed"], *config.grid[1:])
     if config.family == "languagebind":  # its window is in the weights, its activation beside them
-        time = tensors.get("encoder.layers.0.temporal_embedding")
-        if time is not None and time.ndim == 3:
+        time = tensors.get("encoder.layers.0.temporal_embedding", torch.empty(0))
+        if time.ndim == 3:  # else assign_weights will name it
             config = replace(config, temporal_window=time.shape[1])
         beside = Path(source).parent if Path(source).is_file() else source
         path = find_file(beside, ("config.json",), required=False)
         vision = read_json(path).get("vision_config", {}) if path else {}
         config = replace(config, activation=vision.get("hidden_act", config.activation))
-        if config.activation not in ACTIVATIONS:
-            what = f"{path} asks for the activation {config.activation}."
-            fix = f"choose a checkpoint with one of {', '.join(ACTIVATIONS)}."
-            raise CheckpointError(what, "LanguageBind was not released with it.", fix)
     return config, tensors
 
 
@@ -422,18 +415,21 @@ def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
 
 
 class UserError(ValueError):
-    """Bad input, explained: what is wrong, why that matters, how to fix it."""
-
-    def __init__(self, what: str, why: str = "", fix: str = ""):
-        super().__init__(what, why, fix)  # kept as args, to survive the way out of a worker process
+    """Bad input, explained: UserError(what is wrong, why that matters, how to fix it)."""
 
     def __str__(self) -> str:
-        what, why, fix = self.args
-        return what + (f"\nWhy: {why}\nFix: {fix}" if why else "")
+        return "{}\nWhy: {}\nFix: {}".format(*self.args)
 
 
 class CheckpointError(UserError):
     """A checkpoint that is not there or does not fit the model; the message names every tensor."""
+
+
+HUB_FIXES = {  # an error of huggingface_hub, whose own words say why -> what to do
+    hub_errors.GatedRepoError: "accept its licence at huggingface.co/{}, then run `hf auth login`.",
+    hub_errors.LocalEntryNotFoundError: "connect, or run `hf download {}` beforehand, online.",
+    Exception: "check the name (a local path must exist), the connection and `hf auth whoami`.",
+}
 
 
 def find_file(source: str | Path, names: tuple[str, ...], required: bool = True) -> Path | None:
@@ -441,52 +437,31 @@ def find_file(source: str | Path, names: tuple[str, ...], required: bool = True)
 
     Downloads go to huggingface_hub's cache; HF_HUB_OFFLINE=1 reads from there only.
     """
-    path, found = Path(source), []
+    path, wanted = Path(source), " or ".join(names)
     if path.is_file():
         return path
     if path.is_dir():
-        found = [path / name for name in names if (path / name).is_file()]
+        if found := [path / name for name in names if (path / name).is_file()]:
+            return found[0]
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
-        found = _download(str(source), names)
-    if not found and required:
+        repo, _, revision = str(source).partition("@")
+        for name in names:
+            try:
+                return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision or None))
+            except Exception as error:
+                problem = error
+            if not isinstance(problem, hub_errors.EntryNotFoundError):
+                break  # else the next name may be there, or in the cache
+        if not isinstance(problem, hub_errors.RemoteEntryNotFoundError):
+            why = f"{type(problem).__name__}: {problem}"
+            fix = next(fix for kind, fix in HUB_FIXES.items() if isinstance(problem, kind))
+            what = f"Cannot download {wanted} of {source}."
+            raise CheckpointError(what, why, fix.format(repo)) from problem
+    if required:
         why = "a source is a folder or a hub id (owner/name) with such a file, or the file itself."
         fix = "check the path or the name, and that the download or copy is complete."
-        raise CheckpointError(f"Found no {' or '.join(names)} at {source}.", why, fix)
-    return found[0] if found else None
-
-
-HUB_ERRORS = (  # the first that matches: why, fix
-    (hub_errors.GatedRepoError, "its owner asks to accept a licence first.",
-     "accept it at https://huggingface.co/{repo}, then run `hf auth login`."),
-    (hub_errors.RepositoryNotFoundError, "the hub has no {repo}, or it is private.",
-     "check the name (a local path must exist); for a private one run `hf auth login`."),
-    (hub_errors.RevisionNotFoundError, "it has no branch, tag or commit {revision}.",
-     "check it at https://huggingface.co/{repo}/tree/main."),
-    (hub_errors.LocalEntryNotFoundError, "not in the cache, and the hub is out of reach: {names}.",
-     "connect, or run `hf download {repo}` beforehand where there is a connection."),
-    (Exception, "{names}: {error}",  # networks, tokens, disks
-     "check the name (a local path must exist), the connection, the disk and `hf auth whoami`."),
-)  # fmt: skip
-
-
-def _download(source: str, names: tuple[str, ...]) -> list[Path]:
-    repo, _, revision = source.partition("@")
-    problem = None
-    for name in names:
-        try:
-            return [Path(huggingface_hub.hf_hub_download(repo, name, revision=revision or None))]
-        except hub_errors.EntryNotFoundError as error:  # but the next name may be there, or cached
-            if isinstance(error, hub_errors.LocalEntryNotFoundError):
-                problem = error
-        except Exception as error:
-            problem = error
-            break
-    if problem is None:
-        return []
-    texts = next(texts for kind, *texts in HUB_ERRORS if isinstance(problem, kind))
-    error, names = f"{type(problem).__name__}: {problem}", " or ".join(names)
-    texts = [t.format(repo=repo, revision=revision, names=names, error=error) for t in texts]
-    raise CheckpointError(f"Cannot download {source}.", *texts) from problem
+        raise CheckpointError(f"Found no {wanted} at {source}.", why, fix)
+    return None
 
 
 def read_json(path: Path) -> dict:
@@ -502,10 +477,9 @@ def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor
     path = find_file(source, files)
     try:
         if path.name.endswith(".index.json"):
-            beside, tensors = path.parent if path == Path(source) else source, {}
-            for shard in sorted(set(read_json(path)["weight_map"].values())):
-                tensors |= read_tensors(beside, (shard,))
-            return tensors
+            beside = path.parent if path == Path(source) else source
+            shards = sorted(set(read_json(path)["weight_map"].values()))
+            return {k: v for shard in shards for k, v in read_tensors(beside, (shard,)).items()}
         if path.suffix == ".safetensors":
             return load_file(path)
         # WHY: a private mapping reserves its size, and Linux refuses 27 GB to a machine of 24 GB.
