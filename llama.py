@@ -20,16 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from encoders import (
-    FILES,
-    CheckpointError,
-    UserError,
-    assign_weights,
-    find_file,
-    initialise,
-    read_json,
-    read_tensors,
-)
+import encoders
+from encoders import CheckpointError, UserError, assign_weights, initialise
 
 # ------------------------------------------------------------------------------------------- config
 
@@ -329,7 +321,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generato
 
 # ------------------------------------------------------------------------------------------ weights
 
-META_FILES = ("consolidated.00.pth",)  # as Meta ships LLaMA-2, before conversion
+META_FILE = "consolidated.00.pth"  # as Meta ships LLaMA-2, before conversion
 META_NAMES = {  # ours -> Meta's; "*" is the number of the layer
     "embed_tokens": "tok_embeddings",
     "layers.*.input_layernorm": "layers.*.attention_norm",
@@ -364,10 +356,9 @@ def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, devic
         initialise(model.to_empty(device="cpu"), torch.Generator().manual_seed(0))
     else:
         skip = SKIP | ({"lm_head.weight": "tied"} if config.tie_word_embeddings else {})
-        file = find_file(source, FILES + META_FILES)
-        meta = file.name in META_FILES and file != Path(source)
-        tensors = read_meta(source, config) if meta else read_tensors(source, FILES)
-        names = META_NAMES if meta else NAMES
+        tensors, names = encoders.read_tensors(source, (*encoders.FILES, META_FILE)), NAMES
+        if "tok_embeddings.weight" in tensors:
+            tensors, names = read_meta(source, config), META_NAMES
         assign_weights(model, tensors, names, skip, f"{config.name} from {source}", dtype)
     return model.to(device, dtype)
 
@@ -379,9 +370,11 @@ def read_meta(source: str | Path, config: LlamaConfig) -> dict[str, Tensor]:
     rotate channel i with i + head_dim/2. Same rotations, so sorting the rows even-then-odd is all:
     [r0 r1 r2 r3] -> [r0 r2 r1 r3].
     """
-    shards = [read_tensors(source, META_FILES)]
+    source = Path(source).parent if Path(source).is_file() else source
+    shards = [encoders.read_tensors(source, (META_FILE,))]
     count = config.hidden_size // shards[0]["layers.0.attention.wq.weight"].shape[0]
-    shards += [read_tensors(source, (f"consolidated.{i:02d}.pth",)) for i in range(1, count)]
+    files = (META_FILE.replace("00", f"{i:02d}") for i in range(1, count))
+    shards += [encoders.read_tensors(source, (file,)) for file in files]
     tensors = {}
     for name, first in shards[0].items():
         if first.ndim == 2 and len(shards) > 1:  # split by input width or by output width
@@ -394,55 +387,48 @@ def read_meta(source: str | Path, config: LlamaConfig) -> dict[str, Tensor]:
     return tensors
 
 
+CONFIG_NAMES = {  # ours -> config.json's; what it does not say is as in LLaMA 1
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
+    "intermediate_size": "intermediate_size", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "max_positions": "max_position_embeddings",
+    "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+META_CONFIG_NAMES = {  # ours -> params.json's; its other fields do not matter or are not filled in
+    "hidden_size": "dim", "num_layers": "n_layers", "num_heads": "n_heads",
+    "num_kv_heads": "n_kv_heads", "norm_eps": "norm_eps",
+}  # fmt: skip
+PLAIN = {  # what config.json must say, if anything: this file computes nothing else
+    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "rope_type": "default", "rope_scaling": None,
+}  # fmt: skip
+
+
 def read_config(source: str | Path) -> LlamaConfig:
     """The configuration of a folder or hub id, by Hugging Face's config.json or Meta's params.json.
 
     What Meta's leaves out is read off the weights.
     """
-    path = find_file(source, ("config.json", "params.json"))
-    found = read_json(path)
+    path = encoders.find_file(source, ("config.json", "params.json"))
+    found, names, said = encoders.read_json(path), CONFIG_NAMES, {"max_positions": 2048}
     if path.name == "params.json":
-        tensors = read_tensors(source, META_FILES)
+        tensors, names = encoders.read_tensors(source, (META_FILE,)), META_CONFIG_NAMES
         shards = found["dim"] // tensors["layers.0.attention.wq.weight"].shape[0]
-        found = {
-            "model_type": "llama",
-            "vocab_size": tensors["tok_embeddings.weight"].shape[0],
-            "hidden_size": found["dim"],
-            "intermediate_size": tensors["layers.0.feed_forward.w1.weight"].shape[0] * shards,
-            "num_hidden_layers": found["n_layers"],
-            "num_attention_heads": found["n_heads"],
-            "num_key_value_heads": found.get("n_kv_heads") or found["n_heads"],
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": found["norm_eps"],
-        }
-    rotary = found.get("rope_parameters") or {}  # transformers 5; earlier: rope_theta, rope_scaling
-    found = {"model_type": None, **found, "rope_type": rotary.get("rope_type", "default")}
-    plain = {
-        "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "rope_type": "default", "rope_scaling": None,
-    }  # fmt: skip
-    odd = [f"{k} = {found[k]!r}" for k, value in plain.items() if found.get(k, value) != value]
-    if odd:
-        what = f"{source} is no plain LLaMA: {', '.join(odd)}."
-        why = "this file has the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only."
-        raise CheckpointError(what, why, "choose one of those.")
-    name, hub_id = Path(source).name, str(source).partition("@")[0]  # pinned: the same model
-    known = [c for c in LLAMAS.values() if c.source == hub_id or c.name == name]
-    return LlamaConfig(
-        name=known[0].name if known else name,
-        source=str(source),
-        vocab_size=found["vocab_size"],
-        hidden_size=found["hidden_size"],
-        intermediate_size=found["intermediate_size"],
-        num_layers=found["num_hidden_layers"],
-        num_heads=found["num_attention_heads"],
-        num_kv_heads=found.get("num_key_value_heads", found["num_attention_heads"]),
-        max_positions=found.get("max_position_embeddings", 2048),
-        rope_theta=rotary.get("rope_theta", found.get("rope_theta", 10000.0)),
-        norm_eps=found["rms_norm_eps"],
-        tie_word_embeddings=found.get("tie_word_embeddings", False),
-        template=known[0].template if known else "base",
-    )
+        said["vocab_size"] = tensors["tok_embeddings.weight"].shape[0]
+        said["intermediate_size"] = tensors["layers.0.feed_forward.w1.weight"].shape[0] * shards
+        said["max_positions"] = 4096
+    else:
+        found = {"model_type": None, **found, **(found.get("rope_parameters") or {})}
+        if odd := [f"{k} = {found[k]!r}" for k, v in PLAIN.items() if found.get(k, v) != v]:
+            what = f"{source} is no plain LLaMA: {', '.join(odd)}."
+            why = "this file has the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only."
+            raise CheckpointError(what, why, "choose one of those.")
+    said |= {ours: found[theirs] for ours, theirs in names.items() if found.get(theirs) is not None}
+    said = {"num_kv_heads": said["num_heads"]} | said
+    hub_id = str(source).partition("@")[0]  # pinned: the same model
+    known = [c for c in LLAMAS.values() if c.source == hub_id or c.name == Path(source).name]
+    like = known[0] if known else LlamaConfig(Path(source).name)
+    return LlamaConfig(like.name, str(source), template=like.template, **said)
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
