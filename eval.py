@@ -28,7 +28,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
@@ -143,13 +143,11 @@ def read_tvqa(folder: Path) -> Iterator[Question]:
 
 TEMPORAL = {  # appendix B.2.2: played backwards, each looks like another class
     "Approaching something with your camera", "Moving away from something with your camera",
-    "Turning the camera downwards while filming something",
-    "Turning the camera upwards while filming something",
-    "Turning the camera left while filming something",
-    "Turning the camera right while filming something",
     "Moving something away from the camera", "Moving something towards the camera",
     "Pulling something from left to right", "Pulling something from right to left",
     "Pushing something from left to right", "Pushing something from right to left",
+    *(f"Turning the camera {where} while filming something" for where in
+      ("downwards", "upwards", "left", "right")),
 }  # fmt: skip
 
 
@@ -158,16 +156,14 @@ def read_ssv2(folder: Path, num_options: int, temporal: bool = False) -> Iterato
     classes = json.loads((folder / "labels.json").read_text())
     for row in json.loads((folder / "validation.json").read_text()):
         name = row["template"].replace("[", "").replace("]", "")
-        if temporal and name not in TEMPORAL:
-            continue
+        asked = row["id"], row["id"], "How is the object in the video being interacted with?"
         draw = random.Random(f"MERV {row['id']}")  # the same wrong options on every machine
         options = [name, *draw.sample(sorted(set(classes) - {name}), num_options)]
         draw.shuffle(options)
-        right = LETTERS[options.index(name)] if num_options else name
-        text = "How is the object in the video being interacted with?"
-        yield Question(
-            row["id"], row["id"], text, right, name, tuple(options) if num_options else ()
-        )
+        if not num_options:
+            yield Question(*asked, name, name)
+        elif name in TEMPORAL or not temporal:
+            yield Question(*asked, LETTERS[options.index(name)], name, tuple(options))
 
 
 BENCHMARKS: dict[str, Callable[[Path], Iterator[Question]]] = {
@@ -274,17 +270,12 @@ def parse_letter(reply: str, options: tuple[str, ...]) -> str:
     FIX: the authors take the first character, so "Both" is B and "The answer is B" is T (F9).
     """
     last = LETTERS[len(options) - 1]
-    reply = reply.strip()
-    patterns = (
-        rf"\(?([A-{last}])\)?(?:[.:)]|\s|$)",  # at the start: "B", "B.", "(B) red", "B: red"
+    for pattern in (
+        rf"(?!A\s+[a-z])\(?([A-{last}])\)?(?:[.:)]|\s|$)",  # "B", "(B) red", "B: red"; not "A cat"
         rf".*\b(?:answer|option|choice)\b(?:\s+is)?:?\s+\(?([A-{last}])\b",
         rf".*\(([A-{last}])\)",
-    )
-    for pattern in patterns:
-        match = re.match(pattern, reply, re.DOTALL)
-        # "A cat" begins with an article, not with option A, unless the option says so.
-        article = pattern is patterns[0] and re.match(r"A\s+[a-z]", reply)
-        if match and not (article and normalise(options[0]) not in normalise(reply)):
+    ):
+        if match := re.match(pattern, reply.strip(), re.DOTALL):
             return match[1]
     same = [i for i, option in enumerate(options) if normalise(option) == normalise(reply)]
     return LETTERS[same[0]] if len(same) == 1 else ""
@@ -414,7 +405,7 @@ JUDGE_PROMPT = """\
 You grade answers to questions about a video. Compare the given answer with the correct one: they \
 agree if they mean the same, whatever the wording; synonyms and paraphrases count.
 
-Question: {question}
+Question: {text}
 Correct answer: {expected}
 Given answer: {answer}
 
@@ -427,24 +418,22 @@ def parse_verdict(reply: str | None) -> tuple[str, int]:
     if reply is None:
         return "no reply", 0
     try:
-        found = json.loads(reply)
-    except ValueError:
-        return "unparsable", 0
-    pred, mark = (found.get(k) for k in ("pred", "score")) if isinstance(found, dict) else (0, 0)
-    fits = pred in ("yes", "no") and type(mark) is int and 0 <= mark <= 5
+        pred, mark = (json.loads(reply)[key] for key in ("pred", "score"))
+        fits = pred in ("yes", "no") and type(mark) is int and 0 <= mark <= 5
+    except (ValueError, TypeError, KeyError):  # no JSON, no object, or without these keys
+        fits = False
     return (pred, mark) if fits else ("unparsable", 0)
 
 
-def ask_judge(question: Question, client: InferenceClient, model: str, retries: int) -> str | None:
-    """The raw reply, or None if there is none after so many retries, each after a longer wait."""
-    known = {"question": question.text, "expected": question.expected, "answer": question.answer}
-    messages = [{"role": "user", "content": JUDGE_PROMPT.format(**known)}]
-    for attempt in range(retries + 1):
+def ask_judge(question: Question, client: InferenceClient, config: EvalConfig) -> str | None:
+    """The raw reply, or None if there is none after some retries, each after a longer wait."""
+    messages = [{"role": "user", "content": JUDGE_PROMPT.format(**vars(question))}]
+    how = {"model": config.judge_model, "max_tokens": 64, "temperature": 0}
+    for attempt in range(config.judge_retries + 1):
         if attempt:
             time.sleep(min(60, 0.5 * 2**attempt) * random.uniform(0.5, 1))
         try:
-            reply = client.chat_completion(messages, model=model, max_tokens=64, temperature=0)
-            return reply.choices[0].message.content or ""
+            return client.chat_completion(messages, **how).choices[0].message.content or ""
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status < 500 and status not in (408, 429):
@@ -470,24 +459,22 @@ def judge(path: Path, config: EvalConfig) -> None:
     todo = [q for q in questions if not q.failure and (q.id, q.answer) not in replies]
     key = os.environ.get("JUDGE_API_KEY", "none")
     client = InferenceClient(base_url=config.judge, api_key=key, timeout=60)
+
+    def ask(question: Question) -> None:
+        if (reply := ask_judge(question, client, config)) is not None:
+            asked = {"id": question.id, "answer": question.answer}
+            record = {**asked, "reply": reply, "date": date.today().isoformat()}
+            journal.append(record)
+            replies[question.id, question.answer] = record
+
     with ThreadPoolExecutor(config.judge_parallel) as pool:
-        args = (client, config.judge_model, config.judge_retries)
-        asked = {pool.submit(ask_judge, question, *args): question for question in todo}
-        try:
-            for done, future in enumerate(as_completed(asked), start=1):
-                progress("judge", done, len(todo))
-                if (reply := future.result()) is not None:
-                    record = {"id": asked[future].id, "answer": asked[future].answer}
-                    today = date.today().isoformat()
-                    journal.append({**record, "reply": reply, "date": today})
-        finally:
-            pool.shutdown(cancel_futures=True)  # after a refusal nobody else need ask
-    replies = {(r["id"], r["answer"]): r for r in journal.records()}
+        for done, _ in enumerate(pool.map(ask, todo), start=1):  # a refusal cancels the rest
+            progress("judge", done, len(todo))
     for question in questions:
-        reply = replies.get((question.id, question.answer), {"reply": None})["reply"]
         if not question.failure:
-            question.verdict, question.mark = parse_verdict(reply)
-    dates = sorted({reply["date"] for reply in replies.values()})
+            record = replies.get((question.id, question.answer), {"reply": None})
+            question.verdict, question.mark = parse_verdict(record["reply"])
+    dates = sorted({record["date"] for record in replies.values()})
     result["settings"]["judge"] = {**prompt, "url": config.judge, "dates": dates}
     write_results(path, result["settings"], questions, result["rule"])
     print_table(path.stem, questions)
@@ -569,17 +556,15 @@ def write_report(runs: list[str], output: Path) -> None:
             fix = "run `python eval.py --checkpoint RUN --benchmark NAME --data DIR` first."
             raise UserError(f"{run} has no results.", "there is no RUN/eval/*.json.", fix)
         for result in (json.loads(file.read_text()) for file in files):
-            questions = [Question(**q) for q in result.pop("questions")]
-            found = {"run": Path(run).name, "questions": questions}
-            results.append(result | result["settings"] | found)
+            questions = [Question(**q) for q in result["questions"]]
+            results.append(result | {"run": Path(run).name, "questions": questions})
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
         trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    environment.tests["temporal"] = lambda q: q.kind == "temporal" or q.kind in TEMPORAL
-    template = environment.get_template("report.html")
-    template.globals |= {"summarise": summarise, "first_word": first_word, "film_strip": film_strip}
-    write_file(output, template.render(results=results))
+    helpers = {"summarise": summarise, "first_word": first_word, "film_strip": film_strip}
+    helpers["temporal"] = TEMPORAL | {"temporal"}
+    write_file(output, environment.get_template("report.html").render(results=results, **helpers))
     print(f"report: {output}")
 
 
@@ -608,36 +593,28 @@ def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def multiply_adds(function, *inputs: torch.Tensor) -> int:
-    """Of a forward pass on the meta device: of Linears, convolutions and attention."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        function(*inputs)
-    return counter.get_total_flops() // 2
-
-
 def cost(names: tuple[str, ...], visual: int, released: bool) -> tuple[float, float]:
-    """Millions of parameters and tera multiply-adds of one video + TEXT tokens.
+    """Millions of parameters and tera multiply-adds of one video + TEXT tokens, on meta.
 
     released: all blocks, unused parts, logits everywhere; else as here: the blocks that are run,
-    the last logits.
+    the last logits. Counted are Linears, convolutions and attention.
     """
-    llama = replace(LLAMAS["llama2-7b"], vocab_size=32064)
-    with torch.device("meta"):
-        llm, embeds = Llama(llama), torch.empty(1, visual + TEXT, llama.hidden_size)
-        parameters = count(llm)
-        if len(names) > 1:
-            parameters += FUSION if released else llama.hidden_size
-        work = multiply_adds(llm.hidden_states, None, embeds)
-        work += multiply_adds(llm.logits, embeds if released else embeds[:, -1:])
-        for config in (ENCODERS[name] for name in names):
-            layers = config.released_layers if released else config.num_layers
-            encoder = FAMILIES[config.family](replace(config, num_layers=layers))
-            linear = torch.nn.Linear(config.hidden_size, llama.hidden_size)
-            parameters += count(encoder) + count(linear) + UNUSED[config.name] * released
-            tokens = visual // len(names) if visual == 4096 else visual
-            work += multiply_adds(encoder, torch.empty(1, config.num_frames, 3, 224, 224))
-            work += tokens * linear.weight.numel()
-    return parameters / 1e6, work / 1e12
+    llama, single = replace(LLAMAS["llama2-7b"], vocab_size=32064), len(names) == 1
+    encoders = [ENCODERS[name] for name in names]
+    if released:
+        encoders = [replace(e, num_layers=e.released_layers) for e in encoders]
+    how = {"projector": "all", "mixer": "mean"} if single else {}
+    config = merv.MERVConfig("on paper", tuple(encoders), llama, **how)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = MERV(config, [FAMILIES[e.family](e) for e in encoders], Llama(llama), None)
+        model.encode({e.name: torch.empty(1, e.num_frames, 3, 224, 224) for e in encoders})
+        hidden = model.llm.hidden_states(None, torch.empty(1, visual + TEXT, llama.hidden_size))
+        model.llm.logits(hidden if released else hidden[:, -1:])
+    parameters = count(model)
+    if released:
+        parameters += sum(UNUSED[name] for name in names)
+        parameters += 0 if single else FUSION - count(model.mixer)
+    return parameters / 1e6, counter.get_total_flops() / 2e12
 
 
 def print_efficiency() -> None:
@@ -652,11 +629,11 @@ def print_efficiency() -> None:
         work = f"{tera:>12.2f}{counted_t:>8.2f} {off:<11}{ours_t:>8.2f}"
         print(f"{name:<20}{known}{ours_m:>8.0f}{work}")
     print("\nM parameters of projectors before the final Linear (LanguageBind, width 4096)")
-    with torch.device("meta"):
-        for name, millions in PAPER_PROJECTORS.items():
+    for name, millions in PAPER_PROJECTORS.items():
+        with torch.device("meta"):
             projector = merv.PROJECTORS[name](1024, 4096, 8)
-            before = (count(projector) - count(projector.linear)) / 1e6
-            print(f"{name:<20}{millions:>8}{before:>8.1f}")
+        before = (count(projector) - count(projector.linear)) / 1e6
+        print(f"{name:<20}{millions:>8}{before:>8.1f}")
 
 
 # ------------------------------------------------------------------------------------- command line
