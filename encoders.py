@@ -331,14 +331,11 @@ _ROWS = [  # ours, timm's ("vit"), LanguageBind's, Google's ("vivit"); "*" is a 
     ("*.mlp_scale", "*.ls2.gamma", "", ""),
     ("final_norm", "", "", "layernorm"),
 ]  # fmt: skip
-NAMES = {  # family -> ours -> theirs, as `released_names` reads it
-    family: {
-        ours.replace("*", "blocks.*"): theirs[i].replace("*", block)
-        for ours, *theirs in _ROWS
-        if theirs[i]
-    }
-    for i, (family, block) in enumerate(BLOCKS.items())
-}
+NAMES: dict[str, dict[str, str]] = {family: {} for family in BLOCKS}  # ours -> theirs
+for _ours, *_theirs in _ROWS:
+    for (_family, _block), _name in zip(BLOCKS.items(), _theirs, strict=True):
+        if _name:
+            NAMES[_family][_ours.replace("*", "blocks.*")] = _name.replace("*", _block)
 SKIP = {  # left unread -> why
     "norm.*": "DINOv2's and SigLIP's features are taken before the final norm",
     "attn_pool.*": "SigLIP's head pools an image to one vector; MERV wants the grid",
@@ -360,7 +357,20 @@ def load_encoder(config_or_name, source=None, dtype=torch.float32, device="cpu")
     """
     config = ENCODERS[config_or_name] if isinstance(config_or_name, str) else config_or_name
     if source is not None:
-        config, tensors = _read_released(config, source)
+        tensors = read_tensors(source, FILES)
+        for prefix in PREFIXES[config.family]:
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        if "pos_embed" in tensors:
+            tensors["pos_embed"] = resize_positions(tensors["pos_embed"], *config.grid[1:])
+        if config.family == "languagebind":
+            # Its window is in the weights, its activation in the config.json beside them.
+            time = tensors.get("encoder.layers.0.temporal_embedding", torch.empty(0))
+            window = time.shape[1] if time.ndim == 3 else config.temporal_window
+            beside = Path(source).parent if Path(source).is_file() else source
+            path = find_file(beside, ("config.json",), required=False)
+            vision = read_json(path).get("vision_config", {}) if path else {}
+            activation = vision.get("hidden_act", config.activation)
+            config = replace(config, temporal_window=window, activation=activation)
     with torch.device("meta"):
         encoder = FAMILIES[config.family](config)
     if source is None:
@@ -371,24 +381,6 @@ def load_encoder(config_or_name, source=None, dtype=torch.float32, device="cpu")
         skip = SKIP | {block.replace("*", f"{index}.*"): "not run" for index in after}
         assign_weights(encoder, tensors, names, skip, f"{config.name} from {source}", dtype)
     return encoder.to(device, dtype).eval().requires_grad_(False)
-
-
-def _read_released(config: EncoderConfig, source: str | Path) -> tuple[EncoderConfig, dict]:
-    """The tensors, without prefix, and the configuration with what the source says of itself."""
-    tensors = read_tensors(source, FILES)
-    for prefix in PREFIXES[config.family]:
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    if "pos_embed" in tensors:
-        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], *config.grid[1:])
-    if config.family == "languagebind":  # its window is in the weights, its activation beside them
-        time = tensors.get("encoder.layers.0.temporal_embedding", torch.empty(0))
-        if time.ndim == 3:  # else assign_weights will name it
-            config = replace(config, temporal_window=time.shape[1])
-        beside = Path(source).parent if Path(source).is_file() else source
-        path = find_file(beside, ("config.json",), required=False)
-        vision = read_json(path).get("vision_config", {}) if path else {}
-        config = replace(config, activation=vision.get("hidden_act", config.activation))
-    return config, tensors
 
 
 def save_encoder(encoder: Encoder, path: str | Path, state: dict | None = None) -> None:

@@ -61,9 +61,7 @@ class Question:
     expected: str  # the words, or the letter
     kind: str = ""  # the row of the table it counts in; "": its first word, a WH-word (figure 5)
     options: tuple[str, ...] = ()  # of multiple choice
-    start: float | None = None  # seconds
-    end: float | None = None
-    end_frame: int | None = None  # Perception Test: the last frame that may be seen
+    cut: tuple = (None, None, None)  # start and end in seconds; the last frame that may be seen
     answer: str = ""
     weights: tuple[float, ...] = ()  # mixing weights, in the order of the encoders
     failure: str = ""  # why there is no answer
@@ -73,7 +71,7 @@ class Question:
     mark: int = 0
 
     def __post_init__(self):
-        self.id, self.kind = str(self.id), self.kind or first_word(self.text)
+        self.id, self.kind = str(self.id), self.kind or self.first_word
 
     @property
     def prompt(self) -> str:
@@ -83,12 +81,12 @@ class Question:
     @property
     def clip(self) -> tuple:
         """Questions with the same clip are answered together."""
-        return self.video, self.start, self.end, self.end_frame
+        return self.video, *self.cut
 
-
-def first_word(text: str) -> str:
-    """ "What's there?" -> "what"."""
-    return re.match(r"\W*(\w*)", text)[1].lower()
+    @property
+    def first_word(self) -> str:
+        """ "What's there?" -> "what"."""
+        return re.match(r"\W*(\w*)", self.text)[1].lower()
 
 
 LETTERS = "ABCDEFGHIJ"
@@ -101,19 +99,18 @@ def read_pairs(folder: Path, questions: str = "test_q.json", answers: str = "tes
         a, options = by_id[q["question_id"]], tuple(q.get("options", ()))
         right = LETTERS[a["answer_id"]] if options else str(a["answer"])
         asked, kind = (q["question_id"], q["video_name"], q["question"]), str(a.get("type", ""))
-        clip = (q.get(key) for key in ("start", "end", "end_frame"))
-        yield Question(*asked, right, kind, options, *clip)
+        cut = tuple(q.get(key) for key in ("start", "end", "end_frame"))
+        yield Question(*asked, right, kind, options, cut)
 
 
 def read_perception(folder: Path) -> Iterator[Question]:
     """Perception Test; a positive number among the cuts is the last frame to be seen."""
     cuts = json.loads((folder / "cut_frame_mapping_valid.json").read_text())
     for video, found in json.loads((folder / "mc_question_valid.json").read_text()).items():
-        end_frame = cuts.get(video, -1) if cuts.get(video, -1) > 0 else None
+        cut = (None, None, cuts[video] if cuts.get(video, -1) > 0 else None)
         for q in found["mc_question"]:
-            right, clip = LETTERS[q["answer_id"]], (None, None, end_frame)
-            asked = f"{video}_{q['id']}", video, q["question"]
-            yield Question(*asked, right, q["area"], tuple(q["options"]), *clip)
+            right, asked = LETTERS[q["answer_id"]], (f"{video}_{q['id']}", video, q["question"])
+            yield Question(*asked, right, q["area"], tuple(q["options"]), cut)
 
 
 def read_nextqa(folder: Path) -> Iterator[Question]:
@@ -126,19 +123,18 @@ def read_nextqa(folder: Path) -> Iterator[Question]:
 
 def read_vlep(folder: Path) -> Iterator[Question]:
     """VLEP: which of two events is likelier to follow what happens from ts[0] to ts[1]?"""
-    for line in (folder / "vlep_dev_release.jsonl").read_text().splitlines():
-        q, text = json.loads(line), "Which of these is more likely to happen next?"
+    for q in map(json.loads, (folder / "vlep_dev_release.jsonl").read_text().splitlines()):
+        asked = q["example_id"], q["vid_name"], "Which of these is more likely to happen next?"
         right, events = LETTERS[q["answer"]], tuple(q["events"])
-        yield Question(q["example_id"], q["vid_name"], text, right, "all", events, *q["ts"])
+        yield Question(*asked, right, "all", events, (*q["ts"], None))
 
 
 def read_tvqa(folder: Path) -> Iterator[Question]:
     """TVQA: five answers, a stretch of the clip; "nan-nan" is the whole clip."""
-    for line in (folder / "tvqa_val.jsonl").read_text().splitlines():
-        q = json.loads(line)
+    for q in map(json.loads, (folder / "tvqa_val.jsonl").read_text().splitlines()):
         times = (None if math.isnan(t) else t for t in map(float, q["ts"].split("-")))
         right, options = LETTERS[int(q["answer_idx"])], tuple(q[f"a{i}"] for i in range(5))
-        yield Question(q["qid"], q["vid_name"], q["q"], right, "", options, *times)
+        yield Question(q["qid"], q["vid_name"], q["q"], right, "", options, (*times, None))
 
 
 TEMPORAL = {  # appendix B.2.2: played backwards, each looks like another class
@@ -168,17 +164,14 @@ def read_ssv2(folder: Path, num_options: int, temporal: bool = False) -> Iterato
 
 BENCHMARKS: dict[str, Callable[[Path], Iterator[Question]]] = {
     **dict.fromkeys(("msvd", "msrvtt", "tgif", "activitynet"), read_pairs),
-    "perception": read_perception,
-    "nextqa": read_nextqa,
-    "vlep": read_vlep,
-    "tvqa": read_tvqa,
+    "perception": read_perception, "nextqa": read_nextqa, "vlep": read_vlep, "tvqa": read_tvqa,
     "ssv2-open": partial(read_ssv2, num_options=0),
     "ssv2-mcq": partial(read_ssv2, num_options=4),
     "ssv2-temporal": partial(read_ssv2, num_options=4, temporal=True),
     "miniature-open": partial(read_pairs, questions="open_q.json", answers="open_a.json"),
     "miniature-mcq": partial(read_pairs, questions="mcq_q.json", answers="mcq_a.json"),
-}
-FRAME_RATES = {"vlep": 3.0, "tvqa": 3.0}  # of videos that are folders of frames
+}  # fmt: skip
+FPS = 3.0  # of videos that are folders of frames, as VLEP and TVQA come
 
 
 def load_questions(name: str, folder: str | Path) -> list[Question]:
@@ -202,30 +195,26 @@ def list_videos(folder: Path) -> dict[str, Path]:
     WHY: names in annotations are only looked up here, so none can lead out of the folder.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not path.is_dir():
-            found[path.stem] = path
-        elif next((p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES), None):
-            found[path.name] = path
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        images = any(Path(file).suffix.lower() in IMAGE_SUFFIXES for file in files)
+        if images and Path(place) != folder:
+            found[Path(place).name] = Path(place)
         else:
-            found |= list_videos(path)
+            found |= {Path(file).stem: Path(place, file) for file in sorted(files)}
     return found
 
 
-class Clips(torch.utils.data.Dataset):
+class Clips:
     """The clips of a benchmark, each with the questions asked of it, ready for the encoders."""
 
-    def __init__(self, name: str, questions: list[Question], folder: str | Path, encoders):
-        self.fps, self.encoders = FRAME_RATES.get(name), encoders
-        self.folder = Path(folder) / "videos"
+    def __init__(self, questions: list[Question], folder: str | Path, encoders):
+        self.encoders, self.folder = encoders, Path(folder) / "videos"
         self.videos = list_videos(self.folder)
         groups: dict[tuple, list[Question]] = defaultdict(list)
         for question in questions:
             groups[question.clip].append(question)
         self.groups = list(groups.values())
-
-    def __len__(self) -> int:
-        return len(self.groups)
 
     def __getitem__(self, number: int) -> tuple[int, dict, str]:
         """The number, encoder -> pixels, and why there are none if there are none."""
@@ -233,7 +222,7 @@ class Clips(torch.utils.data.Dataset):
         if video not in self.videos:
             return number, {}, f"{self.folder} has no video {video}, whatever the extension."
         try:
-            return number, load_pixels(self.videos[video], self.encoders, *cut, self.fps), ""
+            return number, load_pixels(self.videos[video], self.encoders, *cut, FPS), ""
         except VideoError as error:
             return number, {}, str(error)
 
@@ -241,17 +230,17 @@ class Clips(torch.utils.data.Dataset):
 def check(name: str, folder: str | Path, workers: int) -> int:
     """Print what is missing or cannot be decoded before anything runs; how many clips are bad."""
     questions = load_questions(name, folder)
-    clips = Clips(name, questions, folder, [ENCODERS["siglip"]])
+    clips = Clips(questions, folder, [ENCODERS["siglip"]])
     names = {question.video for question in questions}
     found = len(names & set(clips.videos))
     print(f"{len(questions)} questions, {found}/{len(names)} videos found in {clips.folder}")
-    bad = 0
-    for number, _, failure in DataLoader(clips, batch_size=None, num_workers=workers):
-        progress("decode", number + 1, len(clips))
+    bad, total = 0, len(clips.groups)
+    for number, _, failure in DataLoader(clips, None, sampler=range(total), num_workers=workers):
+        progress("decode", number + 1, total)
         if failure:
             bad += 1
             print(f"bad  {clips.groups[number][0].video}: {failure.splitlines()[0]}")
-    print(f"{len(clips) - bad}/{len(clips)} clips can be decoded")
+    print(f"{total - bad}/{total} clips can be decoded")
     return bad
 
 
@@ -350,9 +339,7 @@ def write_file(path: Path, text: str) -> None:
     partial_path.replace(path)
 
 
-def evaluate(
-    model: MERV, name: str, folder: str | Path, output: str | Path, config: EvalConfig | None = None
-) -> list[Question] | None:
+def evaluate(model: MERV, name: str, folder, output, config=None) -> list[Question] | None:
     """Answer the questions of a benchmark that are not answered yet and write OUTPUT/NAME.json.
 
     Under torchrun each process takes its share of the clips; the one that finds all answers there
@@ -370,9 +357,10 @@ def evaluate(
     settings["encoders"] = [encoder.name for encoder in model.config.encoders]
     journal = Journal(output / f"{name}.answers", settings, rank)
     done = {id for record in journal.records() for id in record["answers"]}
-    clips = Clips(name, questions, folder, model.config.encoders)
-    mine = [n for n in range(rank, len(clips), world) if clips.groups[n][0].id not in done]
-    loader = DataLoader(torch.utils.data.Subset(clips, mine), None, num_workers=config.workers)
+    clips = Clips(questions, folder, model.config.encoders)
+    share = range(rank, len(clips.groups), world)
+    mine = [number for number in share if clips.groups[number][0].id not in done]
+    loader = DataLoader(clips, None, sampler=mine, num_workers=config.workers)
     for count, (number, pixels, failure) in enumerate(loader, start=1):
         asked, answers, weights = clips.groups[number], [""] * len(clips.groups[number]), []
         if not failure:
@@ -388,8 +376,7 @@ def evaluate(
         journal.append({"answers": answers, "weights": weights, "failure": failure})
         progress(name, count, len(mine))
     outcome = {id: record for record in journal.records() for id in record["answers"]}
-    complete = len(outcome) == len({question.id for question in questions})
-    if not complete or not (mine or rank == 0):
+    if len(outcome) < len(questions) or not (mine or rank == 0):
         return None
     for question in questions:
         record = outcome[question.id]
@@ -493,17 +480,14 @@ def write_results(path: Path, settings: dict, questions: list[Question], rule: s
     write_file(path, json.dumps(result, indent=1))
 
 
-def summarise(
-    questions: list[Question], by: Callable[[str], str] | None = None
-) -> dict[str, tuple[float, int, int]]:
+def summarise(questions: list[Question], by: str = "kind") -> dict[str, tuple]:
     """kind -> (accuracy over expected questions, answered, expected); "all" is the last row.
 
-    by: of the question's text, such as first_word, instead of its kind.
     Answers that a judge has not given a verdict on count in neither number.
     """
     groups: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
-        groups[by(question.text) if by else question.kind].append(question)
+        groups[getattr(question, by)].append(question)
     rows = {}
     for kind, group in [*sorted(groups.items()), ("all", questions)]:
         judged = [q for q in group if q.verdict not in ("unparsable", "no reply")]
@@ -532,8 +516,7 @@ def film_strip(question: Question, settings: dict, num_frames: int = 6) -> str:
     """Frames of a question's clip side by side, as the address of an embedded JPEG; "" if gone."""
     videos = list_videos(Path(settings["data"]) / "videos")
     try:
-        fps = FRAME_RATES.get(settings["benchmark"])
-        frames = load_video(videos[question.video], num_frames, *question.clip[1:], fps)
+        frames = load_video(videos[question.video], num_frames, *question.cut, FPS)
     except (KeyError, VideoError):
         return ""
     strip = Image.fromarray(torch.cat(list(frames), dim=2).permute(1, 2, 0).numpy())
@@ -558,13 +541,12 @@ def write_report(runs: list[str], output: Path) -> None:
         for result in (json.loads(file.read_text()) for file in files):
             questions = [Question(**q) for q in result["questions"]]
             results.append(result | {"run": Path(run).name, "questions": questions})
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    helpers = {"summarise": summarise, "first_word": first_word, "film_strip": film_strip}
+    source = Path(__file__).with_name("report.html").read_text()
+    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    page = jinja2.Template(source, undefined=jinja2.StrictUndefined, **options)
+    helpers = {"summarise": summarise, "film_strip": film_strip}
     helpers["temporal"] = TEMPORAL | {"temporal"}
-    write_file(output, environment.get_template("report.html").render(results=results, **helpers))
+    write_file(output, page.render(results=results, **helpers))
     print(f"report: {output}")
 
 

@@ -275,21 +275,14 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        lengths: Tensor | None = None,
-        prefix: KVCache | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
-        eos_id: int = 2,
-    ) -> list[list[int]]:
+        self, input_ids=None, inputs_embeds=None, lengths=None, prefix: KVCache | None = None,
+        max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None, eos_id=2,
+    ) -> list[list[int]]:  # fmt: skip
         """Continue each row until </s> or max_new_tokens; the new ids of each row, without </s>.
 
-        lengths (b,): real tokens of each right-padded row. temperature 0 is greedy; otherwise ids
-        are drawn from the smallest set with probability top_p. prefix: what all rows follow.
+        input_ids (b, s) or inputs_embeds (b, s, d); lengths (b,): real tokens of each right-padded
+        row; prefix: what all rows follow. temperature 0 is greedy; otherwise `generator` draws from
+        the smallest set of ids with probability top_p.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         b, s, _ = x.shape
@@ -323,7 +316,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generato
 
 META_FILE = "consolidated.00.pth"  # as Meta ships LLaMA-2, before conversion
 META_NAMES = {  # ours -> Meta's; "*" is the number of the layer
-    "embed_tokens": "tok_embeddings",
+    "embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output",
     "layers.*.input_layernorm": "layers.*.attention_norm",
     "layers.*.self_attn.q_proj": "layers.*.attention.wq",
     "layers.*.self_attn.k_proj": "layers.*.attention.wk",
@@ -333,9 +326,7 @@ META_NAMES = {  # ours -> Meta's; "*" is the number of the layer
     "layers.*.mlp.gate_proj": "layers.*.feed_forward.w1",
     "layers.*.mlp.up_proj": "layers.*.feed_forward.w3",
     "layers.*.mlp.down_proj": "layers.*.feed_forward.w2",
-    "norm": "norm",
-    "lm_head": "output",
-}
+}  # fmt: skip
 NAMES = {ours: f"model.{ours}" for ours in META_NAMES} | {"lm_head": "lm_head"}  # Hugging Face's
 SKIP = {"model.layers.*.self_attn.rotary_emb.inv_freq": "computed in rope()", "rope.freqs": "too"}
 
@@ -387,14 +378,14 @@ def read_meta(source: str | Path, config: LlamaConfig) -> dict[str, Tensor]:
     return tensors
 
 
-CONFIG_NAMES = {  # ours -> config.json's; what it does not say is as in LLaMA 1
+CONFIG_NAMES = {  # ours -> config.json's
     "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
     "intermediate_size": "intermediate_size", "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads", "max_positions": "max_position_embeddings",
     "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
     "tie_word_embeddings": "tie_word_embeddings",
 }  # fmt: skip
-META_CONFIG_NAMES = {  # ours -> params.json's; its other fields do not matter or are not filled in
+META_CONFIG_NAMES = {  # ours -> params.json's, of those that it fills in
     "hidden_size": "dim", "num_layers": "n_layers", "num_heads": "n_heads",
     "num_kv_heads": "n_kv_heads", "norm_eps": "norm_eps",
 }  # fmt: skip
@@ -407,16 +398,15 @@ PLAIN = {  # what config.json must say, if anything: this file computes nothing 
 def read_config(source: str | Path) -> LlamaConfig:
     """The configuration of a folder or hub id, by Hugging Face's config.json or Meta's params.json.
 
-    What Meta's leaves out is read off the weights.
+    What Meta's leaves out is read off the weights, or as in LLaMA-2 7B.
     """
     path = encoders.find_file(source, ("config.json", "params.json"))
-    found, names, said = encoders.read_json(path), CONFIG_NAMES, {"max_positions": 2048}
+    found, names, said = encoders.read_json(path), CONFIG_NAMES, {}
     if path.name == "params.json":
         tensors, names = encoders.read_tensors(source, (META_FILE,)), META_CONFIG_NAMES
         shards = found["dim"] // tensors["layers.0.attention.wq.weight"].shape[0]
         said["vocab_size"] = tensors["tok_embeddings.weight"].shape[0]
         said["intermediate_size"] = tensors["layers.0.feed_forward.w1.weight"].shape[0] * shards
-        said["max_positions"] = 4096
     else:
         found = {"model_type": None, **found, **(found.get("rope_parameters") or {})}
         if odd := [f"{k} = {found[k]!r}" for k, v in PLAIN.items() if found.get(k, v) != v]:
@@ -438,12 +428,8 @@ class Tokenizer:
     """LLaMA's SentencePiece model: text -> ids and back. BOS and </s> are never added silently."""
 
     def __init__(self, path: str | Path):
-        if not Path(path).is_file():
-            why = "text becomes ids by a SentencePiece model."
-            fix = "point at LLaMA-2's tokenizer.model; it lies beside the weights."
-            raise CheckpointError(f"No tokenizer at {path}.", why, fix)
-        self.path = path
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.path = encoders.find_file(path, ("tokenizer.model",))
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         self.vocab_size = self.pieces.vocab_size()
 

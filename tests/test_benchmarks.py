@@ -103,9 +103,9 @@ def test_a_benchmark_is_read_as_it_was_published(name, tmp_path, videos):
     found = [(q.video, q.expected, q.kind, q.clip[1:]) for q in questions]
     assert found == [(v, e, k, cut or (None, None, None)) for v, e, k, cut in expected]
     encoders = MERVS["miniature"].encoders
-    clips = eval.Clips(name, questions, folder, encoders)
-    assert len(clips) == len({q.clip for q in questions})
-    for number, pixels, failure in (clips[i] for i in range(len(clips))):
+    clips = eval.Clips(questions, folder, encoders)
+    assert len(clips.groups) == len({q.clip for q in questions})
+    for number, pixels, failure in (clips[i] for i in range(len(clips.groups))):
         assert not failure, failure
         assert set(pixels) == {f"miniature-{encoder}" for encoder in FOUR}, number
 
