@@ -41,6 +41,12 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 VIT_L = dict(hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14)
 VIT_B = dict(hidden_size=768, num_heads=12, released_layers=12, num_layers=11, patch_size=16)
 
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -142,13 +148,6 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
-
-
 class Block(nn.Module):
     """Pre-norm transformer block: (rows, tokens, d_e) -> the same."""
 
@@ -171,12 +170,11 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """What the four share; each has its own `embed`, from frames to rows of tokens."""
 
-    block = Block
-
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(self.block(config) for _ in range(config.num_layers))
+        block = LanguageBindBlock if config.temporal_window else Block
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
         self.final_norm = nn.Identity()  # only ViViT has one
 
     def forward(self, frames: Tensor, class_token: bool = False) -> Tensor:
@@ -200,7 +198,7 @@ class Encoder(nn.Module):
     def check(self, frames: Tensor) -> None:
         """Raise if `frames` is not (b, T, 3, side, side) with a T that the encoder can take."""
         name, side, window = self.config.name, self.config.image_size, self.config.temporal_window
-        if frames.ndim != 5 or frames.shape[2:] != (3, side, side):
+        if frames.shape[2:] != (3, side, side):
             what = f"{name} got frames {tuple(frames.shape)}, wants (b, T, 3, {side}, {side})."
             fix = "pass the video through data.preprocess(frames, encoder.config)."
             raise UserError(what, f"it reads clips of {side}x{side} RGB frames.", fix)
@@ -261,8 +259,6 @@ class LanguageBindBlock(Block):
 
 class LanguageBind(Encoder):
     """CLIP's image encoder with temporal attention in every block, so t = T."""
-
-    block = LanguageBindBlock
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
@@ -352,8 +348,7 @@ def load_encoder(config_or_name, source=None, dtype=torch.float32, device="cpu")
     """A frozen encoder in eval mode, with released weights or, without a source, random ones.
 
     config_or_name: an EncoderConfig, or its name in ENCODERS. source: a file, a folder or a hub id
-    ("owner/name" or "owner/name@revision") in the released format. Raises CheckpointError with
-    every name that does not fit.
+    ("owner/name[@revision]") in the released format. CheckpointError names all that does not fit.
     """
     config = ENCODERS[config_or_name] if isinstance(config_or_name, str) else config_or_name
     if source is not None:
@@ -405,6 +400,12 @@ def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
 
 # -------------------------------------------- released files, for encoders.py, llama.py and merv.py
 
+HUB_FIXES = {  # an error of huggingface_hub, whose own words say why -> what to do
+    hub_errors.GatedRepoError: "accept its licence at huggingface.co/{}, then run `hf auth login`.",
+    hub_errors.LocalEntryNotFoundError: "connect, or run `hf download {}` beforehand, online.",
+    Exception: "check the name (a local path must exist), the connection and `hf auth whoami`.",
+}
+
 
 class UserError(ValueError):
     """Bad input, explained: UserError(what is wrong, why that matters, how to fix it)."""
@@ -415,13 +416,6 @@ class UserError(ValueError):
 
 class CheckpointError(UserError):
     """A checkpoint that is not there or does not fit the model; the message names every tensor."""
-
-
-HUB_FIXES = {  # an error of huggingface_hub, whose own words say why -> what to do
-    hub_errors.GatedRepoError: "accept its licence at huggingface.co/{}, then run `hf auth login`.",
-    hub_errors.LocalEntryNotFoundError: "connect, or run `hf download {}` beforehand, online.",
-    Exception: "check the name (a local path must exist), the connection and `hf auth whoami`.",
-}
 
 
 def find_file(source: str | Path, names: tuple[str, ...], required: bool = True) -> Path | None:
@@ -468,23 +462,21 @@ def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor
     """name -> tensor of the first of `files`; memory-mapped: read from disk when it is used."""
     path = find_file(source, files)
     try:
-        if path.name.endswith(".index.json"):
-            beside = path.parent if path == Path(source) else source
-            shards = sorted(set(read_json(path)["weight_map"].values()))
-            return {k: v for shard in shards for k, v in read_tensors(beside, (shard,)).items()}
         if path.suffix == ".safetensors":
             return load_file(path)
-        # WHY: a private mapping reserves its size, and Linux refuses 27 GB to a machine of 24 GB.
-        # A shared one does not, but needs a file one may write. Nobody does: weights are copied.
-        shared = os.name == "posix" and os.access(path, os.W_OK)
-        with set_default_mmap_options(mmap.MAP_SHARED) if shared else nullcontext():
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except CheckpointError:
-        raise
+        if path.suffix != ".json":
+            # WHY: a private mapping reserves its size: Linux refuses 27 GB to a machine of 24 GB. A
+            # shared one does not, but needs a file one may write. Nobody does: weights are copied.
+            shared = os.name == "posix" and os.access(path, os.W_OK)
+            with set_default_mmap_options(mmap.MAP_SHARED) if shared else nullcontext():
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except Exception as error:  # every reader has its own zoo of errors for a damaged file
         why = f"{type(error).__name__}: {error}"
         fix = "the file is damaged or no checkpoint; delete it and download it again."
         raise CheckpointError(f"Cannot read {path}.", why, fix) from error
+    beside = path.parent if path == Path(source) else source
+    return {k: v for shard in shards for k, v in read_tensors(beside, (shard,)).items()}
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:

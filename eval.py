@@ -50,6 +50,17 @@ from merv import MERV, choose, option, parse_options, progress
 
 # ---------------------------------------------------------------------------------------- questions
 
+LETTERS = "ABCDEFGHIJ"  # of options
+FPS = 3.0  # of videos that are folders of frames, as VLEP and TVQA come
+TEMPORAL = {  # appendix B.2.2: played backwards, each looks like another class
+    "Approaching something with your camera", "Moving away from something with your camera",
+    "Moving something away from the camera", "Moving something towards the camera",
+    "Pulling something from left to right", "Pulling something from right to left",
+    "Pushing something from left to right", "Pushing something from right to left",
+    *(f"Turning the camera {where} while filming something" for where in
+      ("downwards", "upwards", "left", "right")),
+}  # fmt: skip
+
 
 @dataclass
 class Question:
@@ -87,9 +98,6 @@ class Question:
     def first_word(self) -> str:
         """ "What's there?" -> "what"."""
         return re.match(r"\W*(\w*)", self.text)[1].lower()
-
-
-LETTERS = "ABCDEFGHIJ"
 
 
 def read_pairs(folder: Path, questions: str = "test_q.json", answers: str = "test_a.json"):
@@ -137,16 +145,6 @@ def read_tvqa(folder: Path) -> Iterator[Question]:
         yield Question(q["qid"], q["vid_name"], q["q"], right, "", options, (*times, None))
 
 
-TEMPORAL = {  # appendix B.2.2: played backwards, each looks like another class
-    "Approaching something with your camera", "Moving away from something with your camera",
-    "Moving something away from the camera", "Moving something towards the camera",
-    "Pulling something from left to right", "Pulling something from right to left",
-    "Pushing something from left to right", "Pushing something from right to left",
-    *(f"Turning the camera {where} while filming something" for where in
-      ("downwards", "upwards", "left", "right")),
-}  # fmt: skip
-
-
 def read_ssv2(folder: Path, num_options: int, temporal: bool = False) -> Iterator[Question]:
     """Something-Something v2 as questions (appendix B.2): the class in words, or one of five."""
     classes = json.loads((folder / "labels.json").read_text())
@@ -171,7 +169,6 @@ BENCHMARKS: dict[str, Callable[[Path], Iterator[Question]]] = {
     "miniature-open": partial(read_pairs, questions="open_q.json", answers="open_a.json"),
     "miniature-mcq": partial(read_pairs, questions="mcq_q.json", answers="mcq_a.json"),
 }  # fmt: skip
-FPS = 3.0  # of videos that are folders of frames, as VLEP and TVQA come
 
 
 def load_questions(name: str, folder: str | Path) -> list[Question]:
@@ -232,8 +229,8 @@ def check(name: str, folder: str | Path, workers: int) -> int:
     questions = load_questions(name, folder)
     clips = Clips(questions, folder, [ENCODERS["siglip"]])
     names = {question.video for question in questions}
-    found = len(names & set(clips.videos))
-    print(f"{len(questions)} questions, {found}/{len(names)} videos found in {clips.folder}")
+    found = f"{len(names & set(clips.videos))}/{len(names)} videos found in {clips.folder}"
+    print(f"{len(questions)} questions, {found}")
     bad, total = 0, len(clips.groups)
     for number, _, failure in DataLoader(clips, None, sampler=range(total), num_workers=workers):
         progress("decode", number + 1, total)
@@ -358,8 +355,7 @@ def evaluate(model: MERV, name: str, folder, output, config=None) -> list[Questi
     journal = Journal(output / f"{name}.answers", settings, rank)
     done = {id for record in journal.records() for id in record["answers"]}
     clips = Clips(questions, folder, model.config.encoders)
-    share = range(rank, len(clips.groups), world)
-    mine = [number for number in share if clips.groups[number][0].id not in done]
+    mine = [n for n, g in enumerate(clips.groups) if n % world == rank and g[0].id not in done]
     loader = DataLoader(clips, None, sampler=mine, num_workers=config.workers)
     for count, (number, pixels, failure) in enumerate(loader, start=1):
         asked, answers, weights = clips.groups[number], [""] * len(clips.groups[number]), []
@@ -544,9 +540,8 @@ def write_report(runs: list[str], output: Path) -> None:
     source = Path(__file__).with_name("report.html").read_text()
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     page = jinja2.Template(source, undefined=jinja2.StrictUndefined, **options)
-    helpers = {"summarise": summarise, "film_strip": film_strip}
-    helpers["temporal"] = TEMPORAL | {"temporal"}
-    write_file(output, page.render(results=results, **helpers))
+    shown = {"results": results, "temporal": TEMPORAL | {"temporal"}}
+    write_file(output, page.render(shown, summarise=summarise, film_strip=film_strip))
     print(f"report: {output}")
 
 

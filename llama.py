@@ -329,6 +329,21 @@ META_NAMES = {  # ours -> Meta's; "*" is the number of the layer
 }  # fmt: skip
 NAMES = {ours: f"model.{ours}" for ours in META_NAMES} | {"lm_head": "lm_head"}  # Hugging Face's
 SKIP = {"model.layers.*.self_attn.rotary_emb.inv_freq": "computed in rope()", "rope.freqs": "too"}
+CONFIG_NAMES = {  # ours -> config.json's
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
+    "intermediate_size": "intermediate_size", "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads", "max_positions": "max_position_embeddings",
+    "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+    "tie_word_embeddings": "tie_word_embeddings",
+}  # fmt: skip
+META_CONFIG_NAMES = {  # ours -> params.json's, of those that it fills in
+    "hidden_size": "dim", "num_layers": "n_layers", "num_heads": "n_heads",
+    "num_kv_heads": "n_kv_heads", "norm_eps": "norm_eps",
+}  # fmt: skip
+PLAIN = {  # what config.json must say, if anything: this file computes nothing else
+    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "rope_type": "default", "rope_scaling": None,
+}  # fmt: skip
 
 
 def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, device="cpu") -> Llama:
@@ -362,10 +377,9 @@ def read_meta(source: str | Path, config: LlamaConfig) -> dict[str, Tensor]:
     [r0 r1 r2 r3] -> [r0 r2 r1 r3].
     """
     source = Path(source).parent if Path(source).is_file() else source
-    shards = [encoders.read_tensors(source, (META_FILE,))]
-    count = config.hidden_size // shards[0]["layers.0.attention.wq.weight"].shape[0]
-    files = (META_FILE.replace("00", f"{i:02d}") for i in range(1, count))
-    shards += [encoders.read_tensors(source, (file,)) for file in files]
+    rows = len(encoders.read_tensors(source, (META_FILE,))["layers.0.attention.wq.weight"])
+    files = [META_FILE.replace("00", f"{i:02d}") for i in range(config.hidden_size // rows)]
+    shards = [encoders.read_tensors(source, (file,)) for file in files]
     tensors = {}
     for name, first in shards[0].items():
         if first.ndim == 2 and len(shards) > 1:  # split by input width or by output width
@@ -376,23 +390,6 @@ def read_meta(source: str | Path, config: LlamaConfig) -> dict[str, Tensor]:
             first = heads.transpose(1, 2).flatten(0, 2)
         tensors[name] = first
     return tensors
-
-
-CONFIG_NAMES = {  # ours -> config.json's
-    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
-    "intermediate_size": "intermediate_size", "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads", "max_positions": "max_position_embeddings",
-    "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-    "tie_word_embeddings": "tie_word_embeddings",
-}  # fmt: skip
-META_CONFIG_NAMES = {  # ours -> params.json's, of those that it fills in
-    "hidden_size": "dim", "num_layers": "n_layers", "num_heads": "n_heads",
-    "num_kv_heads": "n_kv_heads", "norm_eps": "norm_eps",
-}  # fmt: skip
-PLAIN = {  # what config.json must say, if anything: this file computes nothing else
-    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-    "rope_type": "default", "rope_scaling": None,
-}  # fmt: skip
 
 
 def read_config(source: str | Path) -> LlamaConfig:
