@@ -443,11 +443,11 @@ def find_file(source: str | Path, names: tuple[str, ...], required: bool = True)
             fix = next(fix for kind, fix in HUB_FIXES.items() if isinstance(problem, kind))
             what = f"Cannot download {wanted} of {source}."
             raise CheckpointError(what, why, fix.format(repo)) from problem
-    if required:
-        why = "a source is a folder or a hub id (owner/name) with such a file, or the file itself."
-        fix = "check the path or the name, and that the download or copy is complete."
-        raise CheckpointError(f"Found no {wanted} at {source}.", why, fix)
-    return None
+    if not required:
+        return None
+    why = "a source is a folder or a hub id (owner/name) with such a file, or the file itself."
+    fix = "check the path or the name, and that the download or copy is complete."
+    raise CheckpointError(f"Found no {wanted} at {source}.", why, fix)
 
 
 def read_json(path: Path) -> dict:

@@ -90,11 +90,6 @@ class Question:
         return mcq_prompt(self.text, list(self.options)) if self.options else self.text
 
     @property
-    def clip(self) -> tuple:
-        """Questions with the same clip are answered together."""
-        return self.video, *self.cut
-
-    @property
     def first_word(self) -> str:
         """ "What's there?" -> "what"."""
         return re.match(r"\W*(\w*)", self.text)[1].lower()
@@ -210,12 +205,12 @@ class Clips:
         self.videos = list_videos(self.folder)
         groups: dict[tuple, list[Question]] = defaultdict(list)
         for question in questions:
-            groups[question.clip].append(question)
+            groups[question.video, *question.cut].append(question)
         self.groups = list(groups.values())
 
     def __getitem__(self, number: int) -> tuple[int, dict, str]:
         """The number, encoder -> pixels, and why there are none if there are none."""
-        video, *cut = self.groups[number][0].clip
+        video, cut = self.groups[number][0].video, self.groups[number][0].cut
         if video not in self.videos:
             return number, {}, f"{self.folder} has no video {video}, whatever the extension."
         try:
@@ -280,9 +275,8 @@ def score(question: Question, rule: str) -> None:
     Open-ended: the judge's verdict if there is one, else exact match of the words.
     """
     if question.options:
-        parsed = parse_letter(question.answer, question.options)
-        chosen = question.answer[:1] if rule == "released" else parsed
-        question.correct = chosen == question.expected
+        first, parsed = question.answer[:1], parse_letter(question.answer, question.options)
+        question.correct = question.expected == (first if rule == "released" else parsed)
         return
     exact = normalise(question.answer) == normalise(question.expected)
     question.correct = question.verdict == "yes" if question.verdict else exact
@@ -497,10 +491,9 @@ def print_table(title: str, questions: list[Question]) -> None:
     print(f"\n{title:<28} {'accuracy':>8}  {'answered/expected':>18}")
     for kind, (accuracy, answered, expected) in summarise(questions).items():
         print(f"  {kind:<26} {100 * accuracy:>7.1f}%  {f'{answered}/{expected}':>18}")
-    verdicts = Counter(q.verdict for q in questions if q.verdict)
     if not questions[0].options:
         print(f"  {'word F1':<26} {100 * sum(q.f1 for q in questions) / len(questions):>7.1f}%")
-    if verdicts:
+    if verdicts := Counter(q.verdict for q in questions if q.verdict):
         marks = [q.mark for q in questions if q.verdict in ("yes", "no")]
         print(f"  judged {dict(verdicts)}, mean score {sum(marks) / max(1, len(marks)):.2f} of 5")
 

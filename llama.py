@@ -412,9 +412,9 @@ def read_config(source: str | Path) -> LlamaConfig:
             raise CheckpointError(what, why, "choose one of those.")
     said |= {ours: found[theirs] for ours, theirs in names.items() if found.get(theirs) is not None}
     said = {"num_kv_heads": said["num_heads"]} | said
-    hub_id = str(source).partition("@")[0]  # pinned: the same model
-    known = [c for c in LLAMAS.values() if c.source == hub_id or c.name == Path(source).name]
-    like = known[0] if known else LlamaConfig(Path(source).name)
+    name, hub_id = Path(source).name, str(source).partition("@")[0]  # pinned: the same model
+    known = (c for c in LLAMAS.values() if c.source == hub_id or c.name == name)
+    like = next(known, LlamaConfig(name))
     return LlamaConfig(like.name, str(source), template=like.template, **said)
 
 
