@@ -331,10 +331,9 @@ NAMES = {ours: f"model.{ours}" for ours in META_NAMES} | {"lm_head": "lm_head"} 
 SKIP = {"model.layers.*.self_attn.rotary_emb.inv_freq": "computed in rope()", "rope.freqs": "too"}
 CONFIG_NAMES = {  # ours -> config.json's
     "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
-    "intermediate_size": "intermediate_size", "num_heads": "num_attention_heads",
+    "intermediate_size": "intermediate_size", "tie_word_embeddings": "tie_word_embeddings",
     "num_kv_heads": "num_key_value_heads", "max_positions": "max_position_embeddings",
-    "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-    "tie_word_embeddings": "tie_word_embeddings",
+    "num_heads": "num_attention_heads", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
 }  # fmt: skip
 META_CONFIG_NAMES = {  # ours -> params.json's, of those that it fills in
     "hidden_size": "dim", "num_layers": "n_layers", "num_heads": "n_heads",
