@@ -5,15 +5,11 @@
     a conversation                         -> render_prompt, tokenize -> ids and labels
     a JSON file of conversations           -> ConversationDataset, collate         -> Batch
 
-    python data.py DIR --check                              every row that cannot be used, and why
-    python data.py DIR --show 3 --tokenizer tokenizer.model    what the model is given, and told
-
 Read before: encoders.py (what each encoder wants), llama.py (the tokenizer). Read next: merv.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import random
@@ -31,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
 from encoders import EncoderConfig, UserError, save_tensors
@@ -331,11 +327,6 @@ class Batch:
         """How many positions the loss is taken on."""
         return self.labelled.shape[1]
 
-    @property
-    def num_tokens(self) -> int:
-        """Of text, without padding."""
-        return sum(self.lengths)
-
 
 @dataclass
 class FeatureCache:
@@ -437,15 +428,6 @@ class ConversationDataset(Dataset):
         row, path = self.rows[index], self.media(self.rows[index])[1]
         return dict(row=index, id=row.get("id"), file=path and str(path), reason=str(error))
 
-    def check(self, index: int) -> dict | None:
-        """The failure of a row, or None; decodes four frames of its clip, both ends included."""
-        try:
-            self.turns(index)
-            if path := self.media(self.rows[index])[1]:
-                load_video(path, 4)
-        except DataError as error:
-            return self.failure(index, error)
-
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -541,65 +523,7 @@ class GroupedBatchSampler(Sampler[list[int]]):
             yield from np.reshape(mine, (-1, self.micro_batch)).tolist()
 
 
-# ------------------------------------------------------------------------------------- command line
-
-
 def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
     """Go through `items` with a bar and the time left on stderr; in a log a line every 10 s."""
     every = 0.1 if sys.stderr.isatty() else 10
     return tqdm(items, what, total, mininterval=every, ascii=" #", dynamic_ncols=True)
-
-
-def check(dataset: ConversationDataset, workers: int) -> int:
-    """Try every row, in parallel, and print those that cannot be used; how many they are."""
-    total, bad = len(dataset), 0
-    rows = DataLoader(range(total), None, collate_fn=dataset.check, num_workers=workers)
-    for failure in progress(rows, dataset.file.name):
-        if failure:
-            bad += 1
-            tqdm.write("row {row}  id {id}  file {file}\n{reason}\n".format(**failure), sys.stdout)
-    print(f"{dataset.file}: {total} rows, {bad} bad ({100 * bad / max(1, total):.1f} %)")
-    return bad
-
-
-def show(dataset: ConversationDataset, count: int) -> None:
-    """Print the first rows: the file, the text, and every token with its label."""
-    for index in range(min(count, len(dataset))):
-        turns, (kind, path) = dataset.turns(index), dataset.media(dataset.rows[index])
-        print(f"\nrow {index}  id {dataset.rows[index].get('id')}  {kind} {path or ''}")
-        for text, is_answer in turns:
-            print(f"  {'answer' if is_answer else 'prompt'}  {text!r}")
-        print(f"\n  {'id':>6}  {'piece':<16}  label")
-        for number, label in zip(*tokenize(turns, dataset.tokenizer), strict=True):
-            piece = dataset.tokenizer.pieces.id_to_piece(number)
-            print(f"  {number:>6}  {piece:<16}  {'-' if label == IGNORE else label}")
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """`data.py`: find bad rows before a training run does, see what the model is given."""
-    parser = argparse.ArgumentParser(
-        description="Look at training data: DIR/stage1.json, stage2.json."
-    )
-    parser.add_argument("folder", type=Path, help="what train.py is given as --data")
-    parser.add_argument("--check", action="store_true", help="list the rows that cannot be used")
-    parser.add_argument("--show", type=int, default=0, help="print so many rows of each file")
-    parser.add_argument("--tokenizer", help="LLaMA-2's tokenizer.model, for --show")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode videos")
-    args, bad = parser.parse_args(arguments), 0
-    try:
-        tokenizer = (
-            Tokenizer(args.tokenizer or args.folder / "tokenizer.model") if args.show else None
-        )
-        for name, template in (("stage1", "caption"), ("stage2", "base")):
-            if name == "stage2" or (args.folder / f"{name}.json").exists():
-                file = args.folder / f"{name}.json"
-                dataset = ConversationDataset(file, tokenizer, TEMPLATES[template], [])
-                show(dataset, args.show)
-                bad += check(dataset, args.workers) if args.check else 0
-    except UserError as error:
-        sys.exit(f"error: {error}")
-    sys.exit(bad > 0)
-
-
-if __name__ == "__main__":
-    main()

@@ -301,33 +301,20 @@ class MERV(nn.Module):
             self.encoders[e.name] = encoder
             self.projectors[e.name] = projector(e.hidden_size, d, config.pooled_side)
         self.mixer = MIXERS[config.mixer](d, len(encoders))
-        self.encoder_streams = False  # whether each encoder has a CUDA stream of its own
 
     @torch.no_grad()
     def features(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
         """encoder -> (v, T_e, 3, H, W) becomes encoder -> pooled (v, t, h, w, d_e); all frozen."""
-        if not self.encoder_streams:
-            return {name: self.see(name, pixels[name]) for name in self.encoders}
-        device, pooled = torch.get_device_module(self.device), {}
-        here, streams = device.current_stream(), {name: device.Stream() for name in self.encoders}
-        for name, stream in streams.items():  # what one leaves idle of the GPU, others use
-            stream.wait_stream(here)
-            with device.stream(stream):
-                pooled[name] = self.see(name, pixels[name])
-        for stream in streams.values():
-            here.wait_stream(stream)
+        pooled, dtype = {}, next(self.encoders.parameters()).dtype
+        for name, project in self.projectors.items():
+            encoder, frames = self.encoders[name], pixels[name].to(self.device, dtype)
+            if frames.shape[1] == 1 and encoder.config.family != "vit":
+                frames = frames.expand(-1, encoder.config.num_frames, -1, -1, -1)
+            # FIX: a still is a clip of identical frames; an encoder of single frames sees it once,
+            # not 16 times, and text-only rows run no encoder at all (ledger F8).
+            v = encoder(frames, project.class_token).expand(-1, encoder.config.grid[0], -1, -1, -1)
+            pooled[name] = project.pool(v)
         return pooled
-
-    def see(self, name: str, frames: Tensor) -> Tensor:
-        """One encoder's share of `features`."""
-        encoder, project = self.encoders[name], self.projectors[name]
-        frames = frames.to(self.device, next(encoder.parameters()).dtype)
-        if frames.shape[1] == 1 and encoder.config.family != "vit":
-            frames = frames.expand(-1, encoder.config.num_frames, -1, -1, -1)
-        # FIX: a still is a clip of identical frames; an encoder of single frames sees it once, not
-        # 16 times, and text-only rows run no encoder at all (ledger F8).
-        v = encoder(frames, project.class_token)
-        return project.pool(v.expand(-1, encoder.config.grid[0], -1, -1, -1))
 
     def encode(self, videos: dict, features: dict | None = None) -> tuple[Tensor, Tensor]:
         """Preprocessed clips, encoder -> (b, T_e, 3, H, W), or their `features` where these are

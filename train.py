@@ -2,14 +2,13 @@
 
     torchrun train.py                                     the paper in miniature, from nothing
     torchrun --nproc-per-node 8 train.py --model merv --data DIR --tokenizer FILE
-    python train.py --plan --model merv --gpus 8          what that needs, before it is paid for
     python train.py --help                                every option
 
 One loop, any number of processes: FSDP2 shards every parameter over them, so what one GPU cannot
 hold several can. Losses are sums over tokens divided by the tokens of the whole step, so one
 process with a batch of 128 and eight with micro-batches of 4 take the same steps.
 
-Leaves runs/NAME/ with config.json, metrics.jsonl, loss.svg, saves/ to go on from, and checkpoint/
+Leaves runs/NAME/ with config.json, metrics.jsonl, saves/ to go on from, and checkpoint/
 (for merv.py and eval.py). The command that began a run also goes on with it, bit for bit.
 Read before: merv.py. Read next: eval.py, miniature/.
 """
@@ -20,7 +19,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import signal
@@ -36,22 +34,17 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.checkpoint import state_dict as sharded
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import ConcatDataset, DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval
 import merv
 import miniature
 from data import progress
-from encoders import ENCODERS, FAMILIES, UserError
-from llama import Llama
+from encoders import ENCODERS, UserError
 from merv import MERV, MERVS, MIXERS, PROJECTORS, choose, option, parse_options
 from miniature import specialists
 
@@ -88,14 +81,6 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
 }
 
 
-PLACES = {  # --place-encoders, which are frozen
-    "shard": "over the GPUs like all else, and gathered when they run",
-    "copy": "whole on each GPU",
-    "streams": "whole on each GPU, each encoder on a CUDA stream of its own",
-    "cached": "on the CPU: their features are in the cache",
-}
-
-
 @dataclass(frozen=True)
 class TrainConfig:
     """The command line of train.py."""
@@ -123,10 +108,6 @@ class TrainConfig:
     encoder_seed: int = option(0, "of the miniature's specialists")
     workers: int = option(2, "processes per rank that decode videos")
     activation_checkpointing: bool = option(True, "recompute LLM layers: less memory, more work")
-    replicas: int = option(1, "whole copies of the model, each sharded over its part of the GPUs")
-    place_encoders: str = option(
-        "shard", "shard; copy: whole on each GPU; streams: so, in parallel"
-    )
     cache_features: str = option("auto", "folder for pooled features; none; auto: in miniature")
     resume: str = option("", "go on with this run, such as runs/NAME, in its folder, as it began")
     save_every: int = option(500, "steps between two saves to go on from; 0: end of a stage only")
@@ -134,16 +115,11 @@ class TrainConfig:
     max_bad: float = option(0.01, "stop when more than this fraction of rows, and 10, are unusable")
     evaluate: bool = option(True, "after training, score the miniature's test clips")
     device: str = option("auto", "cuda or cpu; auto takes cuda if there is one")
-    plan: bool = option(False, "print what the run would need, by the options below, and stop")
-    gpus: int = option(8, "plan: number of GPUs")
-    gpu_memory: float = option(48.0, "plan: GB of each")
-    tflops: float = option(60.0, "plan: what each achieves, 10^12 operations a second")
-    text_tokens: int = option(512, "plan: tokens of a conversation, half of them answers")
 
 
 # What --resume may change: how a run is computed, not what. All else stays as it began.
-HOW = {"resume", "micro_batch", "workers", "activation_checkpointing", "replicas"}
-HOW |= {"place_encoders", "save_every", "keep", "max_bad", "evaluate", "device"}
+HOW = {"resume", "micro_batch", "workers", "activation_checkpointing"}
+HOW |= {"save_every", "keep", "max_bad", "evaluate", "device"}
 
 
 @dataclass
@@ -156,7 +132,6 @@ class Run:
     bad: int  # rows that could not be used so far, over all processes
     seen: int = 0  # rows so far
     stop: bool = False  # SIGTERM came
-    board: object = None  # TensorBoard's writer
 
 
 # --------------------------------------------------------------------------------- processes, model
@@ -186,7 +161,6 @@ def configure(config: TrainConfig) -> merv.MERVConfig:
     choose(RECIPES, config.recipe, "recipe")
     choose(PROJECTORS, config.projector, "projector")
     choose(MIXERS, config.mixer, "mixer")
-    choose(PLACES, config.place_encoders, "place_encoders")
     encoders = model.encoders
     if config.encoders:
         names = [f"miniature-{name}" if small else name for name in config.encoders.split(",")]
@@ -204,33 +178,15 @@ def configure(config: TrainConfig) -> merv.MERVConfig:
     return replace(model, encoders=encoders, **shape)
 
 
-def make_mesh(device: str, world: int, replicas: int) -> DeviceMesh:
-    """(replicas, shards): gradients are averaged over the first, parameters cut over the second."""
-    if world % replicas:
-        what = f"{world} processes cannot hold {replicas} replicas."
-        raise UserError(what, "each takes as many of them.", f"choose a divisor of {world}.")
-    sizes, names = (replicas, world // replicas), ("replicate", "shard")
-    return init_device_mesh(device, sizes[replicas == 1 :], mesh_dim_names=names[replicas == 1 :])
-
-
-def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype) -> None:
-    """FSDP2: each LLM layer, each encoder and the rest are gathered when they run, else sharded.
-
-    place_encoders: one of PLACES. dtype: what is computed in.
-    """
+def shard(model: MERV, device: torch.device) -> None:
+    """FSDP2: each LLM layer, each encoder and the rest are gathered when they run, else sharded."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # WHY: bfloat16 holds activations well but not sums of many small gradients.
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    parts, whole = [*model.llm.layers], set()
-    if place_encoders == "shard":
-        parts += model.encoders.values()
-    else:
-        whole = set(model.encoders.parameters())
-        for parameter in whole:
-            parameter.data = parameter.data.to("cpu" if place_encoders == "cached" else dtype)
-    model.encoder_streams = place_encoders == "streams"
-    for part in parts:
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if device.type == "cuda" else None, reduce_dtype=torch.float32
+    )
+    for part in [*model.llm.layers, *model.encoders.values(), model]:
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
 # ---------------------------------------------------------------------------------------- one stage
@@ -347,7 +303,7 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
         waited = time.perf_counter() - started
 
         # 4. Over all ranks: labels, tokens, unusable rows, who must stop, batches with pictures.
-        counts = [[b.num_labels, b.num_tokens, len(b.bad)] for b in batches]
+        counts = [[b.num_labels, sum(b.lengths), len(b.bad)] for b in batches]
         counts = [*map(sum, zip(*counts, strict=True)), run.stop]
         counts = torch.tensor(counts + [len(b.visual_rows) for b in batches])
         dist.all_reduce(counts)
@@ -360,7 +316,7 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
         #    weigh a label in a short batch more than one in a long batch (ledger F5).
         total, weights = torch.zeros(()), []
         for batch, anywhere in zip(batches, pictures, strict=True):
-            join = config.place_encoders == "shard" and anywhere > 0
+            join = config.cache_features == "none" and anywhere > 0
             loss, weight_be = model(batch.to(model.device), join)
             # FSDP gives the mean of the ranks' gradients; times their number it is the sum.
             (loss * world / labels).backward()
@@ -390,7 +346,9 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
             metrics = {"step": number, "loss": loss, "lr": lr, "gradient_norm": norm}
             metrics |= {"tokens_per_second": tokens / seconds, "data_wait": waited / seconds}
             mixed = torch.cat(weights).mean(0).tolist() if any(map(len, weights)) else []
-            log(run, metrics | {"memory_gb": peak_memory(model.device), "weights": mixed})
+            metrics |= {"memory_gb": peak_memory(model.device), "weights": mixed}
+            with (run.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(metrics) + "\n")
             bar.set_postfix_str(f"loss {loss:.3f}")
 
         # 8. Save what the next step needs, now and then; leave if asked to.
@@ -479,51 +437,12 @@ def resumed(config: TrainConfig) -> TrainConfig:
     return TrainConfig(**began | {name: now[name] for name in given})
 
 
-def log(run: Run, metrics: dict) -> None:
-    """One line of metrics.jsonl; the same to TensorBoard, if that is installed."""
-    with (run.folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
-    for name, value in metrics.items() if run.board else ():
-        for index, number in enumerate(value if isinstance(value, list) else [value]):
-            label = f"{name}/{index}" if isinstance(value, list) else name
-            run.board.add_scalar(label, number, metrics["step"])
-
-
-def open_board(folder: Path):
-    """TensorBoard's writer, or None."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder)
-
-
 def peak_memory(device: torch.device) -> float:
     """The most that was held at once, in GB: of the GPU, else by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def draw_loss(folder: Path, width: int = 640, height: int = 240) -> None:
-    """loss.svg: the loss of every step, in nats, and its average over the last twenty."""
-    lines = eval.whole_lines(folder / "metrics.jsonl")
-    losses = torch.tensor([json.loads(line)["loss"] for line in lines])
-    sums, k = torch.cat([losses[:1] * 0, losses.cumsum(0)]), torch.arange(1, len(losses) + 1)
-    since = (k - 20).clamp(min=0)
-    x = 40 + (width - 50) * k / len(losses)
-    paths = []
-    for values, style in ((losses, "#bbb"), ((sums[k] - sums[since]) / (k - since), "#c33")):
-        y = height - 20 - (height - 40) * values / losses.max()
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
-        paths.append(f'<polyline fill="none" stroke="{style}" points="{points}"/>')
-    marks = ((4, 24, f"{losses.max():.2f}"), (4, height - 20, "0"), (40, height - 4, "step 1"))
-    marks += ((width - 60, height - 4, f"{len(losses)}"), (width // 2, 14, "loss, nats a token"))
-    texts = [f'<text x="{x}" y="{y}" fill="#888">{text}</text>' for x, y, text in marks]
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
-    start += 'font-family="sans-serif" font-size="12">'
-    eval.write_file(folder / "loss.svg", "\n".join([start, *paths, *texts, "</svg>\n"]))
 
 
 def report_bad(mine: list[dict], total: int, run: Run, step: int) -> None:
@@ -556,119 +475,6 @@ def fail(model: MERV, batches: list, rows: list[dict], folder: Path, what: str) 
     raise UserError(f"{folder.name}: {what}.", why, fix)
 
 
-# --------------------------------------------------------------------------- plan before you pay
-
-
-def fake_step(config: TrainConfig, stage: Stage, mesh: DeviceMesh, meter, still: bool = False):
-    """One forward and backward of rank 0, of the real modules on fake tensors: shapes, no memory.
-
-    meter: makes the context that watches, given the model. Gives it, the model and the optimizers.
-    """
-    model_config, b, s = configure(config), config.micro_batch, config.text_tokens
-    with FakeTensorMode():
-        encoders = [FAMILIES[e.family](e) for e in model_config.encoders]
-        model = MERV(model_config, encoders, Llama(model_config.llm), None).train()
-        model.llm.activation_checkpointing = config.activation_checkpointing
-        dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
-        shard(model, mesh, config.place_encoders, dtype)
-        optimizers = make_optimizers(model, stage, config.muon_lr)
-        ids, labelled = (torch.zeros(n, m, dtype=torch.long) for n, m in ((b, s), (2, b * s // 2)))
-        batch = data.Batch(ids, labelled, [s] * b, list(range(b)), {}, {})
-        for e, project in zip(model_config.encoders, model.projectors.values(), strict=True):
-            t, side = 1 if still else e.num_frames, e.image_size
-            if config.place_encoders != "cached":
-                batch.pixels[e.name] = torch.empty(b, t, 3, side, side)
-            else:
-                batch.features[e.name] = project.pool(torch.empty(b, *e.grid, e.hidden_size))
-        with meter(model) as watching:
-            model(batch)[0].backward()
-    return watching, model, optimizers
-
-
-def memory_of(config: TrainConfig, stage: Stage, mesh: DeviceMesh) -> dict[str, float]:
-    """What rank 0 holds, in bytes, when it holds most: in a backward pass after the first step."""
-    tracker, model, optimizers = fake_step(config, stage, mesh, FSDPMemTracker)
-    (peak,) = tracker.get_tracker_snapshot("peak").values()
-    held = {getattr(kind, "name", "TOTAL"): size for kind, size in peak.items()}
-    kept = model.parameters()
-    if config.place_encoders == "cached":
-        kept = [p for name, p in model.named_parameters() if not name.startswith("encoders.")]
-    rows = {
-        "weights": sum(getattr(p, "_local_tensor", p).nbytes for p in kept),
-        "gradients": held["SHARDED_GRAD"],
-        "gathered layers": held["UNSHARDED_PARAM"] + held["ALL_GATHER"],
-        "reduced gradients": held["UNSHARDED_GRAD"] + held["REDUCE_SCATTER"],
-    }
-    rows["activations, logits, batch"] = held["TOTAL"] - sum(rows.values())
-    # WHY: not the tracker's, which takes the temporaries of a step for the optimizer's state.
-    moments = {torch.optim.AdamW: 2, torch.optim.Muon: 1}  # tensors for each parameter
-    rows["optimizer"] = sum(
-        moments[type(optimizer)] * p.to_local().nbytes
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-        for p in group["params"]
-    )
-    return rows
-
-
-def work_of(config: TrainConfig, stage: Stage, mesh: DeviceMesh, still: bool) -> dict[str, float]:
-    """Operations of a row, forward and backward, by part of the model."""
-    meter = lambda model: FlopCounterMode(display=False)  # noqa: E731
-    counter, model, _ = fake_step(config, stage, mesh, meter, still)
-    found = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    parts = dict.fromkeys([*model.encoders, "LLM layers"], 0)
-    for name, work in found.items():
-        if re.search(r"\.encoders\.[^.]+$", name):
-            parts[name.rpartition(".")[2]] += work
-        elif re.search(r"\.llm\.layers\.\d+$", name):
-            parts["LLM layers"] += work
-    parts["projectors, mixer, logits"] = found["Global"] - sum(parts.values())
-    return {name: work / config.micro_batch for name, work in parts.items()}
-
-
-def plan(config: TrainConfig) -> None:
-    """Print what a run needs: parameters, memory of each GPU, work by part, hours.
-
-    Raises UserError, with advice, if it does not fit.
-    """
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.gpus)
-    mesh, hours = make_mesh("cpu", config.gpus, config.replicas), 0.0
-    for number, stage in enumerate(RECIPES[config.recipe], start=1):
-        print(f"\nstage {number} trains {', '.join(stage.trained)}")
-        memory = memory_of(config, stage, mesh)
-        total = sum(memory.values()) / 1e9
-        print("  GB of each GPU, at the peak")
-        for name, size in memory.items():
-            print(f"    {name:<26}{size / 1e9:>8.2f}")
-        print(f"    {'all':<26}{total:>8.2f}  of {config.gpu_memory:g}")
-        if total > config.gpu_memory:
-            refuse(config, stage, mesh, total)
-        work = {still: work_of(config, stage, mesh, still) for still in (False, True)}
-        print("  10^12 operations for" + f"{'a clip':>13}{'a still':>10}")
-        for name, clip in work[False].items():
-            print(f"    {name:<26}{clip / 1e12:>8.2f}{work[True][name] / 1e12:>10.2f}")
-        rows = [sum(numbers) for numbers in zip(*(ROWS[file] for file in stage.files), strict=True)]
-        needed = sum(
-            n * sum(work[still].values()) for n, still in zip(rows, (True, False), strict=True)
-        )
-        hours += needed / (config.gpus * config.tflops * 1e12) / 3600
-        print(f"  {rows[0]:,} stills and {rows[1]:,} clips: {needed:.2e} operations")
-    print(f"\n{hours:.1f} hours on {config.gpus} GPUs that achieve {config.tflops:g} TFLOP/s each")
-
-
-def refuse(config: TrainConfig, stage: Stage, mesh: DeviceMesh, total: float) -> None:
-    """Raise with the largest micro-batch that fits, if any does."""
-    what = f"A micro-batch of {config.micro_batch} needs {total:.1f} GB of each GPU."
-    smaller, fix = config.micro_batch // 2, "more --gpus, --activation-checkpointing, fewer tokens."
-    while smaller:
-        held = memory_of(replace(config, micro_batch=smaller), stage, mesh)
-        if sum(held.values()) <= config.gpu_memory * 1e9:
-            fix = f"--micro-batch {smaller} needs {sum(held.values()) / 1e9:.1f} GB."
-            break
-        smaller //= 2
-    raise UserError(what, f"it has {config.gpu_memory:g} GB.", fix)
-
-
 # ------------------------------------------------------------------------------------ the whole run
 
 
@@ -683,7 +489,6 @@ def settle(config: TrainConfig) -> TrainConfig:
         muon_lr=config.muon_lr if config.muon_lr >= 0 else 0.01 * small,
         micro_batch=config.micro_batch or (config.global_batch or 32 if small else 4),
         cache_features=cache,
-        place_encoders=config.place_encoders if cache == "none" else "cached",
         name=config.name or f"{config.model}-{config.recipe}",
     )
 
@@ -691,7 +496,7 @@ def settle(config: TrainConfig) -> TrainConfig:
 def train(config: TrainConfig) -> Run:
     """Every stage of the recipe, then the checkpoint; or what is left of a run that has begun."""
     device, model_config = join_processes(config.device), configure(config)
-    rank, world, small = dist.get_rank(), dist.get_world_size(), config.model == "miniature"
+    rank, small = dist.get_rank(), config.model == "miniature"
     folder, tokenizer = Path(config.data), config.tokenizer
     if config.data == "miniature":
         if rank == 0:
@@ -703,7 +508,6 @@ def train(config: TrainConfig) -> Run:
     run: Run = found[0]
     if (run.folder / "checkpoint").is_dir():
         return run
-    run.board = open_board(run.folder) if rank == 0 else None
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
     model = MERV.create(model_config, tokenizer, config.seed)
     llm, encoders, cache, stages = model_config.llm, list(model.config.encoders), None, []
@@ -719,9 +523,7 @@ def train(config: TrainConfig) -> Run:
                 fill_cache(model.to(device), files[-1], config.workers)
         stages.append((replace(stage, lr=lr, global_batch=size), concatenate(files)))
     model.llm.activation_checkpointing = config.activation_checkpointing and not small
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    mesh = make_mesh(device.type, world, config.replicas)
-    shard(model.to(device), mesh, config.place_encoders, dtype)
+    shard(model.to(device), device)
     steps = 0
     for stage, dataset in stages:
         steps = train_stage(model, stage, dataset, run, steps)
@@ -729,7 +531,6 @@ def train(config: TrainConfig) -> Run:
     whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = sharded.get_model_state_dict(model, options=whole)
     if rank == 0:
-        draw_loss(run.folder)
         model.save_pretrained(run.folder / "checkpoint", state)
     dist.barrier()
     return run
@@ -752,8 +553,6 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_options(TrainConfig, arguments, "Train MERV.")
     try:
         config = settle(resumed(config) if config.resume else config)
-        if config.plan:
-            return plan(config)
         run = train(config)
         dist.destroy_process_group()
         if run.config.evaluate and run.config.data == "miniature":

@@ -467,18 +467,6 @@ def test_an_encoder_of_single_frames_sees_a_still_once(model):
         assert seen[e.name] == (1 if e.family == "vit" else e.num_frames)
 
 
-def test_streams_change_nothing(model):
-    """On CUDA each encoder may have its own; the same code runs on a CPU, whose streams are one."""
-    pixels = {name: frames[None] for name, frames in random_pixels(1).items()}
-    plain = model.features(pixels)
-    model.encoder_streams = True
-    try:
-        streamed = model.features(pixels)
-    finally:
-        model.encoder_streams = False
-    assert all(torch.equal(streamed[name], plain[name]) for name in plain)
-
-
 def test_features_carry_no_gradient_and_encode_does(model):
     pixels = {name: frames[None] for name, frames in random_pixels(1).items()}
     assert not any(f.requires_grad for f in model.features(pixels).values())
