@@ -71,7 +71,7 @@ SAMPLES = {  # benchmark -> its files, one for each question its video, expected
 def videos(tmp_path_factory):
     """Two real clips, one of them in a subfolder, and a folder of frames."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    small = World(train_clips=4, train_images=1, train_texts=1, val_clips=1, test_clips=2)
+    small = World(train_clips=4, val_clips=1, test_clips=2)
     write_world(small, folder / "world")
     source, target = folder / "world/test/videos", folder / "videos"
     (target / "1150").mkdir(parents=True)

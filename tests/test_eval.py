@@ -23,9 +23,7 @@ ROOT = Path(__file__).parent.parent
 def world(tmp_path_factory):
     """Three test clips with questions; the second is damaged, the third is gone."""
     folder = tmp_path_factory.mktemp("world")
-    write_world(
-        World(train_clips=4, train_images=1, train_texts=1, val_clips=1, test_clips=3), folder
-    )
+    write_world(World(train_clips=4, val_clips=1, test_clips=3), folder)
     (folder / "test/videos/clip_000001.mp4").write_bytes(b"no video")
     (folder / "test/videos/clip_000002.mp4").unlink()
     return folder
