@@ -1,13 +1,13 @@
 """Four tiny specialists, pre-trained from nothing, each by its full-size model's kind of objective.
 
-    SigLIP         sigmoid loss between frames and what they show, "a red circle, a blue bar":
-                   every object's colour and shape; nothing about texture, place or motion
+    SigLIP         sigmoid loss between frames and what they show, "red circle, blue bar": every
+                   object's colour and shape; nothing of texture, place or motion
     LanguageBind   the same for clips, from SigLIP's weights; captions add one coarse verb,
                    "moves", "changes size" ..., never a direction
     DINOv2         no words: from a masked frame, what its own moving average makes of the whole
-    ViViT          supervised, on films of another kind: a patch of waves, of any colour, does one
-                   of 13 things in the first half, such as go south-east, and one in the second.
-                   None of its labels is an answer about the world.
+    ViViT          supervised, on films of another kind: a disc of waves does one of 13 things in
+                   the first half, such as go south-east, and one in the second; no label of its is
+                   an answer about the world
 
 Sources: SigLIP arXiv:2303.15343, LanguageBind 2310.01852, iBOT 2111.07832, DINOv2 2304.07193.
 """
@@ -22,21 +22,17 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from encoders import ENCODERS, FAMILIES, Encoder, initialise, load_encoder, save_encoder
 from merv import progress
 from miniature import world
-from miniature.world import ACTIONS, COLOURS, FIRST_SEED, NUM_FRAMES, REVERSED, SHAPES
+from miniature.world import COLOURS, FIRST_SEED, NUM_FRAMES, SHAPES
 
 FAST_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # a CPU without it is faster in float32
 NUM_CLIPS = 6000  # to learn from
-RECIPES = {  # steps; clips of a batch; frames of a clip; Muon's learning rate
-    "siglip": (350, 256, 1, 0.04), "languagebind": (160, 64, 4, 0.02),
-    "dinov2": (300, 96, 2, 0.04), "vivit": (600, 64, 8, 0.04),
-}  # fmt: skip
-VERBS = dict.fromkeys(ACTIONS, "moves") | {"stays": "does nothing"}  # all that a caption tells
+VERBS = dict.fromkeys(world.ACTIONS, "moves") | {"stays": "rests"}  # what captions tell of actions
 VERBS |= dict.fromkeys(("grows", "shrinks", "pulses"), "changes size")
 VERBS |= dict.fromkeys(("appears", "fades", "blinks"), "changes light")
 PHRASES = ["", *(f"{c} {s}" for c in COLOURS for s in SHAPES), *sorted({*VERBS.values()})]
@@ -57,14 +53,14 @@ class InFloat32(torch.overrides.TorchFunctionMode):
 
 
 def captioned_clip(number: int) -> tuple[list[int], np.ndarray]:
-    """Numbers of the PHRASES of a caption, up to four objects and a verb, and a film."""
+    """Numbers of the PHRASES of a caption, up to four objects and a verb; the film."""
     scene, film = world.draw_clip(FIRST_SEED["more"] + number)
     told = [*sorted(f"{a.colour} {a.shape}" for a in scene.things), "", "", ""][:4]
     return [PHRASES.index(phrase) for phrase in (*told, VERBS[scene.action])], film
 
 
 def two_steps(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of STEPS are the first half and the second, and a film of ViViT's own kind."""
+    """Which of STEPS are the first half and the second; the film."""
     rng = np.random.default_rng(number)
     first, second = steps = rng.integers(len(STEPS), size=2)
     rates = STEPS[[first] * 4 + [second] * 3] * rng.uniform(0.8, 1.6)
@@ -72,148 +68,115 @@ def two_steps(number: int) -> tuple[np.ndarray, np.ndarray]:
     place, size, opacity = np.concatenate([np.zeros((1, 3)), rates.cumsum(0)]).T  # (T,) each
     place += rng.uniform(8, 24) + 1j * rng.uniform(8, 24) - place.mean()
     radius = rng.uniform(4, 14) * np.exp(size.real - size.real.max())
-    opacity = np.clip(1 + opacity.real - opacity.real.max(), 0, 1)
-    lobes, turn, (u, v) = rng.integers(1, 6), rng.uniform(0, 6), rng.uniform(-1, 1, 2)
-    outline = lambda x, y, r: np.hypot(x, y) - r * (  # noqa: E731
-        0.8 + 0.2 * np.cos(lobes * np.arctan2(y, x) + turn))  # fmt: skip
-    waves = lambda x, y: 0.7 + 0.3 * np.sin(u * x + v * y)  # noqa: E731
-    patch = (outline, waves, rng.uniform(0.1, 1, 3), place, radius, opacity)
-    return steps, world.film([patch], rng)
+    (u, v), opacity = rng.uniform(-1, 1, 2), np.clip(1 + opacity.real - opacity.real.max(), 0, 1)
+    look = SHAPES["circle"], lambda x, y: 0.7 + 0.3 * np.sin(u * x + v * y), rng.uniform(0.1, 1, 3)
+    return steps, world.film([(*look, place, radius, opacity)], rng)
 
 
-def pixels(films: Tensor, encoder: Encoder, noise: Tensor | float = 0) -> Tensor:
-    """Films, uint8 (b, T, 3, H, W), as the encoder wants them."""
+def normalise(films: Tensor, encoder: Encoder, noise: Tensor | float = 0) -> Tensor:
+    """Films, uint8 (b, T, 3, H, W), as the encoder wants their pixels."""
     mean, std = torch.tensor([encoder.config.pixel_mean, encoder.config.pixel_std])
     return (films / 255 + noise - mean[:, None, None]) / std[:, None, None]
 
 
-class Objective(nn.Module):
-    """An encoder with all blocks of its released file and a head; a batch of clips -> the loss."""
+class Pupil(nn.Module):
+    """An encoder with all blocks of its released file, and what only pre-training needs."""
 
-    def __init__(self, name: str, width: int):
+    def __init__(self, name: str, seed: int):
         super().__init__()
         config = ENCODERS[f"miniature-{name}"]
+        d_e, widths = config.hidden_size, {"dinov2": 256, "vivit": len(STEPS)}
         self.encoder = FAMILIES[config.family](replace(config, num_layers=config.released_layers))
-        self.head = nn.Sequential(
-            nn.LayerNorm(config.hidden_size), nn.Linear(config.hidden_size, width)
-        )
-
-
-class Contrast(Objective):
-    """SigLIP's and LanguageBind's: a frame or clip must fit its own text and no other."""
-
-    def __init__(self, name: str):
-        super().__init__(name, width=96)
+        self.head = nn.Sequential(nn.LayerNorm(d_e), nn.Linear(d_e, widths.get(name, d_e)))
         # SIMPLIFY: the text tower is a table of phrases; a text is their sum, in whatever order.
-        self.text_tower = nn.EmbeddingBag(len(PHRASES), 96, mode="sum", padding_idx=0)
-        self.sharpness, self.bias = nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(()))
-
-    def forward(self, frames: Tensor, phrases: Tensor, generator: torch.Generator) -> Tensor:
-        if frames.shape[1] == 1:  # SigLIP's: a still tells no verb
-            phrases = phrases[:, :-1]
-        images = F.normalize(self.head(self.encoder(frames).mean((1, 2, 3))), dim=-1)
-        logits = images @ F.normalize(self.text_tower(phrases), dim=-1).mT
-        logits = 10 * self.sharpness.exp() * logits - 5 + self.bias  # SigLIP's start
-        # WHY: equal texts are common here (36 single objects), and are no mismatch.
-        fits = (phrases[:, None] == phrases).all(-1)
-        return -F.logsigmoid(torch.where(fits, logits, -logits).float()).sum() / len(frames)
+        self.text_tower = nn.EmbeddingBag(len(PHRASES), d_e, mode="sum", padding_idx=0)
+        self.scale, self.bias = (nn.Parameter(torch.empty(1)) for _ in range(2))
+        initialise(self, Generator().manual_seed(seed))
+        with torch.no_grad():  # WHY: from 0.02, what tells patches apart takes long to grow
+            self.encoder.patch_embedding.weight.mul_(10)
+            self.encoder.position_embedding.mul_(20)
+        self.teacher = copy.deepcopy(nn.Sequential(self.encoder, self.head)).requires_grad_(False)
 
     @torch.no_grad()
-    def start_from(self, siglip: "Contrast") -> None:
-        """Take all that SigLIP has, too; temporal attention adds nothing at the start."""
+    def start_from(self, siglip: "Pupil") -> None:
+        """LanguageBind: take all that SigLIP has; temporal attention adds nothing at the start."""
         theirs = siglip.state_dict()
         positions = theirs.pop("encoder.position_embedding")[0]
-        self.load_state_dict(theirs, strict=False)
+        self.load_state_dict({k: v for k, v in theirs.items() if "teacher" not in k}, strict=False)
         # CLIP's patch embedding has no bias, and its class token has a position of its own.
         self.encoder.position_embedding[1:] = positions + theirs["encoder.patch_embedding.bias"]
         for block in self.encoder.blocks:
             block.temporal_attention.out_proj.weight.zero_()
 
 
-class SelfDistillation(Objective):
-    """DINOv2's: from a masked frame, predict which prototype the teacher sees in each hidden patch.
+def contrast(pupil: Pupil, frames: Tensor, phrases: Tensor, generator: Generator) -> Tensor:
+    """SigLIP's and LanguageBind's: a frame or clip must fit its own text and no other."""
+    if frames.shape[1] == 1:  # SigLIP's: one frame tells no verb
+        phrases = phrases[:, :-1]
+    images = F.normalize(pupil.head(pupil.encoder(frames).mean((1, 2, 3))), dim=-1)
+    logits = images @ F.normalize(pupil.text_tower(phrases), dim=-1).mT
+    logits = 10 * pupil.scale.exp() * logits - 5 + pupil.bias
+    # WHY: equal texts are common here (36 single objects), and are no mismatch.
+    fits = (phrases[:, None] == phrases).all(-1)
+    return -F.logsigmoid(torch.where(fits, logits, -logits).float()).sum() / len(frames)
+
+
+def distil(pupil: Pupil, frames: Tensor, _: Tensor, generator: Generator) -> Tensor:
+    """DINOv2's: from a masked frame, which prototype does the teacher see in each hidden patch?
     SIMPLIFY: only the patch loss; a loss between whole frames never moved at this size."""
-
-    def __init__(self, name: str):
-        super().__init__(name, width=256)
-        # The teacher, a moving average of the student, soon forgets how it started.
-        self.teacher = copy.deepcopy(nn.Sequential(self.encoder, self.head)).requires_grad_(False)
-
-    def forward(self, frames: Tensor, _: Tensor, generator: torch.Generator) -> Tensor:
-        b, t, *_ = frames.shape
-        masked = torch.rand(b, t, 4, 4, generator=generator) < 0.5
-        # A patch of zeros is embedded as the bias of the patch embedding: a learned mask token.
-        hidden = F.interpolate(masked.float(), frames.shape[-2:])[:, :, None] > 0
-        with torch.no_grad():
-            for slow, fast in zip(self.teacher.parameters(), self.parameters(), strict=False):
-                slow.lerp_(fast, 0.03)
-            seen = F.layer_norm(self.teacher(frames).float(), (256,))
-            # Less their mean, or one prototype would be the answer to everything.
-            targets = ((seen - seen.mean((0, 1, 2, 3))) / 0.2).softmax(-1)
-        guess = self.head(self.encoder(frames.masked_fill(hidden, 0))).float()
-        guess = F.layer_norm(guess, (256,)).log_softmax(-1)
-        return -(targets * guess).sum(-1)[masked].mean()
+    masked = torch.rand(*frames.shape[:2], 4, 4, generator=generator) < 0.5  # (b, t, h, w)
+    # A patch of zeros is embedded as the bias of the patch embedding: a learned mask token.
+    hidden = F.interpolate(masked.float(), frames.shape[-2:])[:, :, None] > 0
+    with torch.no_grad():
+        student = nn.Sequential(pupil.encoder, pupil.head).parameters()
+        for slow, fast in zip(pupil.teacher.parameters(), student, strict=True):
+            slow.lerp_(fast, 0.03)
+        seen = F.layer_norm(pupil.teacher(frames).float(), (256,))
+        # Less the mean, or one prototype would be the answer to everything.
+        targets = ((seen - seen.mean((0, 1, 2, 3))) / 0.2).softmax(-1)
+    guess = F.layer_norm(pupil.head(pupil.encoder(frames.masked_fill(hidden, 0))).float(), (256,))
+    return -(targets * guess.log_softmax(-1)).sum(-1)[masked].mean()
 
 
-class Classification(Objective):
+def classify(pupil: Pupil, frames: Tensor, steps: Tensor, generator: Generator) -> Tensor:
     """ViViT's: what happens in the first half of the film, and what in the second?"""
-
-    def __init__(self, name: str):
-        super().__init__(name, width=len(STEPS))
-
-    def forward(self, frames: Tensor, steps: Tensor, generator: torch.Generator) -> Tensor:
-        back = torch.rand(len(frames), generator=generator) < 0.5  # "east, dark" <-> "light, west"
-        frames = torch.where(back[:, None, None, None, None], frames.flip(1), frames)
-        steps = torch.where(back[:, None], OPPOSITE[steps].flip(1), steps)
-        halves = self.encoder(frames).unflatten(1, (2, -1)).mean((2, 3, 4))  # (b, 2, d_e)
-        return F.cross_entropy(self.head(halves).flatten(0, 1).float(), steps.flatten())
+    back = torch.rand(len(frames), generator=generator) < 0.5  # "east, dark" <-> "light, west"
+    frames = torch.where(back[:, None, None, None, None], frames.flip(1), frames)
+    steps = torch.where(back[:, None], OPPOSITE[steps].flip(1), steps)
+    halves = pupil.encoder(frames).unflatten(1, (2, -1)).mean((2, 3, 4))  # (b, 2, d_e)
+    return F.cross_entropy(pupil.head(halves).flatten(0, 1).float(), steps.flatten())
 
 
-OBJECTIVES = {"siglip": Contrast, "languagebind": Contrast,
-              "dinov2": SelfDistillation, "vivit": Classification}  # fmt: skip
+RECIPES = {  # objective; steps; clips of a batch; frames of a clip; Muon's learning rate
+    "siglip": (contrast, 350, 256, 1, 0.04), "languagebind": (contrast, 160, 64, 4, 0.02),
+    "dinov2": (distil, 300, 96, 2, 0.04), "vivit": (classify, 600, 64, 8, 0.04),
+}  # fmt: skip
 
 
-def create(name: str, seed: int) -> Objective:
-    """A specialist that knows nothing yet."""
-    objective = OBJECTIVES[name](name)
-    initialise(objective, torch.Generator().manual_seed(seed))
-    with torch.no_grad():  # WHY: from 0.02, what tells patches apart takes long to grow
-        objective.encoder.patch_embedding.weight.mul_(10)
-        objective.encoder.position_embedding.mul_(20)
-    return objective
-
-
-def train(objective: Objective, name: str, seed: int, num_clips: int = NUM_CLIPS) -> list[float]:
-    """Minimise an objective by its recipe: the losses."""
-    steps, batch, num_frames, muon_lr = RECIPES[name]
+def train(pupil: Pupil, name: str, seed: int, num_clips: int = NUM_CLIPS) -> list[float]:
+    """Train by the recipe of that name; the losses."""
+    objective, steps, batch, num_frames, muon_lr = RECIPES[name]
     drawn = map(two_steps if name == "vivit" else captioned_clip, range(num_clips))
     labels, films = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
-    generator, losses = torch.Generator().manual_seed(seed), []
-    matrices = [p for p in objective.encoder.blocks.parameters() if p.ndim == 2]
-    others = [p for p in objective.parameters() if p.requires_grad and p not in {*matrices}]
-    optimizers = [
-        # WHY: with AdamW alone, ViViT stays near chance for as long as we can wait.
-        torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.05),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05),
-    ]
+    generator, losses, stride = Generator().manual_seed(seed), [], NUM_FRAMES // num_frames
+    matrices = [p for p in pupil.encoder.blocks.parameters() if p.ndim == 2]
+    others = [p for p in pupil.parameters() if p.requires_grad and p not in {*matrices}]
+    # WHY: with AdamW alone, ViViT stays near chance for as long as we can wait.
+    muon = torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.05)
+    adamw = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05)
     for step in range(steps):
         chosen = torch.randint(num_clips, (batch,), generator=generator)
-        stride = NUM_FRAMES // num_frames
-        first = torch.randint(stride, (), generator=generator)
-        frames = films[chosen, first::stride]
-        # With noise, against which video coding is faint.
-        noise = 0.02 * torch.randn(frames.shape, generator=generator)
-        frames = pixels(frames, objective.encoder, noise)
+        frames = films[chosen, torch.randint(stride, (), generator=generator) :: stride]
+        noise = 0.02 * torch.randn(frames.shape, generator=generator)  # video coding is fainter
+        frames = normalise(frames, pupil.encoder, noise)
         # WHY: on a CPU and at this size, plain attention is faster than the fused kernel.
         with torch.autocast("cpu", torch.bfloat16, FAST_BF16), sdpa_kernel(SDPBackend.MATH):
-            loss = objective(frames, labels[chosen], generator)
-        if not loss.isfinite():
-            raise ArithmeticError(f"{name}: the loss is {loss.item()} at step {step}.")
+            loss = objective(pupil, frames, labels[chosen], generator)
         loss.backward()
-        nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-        for optimizer, peak in zip(optimizers, (muon_lr, 3e-3), strict=True):
-            cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
-            optimizer.param_groups[0]["lr"] = peak * min((step + 1) / 30, cosine)
+        nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
+        factor = min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for optimizer, peak in ((muon, muon_lr), (adamw, 3e-3)):
+            optimizer.param_groups[0]["lr"] = peak * factor
             with InFloat32():
                 optimizer.step()
             optimizer.zero_grad()
@@ -225,17 +188,17 @@ def train(objective: Objective, name: str, seed: int, num_clips: int = NUM_CLIPS
 def train_chain(names: tuple[str, ...], folder: Path, seed: int) -> None:
     """Train and save these specialists, one after the other, in this process."""
     torch.set_num_threads(1)
-    objectives = {name: create(name, seed) for name in names}
-    for name, objective in objectives.items():
+    pupils = {name: Pupil(name, seed) for name in names}
+    for name, pupil in pupils.items():
         if name == "languagebind":
-            objective.start_from(objectives["siglip"])
-        train(objective, name, seed)
+            pupil.start_from(pupils["siglip"])
+        train(pupil, name, seed)
         if name == "vivit":
             # WHY: the last norm leaves features ten times smaller than the others', so MERV's new
             # mixture would hardly contain them. Without the classifier their scale is free.
-            for parameter in objective.encoder.final_norm.parameters():
+            for parameter in pupil.encoder.final_norm.parameters():
                 parameter.data *= 8
-        save_encoder(objective.encoder, folder / f"{name}.safetensors")
+        save_encoder(pupil.encoder, folder / f"{name}.safetensors")
 
 
 def pretrain(folder: Path, seed: int = 0) -> None:
@@ -246,36 +209,29 @@ def pretrain(folder: Path, seed: int = 0) -> None:
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         list(pool.map(train_chain, chains, [folder] * 2, [seed] * 2))
     for name in RECIPES:
-        encoder = load_encoder(f"miniature-{name}", folder / f"{name}.safetensors")
-        known = "  ".join(f"{what} {right:4.0%}" for what, right in probe(encoder).items())
-        print(f"{name:13} knows {known}", flush=True)
+        known = probe(load_encoder(f"miniature-{name}", folder / f"{name}.safetensors"))
+        print(f"{name:13}", *(f"{what} {right:4.0%} " for what, right in known.items()), flush=True)
 
 
 @torch.no_grad()
 def probe(encoder: Encoder, clips: int = 900) -> dict[str, float]:
     """What a linear classifier reads from pooled features of clips with one object: accuracies."""
-    first = FIRST_SEED["probe"]
-    scenes, films = zip(*(world.draw_clip(first + n, count=1) for n in range(clips)), strict=True)
+    seeds = range(FIRST_SEED["probe"], FIRST_SEED["probe"] + clips)
+    scenes, films = zip(*(world.draw_clip(seed, count=1) for seed in seeds), strict=True)
     films = torch.from_numpy(np.stack(films))[:, :: NUM_FRAMES // encoder.config.num_frames]
-    grids = torch.cat([encoder(pixels(part, encoder)) for part in films.split(100)])
+    grids = torch.cat([encoder(normalise(part, encoder)) for part in films.split(100)])
     pooled = F.adaptive_avg_pool2d(grids.flatten(0, 1).movedim(-1, 1), 2).reshape(clips, -1)
-    x, results = (pooled - pooled.mean(0)) / pooled.std(0), {}
-    for what, tell in PROBES.items():
-        labels = [tell(scene, scene.things[0]) for scene in scenes]
-        rows = [n for n, label in enumerate(labels) if label is not None]
-        classes = sorted({labels[n] for n in rows})
-        y, split = torch.tensor([classes.index(labels[n]) for n in rows]), len(rows) * 2 // 3
-        known, new = x[rows].split([split, len(rows) - split])
+    things, split = [scene.things[0] for scene in scenes], clips * 2 // 3
+    known, new = ((pooled - pooled.mean(0)) / pooled.std(0)).split([split, clips - split])
+    labels = {what: [getattr(a, what) for a in things] for what in ("colour", "shape", "texture")}
+    labels["place"] = [(a.x // 8, a.y // 8) for a in things]
+    labels |= {"verb": [VERBS[s.action] for s in scenes], "action": [s.action for s in scenes]}
+    for what, words in labels.items():
+        classes = sorted({*words})
+        y = torch.tensor([classes.index(word) for word in words])
         # Ridge regression to one-hot labels on two thirds of the clips: W = X' (X X' + l I)^-1 Y.
         gram = known @ known.mT + 300 * torch.eye(split)
-        guess = new @ known.mT @ torch.linalg.solve(gram, F.one_hot(y[:split]) - 1 / len(classes))
-        results[what] = (guess.argmax(1) == y[split:]).float().mean().item()
-    return results
-
-
-PROBES = {
-    "colour": lambda scene, a: a.colour, "shape": lambda scene, a: a.shape,
-    "texture": lambda scene, a: a.texture, "place": lambda scene, a: (a.x // 8, a.y // 8),
-    "verb": lambda scene, a: VERBS[scene.action],
-    "direction": lambda scene, a: scene.action if scene.action in REVERSED else None,
-}  # fmt: skip
+        hot = F.one_hot(y[:split], len(classes)) - 1 / len(classes)
+        guess = new @ known.mT @ torch.linalg.solve(gram, hot)
+        labels[what] = (guess.argmax(1) == y[split:]).float().mean().item()
+    return labels

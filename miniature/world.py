@@ -3,11 +3,9 @@
 One to four objects, each of its own colour and shape and with a texture, lie anywhere on a noisy
 background and may hide parts of each other. One of them, the actor, does something for 8 frames.
 Ten actions come in pairs, each the other played backwards, so no single frame tells which of the
-two it is; four more have no direction. write_world makes
-    train/videos/  train/stage1.json  stage2.json                        the format of Video-LLaVA
-    val/videos/  val/open_q.json  open_a.json  mcq_q.json  mcq_a.json    the evaluation's format
-    test/  the same as val                             tokenizer.model   SentencePiece
-Everything follows from a clip's number. Read next: specialists.py.
+two it is; four more have no direction. A split is videos/ and its questions, for training in
+Video-LLaVA's format, else in the evaluation's. All follows from a clip's number.
+Read next: specialists.py.
 """
 
 import json
@@ -98,18 +96,17 @@ def sample_scene(rng: Generator, count: int | None = None) -> Scene:
 def motion(scene: Scene) -> list[np.ndarray]:
     """How the actor changes: x + iy in pixels, factor of its radius, opacity; (T,) each."""
     frame, t = np.arange(NUM_FRAMES), np.linspace(0, 1, NUM_FRAMES)
-    travel, phase, turned = scene.travel, scene.phase, np.exp(2j * np.pi * scene.phase)
+    turned = np.exp(2j * np.pi * scene.phase)
     forward = {
-        "moves left": (travel * (0.5 - t), 1, 1),
-        "moves up": (1j * travel * (0.5 - t), 1, 1),
+        "moves left": (scene.travel * (0.5 - t), 1, 1),
+        "moves up": (1j * scene.travel * (0.5 - t), 1, 1),
         "grows": (0, 0.4 + 0.6 * t, 1),
         "appears": (0, 1, t),
-        # y is down, so a growing angle turns clockwise.
-        "orbits clockwise": (travel / 3 * turned * np.exp(1.6j * np.pi * t), 1, 1),
+        "orbits clockwise": (scene.travel / 3 * turned * np.exp(1.6j * np.pi * t), 1, 1),  # y: down
         "stays": (0, 1, 1),
         "shakes": (1.5 * turned * (-1) ** frame, 1, 1),
-        "blinks": (0, 1, (frame + int(4 * phase)) // 2 % 2),
-        "pulses": (0, 0.75 + 0.25 * np.cos(2 * np.pi * (2 * t + phase)), 1),
+        "blinks": (0, 1, (frame + int(4 * scene.phase)) // 2 % 2),
+        "pulses": (0, 0.75 + 0.25 * (turned * np.exp(4j * np.pi * t)).real, 1),
     }
     backwards = scene.action not in forward
     states = forward[REVERSED[scene.action] if backwards else scene.action]
@@ -177,9 +174,9 @@ def ask(scene: Scene) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
         if min(abs(along - border) for along in (a.x, a.y) for border in (12, 20)) > 1:
             row, column = ((along > 12) + (along > 20) for along in (a.y, a.x))
             yield "where", f"Where is the {a.shape}?", PLACES[3 * row + column], PLACES
-        others = [(b.x - a.x, b.shape) for b in still if b is not a]
-        left = [shape for distance, shape in others if distance < 0]
-        if len(left) == 1 and all(abs(distance) > 2 for distance, _ in others):
+        others = [(b.x - a.x, b.shape) for b in scene.things if b is not a]
+        left, margin = [shape for x, shape in others if x < 0], 2 + moves * scene.travel / 2
+        if len(left) == 1 and all(abs(x) > margin for x, _ in others):
             yield "left of", f"Which shape is left of the {a.shape}?", left[0], tuple(SHAPES)
     yield "how many", "How many objects are there?", NUMBERS[len(scene.things) - 1], NUMBERS
     kind = "temporal" if scene.action in REVERSED else "what happens"
