@@ -53,9 +53,9 @@ SHAPES = {  # signed distance in pixels of (x, y), y down, to the outline of rad
 }  # fmt: skip
 TEXTURES = {  # brightness at (x, y), pixels from the object's centre
     "plain": lambda x, y: 1 + 0 * (x + y),
-    "striped": lambda x, y: np.where((x + 0 * y) % 4 < 2, 1, 0.35),
-    "checked": lambda x, y: np.where((x // 2.5 + y // 2.5) % 2 < 1, 1, 0.35),
-    "shaded": lambda x, y: np.clip(0.65 + 0.1 * y + 0 * x, 0.3, 1),
+    "striped": lambda x, y: np.where((x + 0 * y) % 4 < 2, 1, 0.5),
+    "checked": lambda x, y: np.where((x // 2.5 + y // 2.5) % 2 < 1, 1, 0.5),
+    "shaded": lambda x, y: np.clip(0.7 + 0.08 * y + 0 * x, 0.4, 1),
 }
 PAIRS = (  # each the other one played backwards
     ("moves left", "moves right"), ("moves up", "moves down"), ("grows", "shrinks"),
@@ -79,7 +79,7 @@ def sample_scene(rng: Generator, count: int | None = None) -> Scene:
     """Objects of distinct colours and shapes; at most about half of one is behind another."""
     count = count or rng.integers(1, 5)
     actor, action, travel = int(rng.integers(count)), str(rng.choice(ACTIONS)), rng.uniform(6, 9)
-    radius = rng.uniform(3.8, 5.2, count)
+    radius = rng.uniform(4.2, 5.6, count)
     reach = radius + (np.arange(count) == actor) * (travel / 2 if "moves" in action else 2)
     while True:  # until every centre has its room
         x, y = rng.uniform(reach, SIZE - reach, (2, count))
