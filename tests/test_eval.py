@@ -122,7 +122,8 @@ def test_multiple_choice_is_asked_with_its_options_and_judged_by_the_letter(worl
 def test_all_kinds_are_asked(world):
     """Each clip is asked every kind of question that it allows."""
     kinds = {q.kind for q in eval.load_questions("miniature-open", world / "test")}
-    assert kinds >= {"colour", "shape", "what happens", "how many"}
+    assert kinds >= {"colour", "shape", "texture", "how many"}
+    assert kinds & {"what happens", "temporal"}, "an action without a direction, or with one"
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", ".."])
