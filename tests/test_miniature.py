@@ -1,6 +1,7 @@
 """The world is what its questions say, and each specialist's objective can be learned."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -218,6 +219,21 @@ def test_each_objective_is_learned_in_a_few_steps(name, monkeypatch, tmp_path):
     clip = torch.randn(2, config.num_frames, 3, 32, 32)
     assert loaded(clip).shape == (2, *config.grid, config.hidden_size)
     assert sum(p.numel() for p in pupil.encoder.parameters()) < 1e6
+
+
+def test_pretraining_leaves_four_files_and_prints_what_they_know(monkeypatch, tmp_path, capsys):
+    """Both chains, here with threads for processes, two steps and few clips."""
+    short = {name: (r[0], 2, 4, *r[3:]) for name, r in specialists.RECIPES.items()}
+    monkeypatch.setattr(specialists, "RECIPES", short)
+    monkeypatch.setattr(specialists.train, "__defaults__", (4,))
+    monkeypatch.setattr(specialists.probe, "__defaults__", (30,))
+    monkeypatch.setattr(
+        specialists, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(1)
+    )
+    specialists.pretrain(tmp_path / "encoders-0")
+    files = {path.stem for path in (tmp_path / "encoders-0").glob("*.safetensors")}
+    assert files == {*short}
+    assert capsys.readouterr().out.count("texture") == 4
 
 
 def test_languagebind_starts_as_siglip():
