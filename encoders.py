@@ -522,10 +522,11 @@ def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Write a safetensors file under a temporary name, then rename: never a partial file."""
+    """Write a safetensors file under a temporary name, then rename: never a partial file, also
+    if several processes write it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     save_file(tensors, partial)
     # WHY: safetensors lets only the owner read; now whoever may read the folder may read the file.
     partial.chmod(0o644 & path.parent.stat().st_mode)
