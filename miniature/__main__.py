@@ -18,7 +18,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -127,8 +126,7 @@ def render(answers: dict, quick: bool) -> str:
     """claims.md, filled in."""
     where = {"loader": jinja2.FileSystemLoader(Path(__file__).parent), "trim_blocks": True}
     where |= {"lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    known = {f.__name__: partial(f, answers) for f in (compare, mixture)}
-    known |= {"answers": answers, "quick": quick}
+    known = {"answers": answers, "quick": quick, "today": date.today()}
     return jinja2.Environment(**where).get_template("claims.md").render(globals() | known)
 
 
