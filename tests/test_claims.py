@@ -5,7 +5,7 @@ import json
 import random
 import re
 import subprocess
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -110,7 +110,8 @@ def test_the_mixture_counts_each_clip_once():
 def world(tmp_path_factory):
     """A folder with a very small world in it."""
     folder = tmp_path_factory.mktemp("claims")
-    write_world(World(train_clips=12, val_clips=1, test_clips=16), folder / "data" / "miniature")
+    counts = {f.name: min(16, f.default) for f in fields(World) if f.name != "vocab_size"}
+    write_world(World(**counts), folder / "data" / "miniature")
     return folder
 
 
