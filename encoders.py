@@ -179,15 +179,23 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(self.block(config) for _ in range(config.num_layers))
         self.final_norm = nn.Identity()  # only ViViT has one
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """(b, T, 3, H, W) -> (b, t, h, w, d_e)."""
+    def forward(self, frames: Tensor, class_token: bool = False) -> Tensor:
+        """(b, T, 3, H, W) -> patches (b, t, h, w, d_e), or class tokens (b, t, 1, 1, d_e).
+
+        ViViT has one class token for all of a clip, so its t is 1 then.
+        """
         self.check(frames)
+        if class_token and not self.config.class_token:
+            what, why = f"{self.config.name} has no class token.", "it was trained without one."
+            raise UserError(what, why, "choose another projector or another encoder.")
         x = self.embed(frames)
         for block in self.blocks:
             x = block(x)
+        x, (_, h, w) = self.final_norm(x), self.config.grid
+        if class_token:
+            return x[:, 0].view(len(frames), -1, 1, 1, x.shape[-1])
         extra = self.config.class_token + self.config.num_registers  # they come first
-        _, h, w = self.config.grid
-        return self.final_norm(x)[:, extra:].view(len(frames), -1, h, w, x.shape[-1])
+        return x[:, extra:].view(len(frames), -1, h, w, x.shape[-1])
 
     def check(self, frames: Tensor) -> None:
         """Raise if `frames` is not (b, T, 3, side, side) with a T that the encoder can take."""
@@ -514,10 +522,11 @@ def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Write a safetensors file under a temporary name, then rename: never a partial file."""
+    """Write a safetensors file under a temporary name, then rename: never a partial file, also
+    if several processes write it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     save_file(tensors, partial)
     # WHY: safetensors lets only the owner read; now whoever may read the folder may read the file.
     partial.chmod(0o644 & path.parent.stat().st_mode)

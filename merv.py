@@ -65,7 +65,7 @@ class MERVConfig:
         """(t, h, w) of the aligned features."""
         t, h, w = self.encoders[0].grid
         if self.projector != "all":
-            h = w = self.pooled_side
+            h = w = 1 if self.projector == "class" else self.pooled_side
         return t // PROJECTORS[self.projector].time_stride, h, w
 
     @classmethod
@@ -96,7 +96,8 @@ class PooledProjector(nn.Module):
     The other projectors of table 2a differ in what comes before the Linear.
     """
 
-    time_stride = 1  # frames in, time steps out
+    time_stride = 1  # frames that become one time step
+    class_token = False  # whether it wants that of each frame instead of its patches
 
     def __init__(self, d_e: int, d: int, side: int):
         super().__init__()
@@ -179,6 +180,12 @@ class AllTokensProjector(PooledProjector):
         return v
 
 
+class ClassTokenProjector(AllTokensProjector):
+    """Table 2a, class tok: each frame is its class token, one visual token."""
+
+    class_token = True
+
+
 class AttentionProjector(AllTokensProjector):
     """Table 2a, 2D Attn: h*w learned queries attend to the patches of each frame."""
 
@@ -258,6 +265,7 @@ class Conv3dProjector(AllTokensProjector):
 PROJECTORS = {
     "avg2d": PooledProjector, "attn2d": AttentionProjector, "conv2d": ConvProjector,
     "avg3d": Pooled3dProjector, "conv3d": Conv3dProjector, "all": AllTokensProjector,
+    "class": ClassTokenProjector,
 }  # fmt: skip
 MIXERS = {
     "cross_attention": CrossAttentionMixer, "concat_sequence": SequenceMixer,
@@ -299,7 +307,9 @@ class MERV(nn.Module):
                 frames = frames.expand(-1, encoder.config.num_frames, -1, -1, -1)
             # FIX: a still is a clip of identical frames; an encoder of single frames sees it once,
             # not 16 times, and text-only rows run no encoder at all (ledger F8).
-            pooled[name] = self.projectors[name].pool(encoder(frames).expand(-1, t, -1, -1, -1))
+            project = self.projectors[name]
+            v = encoder(frames, project.class_token).expand(-1, t, -1, -1, -1)
+            pooled[name] = project.pool(v)
         return pooled
 
     def encode(self, videos: dict, features: dict | None = None) -> tuple[Tensor, Tensor]:
@@ -534,7 +544,7 @@ class MERV(nn.Module):
         """encoder -> hash of all that decides its pooled features: weights, config, pooled size."""
         prints = {}
         for name, encoder in self.encoders.items():
-            known = asdict(replace(encoder.config, source=""))
+            known = asdict(replace(encoder.config, name="", source=""))
             settings = [known, self.config.pooled_side, self.config.projector]
             digest = hashlib.sha256(json.dumps(settings).encode())
             for key, tensor in sorted(encoder.state_dict().items()):

@@ -78,6 +78,9 @@ class TrainConfig:
     encoders: str = option("", "other encoders than the model's, such as dinov2,vivit")
     projector: str = option("avg2d", f"table 2a: {', '.join(PROJECTORS)}")
     mixer: str = option("cross_attention", f"table 2c: {', '.join(MIXERS)}")
+    pooled_side: int = option(
+        0, "table 2b: a frame is pooled to so many rows of so many; 0: 8 or 2"
+    )
     data: str = option("miniature", "folder with stage1.json and stage2.json; miniature makes one")
     tokenizer: str = option("", "LLaMA-2's tokenizer.model; the miniature makes its own")
     name: str = option("", "the run is runs/NAME, or NAME-2 ...; MODEL-RECIPE if empty")
@@ -90,6 +93,7 @@ class TrainConfig:
     warmup: float = option(0.03, "fraction of the steps in which the learning rate rises")
     clip: float = option(1.0, "largest gradient norm")
     seed: int = option(0, "of new weights and of the order of the data")
+    encoder_seed: int = option(0, "of the miniature's specialists")
     workers: int = option(2, "processes per rank that decode videos")
     activation_checkpointing: bool = option(True, "recompute LLM layers: less memory, more work")
     cache_features: str = option("auto", "folder for pooled features; none; auto: in miniature")
@@ -129,7 +133,8 @@ def configure(config: TrainConfig) -> tuple[merv.MERVConfig, Path, str]:
     choose(RECIPES, config.recipe, "recipe")
     choose(PROJECTORS, config.projector, "projector")
     choose(MIXERS, config.mixer, "mixer")
-    model = replace(model, projector=config.projector, mixer=config.mixer)
+    side = config.pooled_side or model.pooled_side
+    model = replace(model, projector=config.projector, mixer=config.mixer, pooled_side=side)
     if config.encoders:
         names = [f"miniature-{name}" if small else name for name in config.encoders.split(",")]
         encoders = tuple(choose(ENCODERS, name, "encoder") for name in names)
@@ -137,14 +142,17 @@ def configure(config: TrainConfig) -> tuple[merv.MERVConfig, Path, str]:
     folder, tokenizer = Path(config.data), config.tokenizer
     if config.data == "miniature":
         if dist.get_rank() == 0:
-            miniature.prepare(MINIATURE)
+            miniature.prepare(MINIATURE, config.encoder_seed)
         dist.barrier()
         folder, tokenizer = MINIATURE / "train", tokenizer or str(MINIATURE / "tokenizer.model")
     if small:
-        names = [e.name.removeprefix("miniature-") for e in model.encoders]
-        files = [str(MINIATURE / "encoders" / f"{name}.safetensors") for name in names]
-        sourced = zip(model.encoders, files, strict=True)
+        home = str(MINIATURE / f"encoders-{config.encoder_seed}" / "{}.safetensors")
+        sources = [home.format(e.name.removeprefix("miniature-")) for e in model.encoders]
+        sourced = zip(model.encoders, sources, strict=True)
         model = replace(model, encoders=tuple(replace(e, source=file) for e, file in sourced))
+    if len(set(model.encoders)) < len(model.encoders):  # several of one: a control
+        copies = (replace(e, name=f"{e.name}-{i}") for i, e in enumerate(model.encoders, start=1))
+        model = replace(model, encoders=tuple(copies))
     return model, folder, tokenizer
 
 

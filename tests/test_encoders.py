@@ -956,3 +956,23 @@ def test_an_explained_error_survives_the_way_out_of_a_worker_process():
     again = pickle.loads(pickle.dumps(error))
     assert type(again) is CheckpointError
     assert str(again) == str(error) == "what\nWhy: why\nFix: fix"
+
+
+@pytest.mark.parametrize("name", ["languagebind", "dinov2", "vivit"])
+def test_class_tokens_are_what_the_patches_leave_out(name):
+    """One token a frame, or a clip for ViViT: the first of the sequence; the patches stay."""
+    encoder = load_encoder(f"miniature-{name}")
+    frames = torch.randn(2, encoder.config.num_frames, 3, 32, 32)
+    whole = frames
+    for step in (encoder.embed, *encoder.blocks, encoder.final_norm):
+        whole = step(whole)
+    tokens = encoder(frames, class_token=True)
+    t = 1 if name == "vivit" else encoder.config.num_frames
+    assert tokens.shape == (2, t, 1, 1, 96)
+    torch.testing.assert_close(tokens.flatten(0, 3), whole[:, 0])
+
+
+def test_siglip_has_no_class_token():
+    """It says so instead of giving a patch."""
+    with pytest.raises(UserError, match="miniature-siglip has no class token"):
+        load_encoder("miniature-siglip")(torch.zeros(1, 4, 3, 32, 32), class_token=True)

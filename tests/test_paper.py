@@ -45,8 +45,9 @@ def test_the_3d_convolution_has_the_parameters_of_a_3x3x3_one():
 @pytest.mark.parametrize("name", PROJECTORS)
 def test_every_projector_gives_tokens_of_the_llms_width(name):
     """(b, t, h_e, w_e, d_e) -> (b, n, d); the 3-D ones halve time, "all" keeps every patch."""
-    projector, v = PROJECTORS[name](24, 32, 2), torch.randn(2, 4, 5, 5, 24)
-    t, side = 4 // projector.time_stride, 5 if name == "all" else 2
+    grid = 1 if name == "class" else 5  # what the encoder is asked for
+    projector, v = PROJECTORS[name](24, 32, 2), torch.randn(2, 4, grid, grid, 24)
+    t, side = 4 // projector.time_stride, grid if name in ("all", "class") else 2
     tokens = projector(projector.pool(v))
     assert tokens.shape == (2, t * side * side, 32)
     tokens.sum().backward()

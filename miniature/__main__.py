@@ -1,0 +1,164 @@
+"""What the paper claims, checked in miniature (paper 4 and 5).
+
+    python -m miniature claims            all of it
+    python -m miniature claims --quick    one seed, the main table and the controls
+
+Only train.py and eval.py, run many times, two at a time; a complete run is not repeated. claims.ini
+has the runs, claims.md claims and tables: budgets and rules are fixed before a test clip is seen.
+"""
+
+import argparse
+import configparser
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+import jinja2
+import numpy as np
+from PIL import Image
+
+import miniature
+from data import load_video
+from encoders import UserError
+from eval import Question, first_word, write_file
+from merv import progress
+from miniature.world import REVERSED
+from train import MINIATURE
+
+ROOT, RUNS = Path(__file__).parents[1], Path("runs/claims")
+STEPS = 400  # of training, where a row does not say otherwise
+SEEDS = 3  # of key rows; each has its own encoders, new weights and order of the data
+ERRORS = 3  # standard errors between what is measured and what would refute a claim
+
+
+def write_shuffled(train: Path, new: Path) -> None:
+    """Control: each conversation is about some other clip, so only the words can be learned."""
+    rows = [r for r in json.loads((train / "stage2.json").read_text()) if "video" in r]
+    videos = random.Random(0).sample([row["video"] for row in rows], len(rows))
+    rows = [row | {"video": str(train.absolute() / v)} for row, v in zip(rows, videos, strict=True)]
+    write_file(new / "stage2.json", json.dumps(rows))
+
+
+def write_split(old: Path, new: Path, file: str) -> None:
+    """A world in which the right encoder depends on the clip, as can be seen: odd ones are grey and
+    asked what happens; even ones have their frames out of order and are asked all the rest."""
+    kept = []
+    for row in json.loads((old / file).read_text()):
+        clip = Path(row.get("video_name") or row.get("video", "")).stem
+        grey, turns = clip[-1:] in "13579", row.get("conversations") or [{"value": row["question"]}]
+        about = ["What happens?" in turn["value"] for turn in turns[::2]]
+        turns = [turn for i, turn in enumerate(turns) if about[i // 2] == grey]
+        if clip and turns:
+            kept.append(row | {"video": f"videos/{clip}", "conversations": turns})
+            frames = load_video(old / f"videos/{clip}.mp4", 8).permute(0, 2, 3, 1).numpy()
+            order = list(range(8)) if grey else random.Random(clip).sample(range(8), 8)
+            (folder := new / "videos" / clip).mkdir(parents=True, exist_ok=True)
+            for i, frame in enumerate(frames[order]):
+                Image.fromarray(frame).convert("L" if grey else "RGB").save(folder / f"{i}.png")
+    write_file(new / file, json.dumps(kept))
+
+
+def run(name: str, options: str, seed: int) -> list[Question]:
+    """The test's questions as a run answered them; it is trained and asked first if need be."""
+    folder, world = RUNS / f"{name}-{seed}", MINIATURE / ("split" if name[:5] == "split" else "")
+    train = f"train.py --name claims/{folder.name} --data {MINIATURE}/train --max-steps {STEPS}"
+    train += f" --tokenizer {MINIATURE}/tokenizer.model --seed {seed} --encoder-seed {seed}"
+    train += f" --workers 0 --no-evaluate {options}"
+    test = f"eval.py --checkpoint {folder} --data {world}/test --workers 0"
+    code = {f.read_bytes() for f in [*ROOT.glob("*.py"), *MINIATURE.rglob("made_by.txt")]}
+    digest = hashlib.sha256(b"".join(sorted(code))).hexdigest()
+    done, made_by = folder / "made_by.txt", "\n".join((digest, train, test))
+    if not done.exists() or done.read_text() != made_by:
+        shutil.rmtree(folder, ignore_errors=True)  # of other code or options, or killed
+        threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        for command in (train, test):
+            script = [sys.executable, *f"{ROOT}/{command}".split()]
+            ended = subprocess.run(script, env=os.environ | threads, capture_output=True, text=True)
+            if ended.returncode:
+                raise UserError(f"{command} fails.", ended.stderr[-2000:], "run it by hand.")
+        write_file(done, made_by)
+    result = json.loads((folder / "eval/miniature-open.json").read_text())
+    return [Question(**question) for question in result["questions"]]
+
+
+def inside(question: Question, subset: str) -> bool:
+    """Is it among "all", "temporal", a kind, a first word or a text?"""
+    own = ("all", question.kind, first_word(question.text), question.text)
+    return question.expected in REVERSED if subset == "temporal" else subset in own
+
+
+def compare(answers: dict, one: str, other="", subset="all") -> tuple[float, float]:
+    """Accuracy of a row, minus that of another on the same questions; standard error: over clips,
+    because questions about one depend on each other, or over seeds, whichever is larger."""
+    seeds = [seed for row, seed in answers if row == one and (other or one, seed) in answers]
+    asked = [i for i, q in enumerate(answers[one, 0]) if inside(q, subset)]
+    gaps = np.array([[answers[one, s][i].correct for i in asked] for s in seeds], float)
+    if other:
+        gaps -= [[answers[other, s][i].correct for i in asked] for s in seeds]
+    clips = np.unique([answers[one, 0][i].video for i in asked], return_inverse=True)[1]
+    off = np.bincount(clips, gaps.mean(0) - gaps.mean())
+    over_clips = off.std(ddof=1) * len(off) ** 0.5 / len(asked)
+    over_seeds = gaps.mean(1).std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else 0
+    return gaps.mean(), max(over_clips, over_seeds)
+
+
+def verdict(difference: float, error: float, low: float = 0, high: float = 1) -> str:
+    """Does the difference lie between low and high, ERRORS standard errors off as well?"""
+    least, most = difference - ERRORS * error, difference + ERRORS * error
+    outside = most < low or least > high
+    return "holds" if low < least and most < high else "does not hold" if outside else "undecided"
+
+
+def mixture(answers: dict, row: str, subset: str = "all") -> list[tuple[float, float]]:
+    """Each encoder's weight: mean over clips and standard deviation between them; first seed."""
+    clips = {q.video: q.weights for q in answers[row, 0] if inside(q, subset)}
+    return [(np.mean(of), np.std(of)) for of in zip(*clips.values(), strict=True)]
+
+
+def render(answers: dict, quick: bool) -> str:
+    """claims.md, filled in."""
+    where = {"loader": jinja2.FileSystemLoader(Path(__file__).parent), "trim_blocks": True}
+    where |= {"lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    known = {"answers": answers, "quick": quick, "today": date.today()}
+    return jinja2.Environment(**where).get_template("claims.md").render(globals() | known)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is not there yet, fill in claims.md; status 1 if what must hold does not."""
+    parser = argparse.ArgumentParser(description="Check the paper's claims in miniature.")
+    parser.add_argument("what", choices=["claims"])
+    parser.add_argument("--quick", action="store_true", help="one seed, main table, controls")
+    quick, rows, answers = parser.parse_args(arguments).quick, configparser.ConfigParser(), {}
+    rows.optionxform = str  # names keep their capitals
+    rows.read(Path(__file__).with_name("claims.ini"))
+    seeds = {"main": 1} if quick else {"main": SEEDS, "key": SEEDS, "more": 1}
+    jobs = [(*row, n) for part in seeds for row in rows.items(part) for n in range(seeds[part])]
+    try:
+        for seed in range(seeds["main"]):
+            miniature.prepare(MINIATURE, seed)
+        write_shuffled(MINIATURE / "train", MINIATURE / "shuffled")
+        if not quick:
+            write_split(MINIATURE / "train", MINIATURE / "split/train", "stage2.json")
+            write_split(MINIATURE / "test", MINIATURE / "split/test", "open_q.json")
+            shutil.copy(MINIATURE / "test/open_a.json", MINIATURE / "split/test")
+        with ThreadPoolExecutor(2) as pool:
+            for job, questions in zip(jobs, pool.map(run, *zip(*jobs, strict=True)), strict=True):
+                answers[job[0], job[2]] = questions
+                progress("claims", len(answers), len(jobs), f"{job[0]}, seed {job[2]}")
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    text = render(answers, quick)
+    write_file(RUNS / ("quick.md" if quick else "claims.md"), text)
+    print(text)
+    sys.exit("must hold" in text)
+
+
+if __name__ == "__main__":
+    main()
