@@ -5,17 +5,22 @@
     a conversation                         -> render_prompt, tokenize -> ids and labels
     a JSON file of conversations           -> ConversationDataset, collate         -> Batch
 
+    python data.py DIR --check                              every row that cannot be used, and why
+    python data.py DIR --show 3 --tokenizer tokenizer.model    what the model is given, and told
+
 Read before: encoders.py (what each encoder wants), llama.py (the tokenizer). Read next: merv.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import random
 import re
+import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
@@ -26,7 +31,8 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from encoders import EncoderConfig, UserError, save_tensors
 from llama import Tokenizer
@@ -303,9 +309,9 @@ class Batch:
     """Examples padded on the right to one length s; v of the b rows have a picture."""
 
     input_ids: Tensor  # (b, s)
-    labels: Tensor  # (b, s)
-    lengths: Tensor  # (b,) tokens of each row that are real
-    visual_rows: Tensor  # (v,) which rows have a video or image
+    labelled: Tensor  # (2, k): row and place of each token that the loss is taken on
+    lengths: list[int]  # tokens of each of the b rows that are real
+    visual_rows: list[int]  # which v rows have a video or image
     pixels: dict[str, Tensor]  # encoder -> (v, T_e, 3, H, W)
     features: dict[str, Tensor]  # encoder -> (v, t, h, w, d_e)
     bad: list[dict] = field(default_factory=list)  # {"row", "id", "file", "reason"} of each failure
@@ -323,7 +329,12 @@ class Batch:
     @property
     def num_labels(self) -> int:
         """How many positions the loss is taken on."""
-        return int((self.labels != IGNORE).sum())
+        return self.labelled.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Of text, without padding."""
+        return sum(self.lengths)
 
 
 @dataclass
@@ -426,6 +437,15 @@ class ConversationDataset(Dataset):
         row, path = self.rows[index], self.media(self.rows[index])[1]
         return dict(row=index, id=row.get("id"), file=path and str(path), reason=str(error))
 
+    def check(self, index: int) -> dict | None:
+        """The failure of a row, or None; decodes four frames of its clip, both ends included."""
+        try:
+            self.turns(index)
+            if path := self.media(self.rows[index])[1]:
+                load_video(path, 4)
+        except DataError as error:
+            return self.failure(index, error)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -453,13 +473,14 @@ def collate(examples: list[Example]) -> Batch:
         what = "A batch mixes cached features and pixels."
         raise DataError(what, "only some clips are cached.", "cache them all before training.")
     pad = torch.nn.utils.rnn.pad_sequence
+    labels = pad([e.labels for e in examples], batch_first=True, padding_value=IGNORE)
     return Batch(
         # WHY: 0 is a real token (<unk>), not a pad token. LLaMA-2 has none, and none is needed:
         # lengths say what is real.
         input_ids=pad([e.input_ids for e in examples], batch_first=True, padding_value=0),
-        labels=pad([e.labels for e in examples], batch_first=True, padding_value=IGNORE),
-        lengths=torch.tensor([len(e.input_ids) for e in examples]),
-        visual_rows=torch.tensor(rows, dtype=torch.long),
+        labelled=(labels != IGNORE).nonzero().T,
+        lengths=[len(e.input_ids) for e in examples],
+        visual_rows=rows,
         pixels=_stack([e.pixels for e in visual]),
         features=_stack([e.features for e in visual]),
         bad=[failure for e in examples for failure in e.bad],
@@ -518,3 +539,67 @@ class GroupedBatchSampler(Sampler[list[int]]):
         for batch in self.global_batches():
             mine = batch[self.rank :: self.world_size]
             yield from np.reshape(mine, (-1, self.micro_batch)).tolist()
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
+    """Go through `items` with a bar and the time left on stderr; in a log a line every 10 s."""
+    every = 0.1 if sys.stderr.isatty() else 10
+    return tqdm(items, what, total, mininterval=every, ascii=" #", dynamic_ncols=True)
+
+
+def check(dataset: ConversationDataset, workers: int) -> int:
+    """Try every row, in parallel, and print those that cannot be used; how many they are."""
+    total, bad = len(dataset), 0
+    rows = DataLoader(range(total), None, collate_fn=dataset.check, num_workers=workers)
+    for failure in progress(rows, dataset.file.name):
+        if failure:
+            bad += 1
+            tqdm.write("row {row}  id {id}  file {file}\n{reason}\n".format(**failure), sys.stdout)
+    print(f"{dataset.file}: {total} rows, {bad} bad ({100 * bad / max(1, total):.1f} %)")
+    return bad
+
+
+def show(dataset: ConversationDataset, count: int) -> None:
+    """Print the first rows: the file, the text, and every token with its label."""
+    for index in range(min(count, len(dataset))):
+        turns, (kind, path) = dataset.turns(index), dataset.media(dataset.rows[index])
+        print(f"\nrow {index}  id {dataset.rows[index].get('id')}  {kind} {path or ''}")
+        for text, is_answer in turns:
+            print(f"  {'answer' if is_answer else 'prompt'}  {text!r}")
+        print(f"\n  {'id':>6}  {'piece':<16}  label")
+        for number, label in zip(*tokenize(turns, dataset.tokenizer), strict=True):
+            piece = dataset.tokenizer.pieces.id_to_piece(number)
+            print(f"  {number:>6}  {piece:<16}  {'-' if label == IGNORE else label}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`data.py`: find bad rows before a training run does, see what the model is given."""
+    parser = argparse.ArgumentParser(
+        description="Look at training data: DIR/stage1.json, stage2.json."
+    )
+    parser.add_argument("folder", type=Path, help="what train.py is given as --data")
+    parser.add_argument("--check", action="store_true", help="list the rows that cannot be used")
+    parser.add_argument("--show", type=int, default=0, help="print so many rows of each file")
+    parser.add_argument("--tokenizer", help="LLaMA-2's tokenizer.model, for --show")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode videos")
+    args, bad = parser.parse_args(arguments), 0
+    try:
+        tokenizer = (
+            Tokenizer(args.tokenizer or args.folder / "tokenizer.model") if args.show else None
+        )
+        for name, template in (("stage1", "caption"), ("stage2", "base")):
+            if name == "stage2" or (args.folder / f"{name}.json").exists():
+                file = args.folder / f"{name}.json"
+                dataset = ConversationDataset(file, tokenizer, TEMPLATES[template], [])
+                show(dataset, args.show)
+                bad += check(dataset, args.workers) if args.check else 0
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -41,6 +41,12 @@ CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711
 VIT_L = dict(hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14)
 VIT_B = dict(hidden_size=768, num_heads=12, released_layers=12, num_layers=11, patch_size=16)
 
+ACTIVATIONS = {
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
 
 @dataclass(frozen=True)
 class EncoderConfig:
@@ -142,13 +148,6 @@ class MLP(nn.Module):
         return self.down_proj(self.activation(self.up_proj(x)))
 
 
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
-
-
 class Block(nn.Module):
     """Pre-norm transformer block: (rows, tokens, d_e) -> the same."""
 
@@ -171,12 +170,11 @@ class Block(nn.Module):
 class Encoder(nn.Module):
     """What the four share; each has its own `embed`, from frames to rows of tokens."""
 
-    block = Block
-
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList(self.block(config) for _ in range(config.num_layers))
+        block = LanguageBindBlock if config.temporal_window else Block
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
         self.final_norm = nn.Identity()  # only ViViT has one
 
     def forward(self, frames: Tensor, class_token: bool = False) -> Tensor:
@@ -200,14 +198,16 @@ class Encoder(nn.Module):
     def check(self, frames: Tensor) -> None:
         """Raise if `frames` is not (b, T, 3, side, side) with a T that the encoder can take."""
         name, side, window = self.config.name, self.config.image_size, self.config.temporal_window
-        if frames.ndim != 5 or frames.shape[2:] != (3, side, side):
+        if frames.shape[2:] != (3, side, side):
             what = f"{name} got frames {tuple(frames.shape)}, wants (b, T, 3, {side}, {side})."
             fix = "pass the video through data.preprocess(frames, encoder.config)."
             raise UserError(what, f"it reads clips of {side}x{side} RGB frames.", fix)
-        if window and frames.shape[1] % window:
-            what = f"{name} got {frames.shape[1]} frames, wants a multiple of {window}."
-            why = f"it attends to windows of {window} frames, each with its learned position."
-            raise UserError(what, why, f"sample {window}, {2 * window}, {3 * window} ... frames.")
+        # LanguageBind takes whole windows, ViViT its 32 frames; a ViT sees each frame alone.
+        given, every, alone = frames.shape[1], self.config.num_frames, self.config.family == "vit"
+        if not (given % window == 0 if window else given == every or alone):
+            wanted = f"a multiple of {window}" if window else f"{every}"
+            why = "each moment that it sees at once has its own learned position."
+            raise UserError(f"{name} got {given} frames, wants {wanted}.", why, f"sample {wanted}.")
 
 
 class ViT(Encoder):
@@ -260,8 +260,6 @@ class LanguageBindBlock(Block):
 class LanguageBind(Encoder):
     """CLIP's image encoder with temporal attention in every block, so t = T."""
 
-    block = LanguageBindBlock
-
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
         d_e, (_, h, w) = config.hidden_size, config.grid
@@ -291,11 +289,6 @@ class ViViT(Encoder):
 
     def embed(self, frames: Tensor) -> Tensor:
         """(b, T, 3, H, W) -> (b, 1 + t*h*w, d_e), with T exactly config.num_frames."""
-        given, wanted = frames.shape[1], self.config.num_frames
-        if given != wanted:
-            what = f"{self.config.name} got {given} frames, wants {wanted}."
-            why = "every tubelet of the clip has its own learned position."
-            raise UserError(what, why, f"sample {wanted} frames.")
         x = self.patch_embedding(frames.transpose(1, 2)).flatten(2).mT  # (b, t*h*w, d_e)
         return torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.position_embedding
 
@@ -334,14 +327,11 @@ _ROWS = [  # ours, timm's ("vit"), LanguageBind's, Google's ("vivit"); "*" is a 
     ("*.mlp_scale", "*.ls2.gamma", "", ""),
     ("final_norm", "", "", "layernorm"),
 ]  # fmt: skip
-NAMES = {  # family -> ours -> theirs, as `released_names` reads it
-    family: {
-        ours.replace("*", "blocks.*"): theirs[i].replace("*", block)
-        for ours, *theirs in _ROWS
-        if theirs[i]
-    }
-    for i, (family, block) in enumerate(BLOCKS.items())
-}
+NAMES: dict[str, dict[str, str]] = {family: {} for family in BLOCKS}  # ours -> theirs
+for _ours, *_theirs in _ROWS:
+    for (_family, _block), _name in zip(BLOCKS.items(), _theirs, strict=True):
+        if _name:
+            NAMES[_family][_ours.replace("*", "blocks.*")] = _name.replace("*", _block)
 SKIP = {  # left unread -> why
     "norm.*": "DINOv2's and SigLIP's features are taken before the final norm",
     "attn_pool.*": "SigLIP's head pools an image to one vector; MERV wants the grid",
@@ -358,12 +348,24 @@ def load_encoder(config_or_name, source=None, dtype=torch.float32, device="cpu")
     """A frozen encoder in eval mode, with released weights or, without a source, random ones.
 
     config_or_name: an EncoderConfig, or its name in ENCODERS. source: a file, a folder or a hub id
-    ("owner/name" or "owner/name@revision") in the released format. Raises CheckpointError with
-    every name that does not fit.
+    ("owner/name[@revision]") in the released format. CheckpointError names all that does not fit.
     """
     config = ENCODERS[config_or_name] if isinstance(config_or_name, str) else config_or_name
     if source is not None:
-        config, tensors = _read_released(config, source)
+        tensors = read_tensors(source, FILES)
+        for prefix in PREFIXES[config.family]:
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        if "pos_embed" in tensors:
+            tensors["pos_embed"] = resize_positions(tensors["pos_embed"], *config.grid[1:])
+        if config.family == "languagebind":
+            # Its window is in the weights, its activation in the config.json beside them.
+            time = tensors.get("encoder.layers.0.temporal_embedding", torch.empty(0))
+            window = time.shape[1] if time.ndim == 3 else config.temporal_window
+            beside = Path(source).parent if Path(source).is_file() else source
+            path = find_file(beside, ("config.json",), required=False)
+            vision = read_json(path).get("vision_config", {}) if path else {}
+            activation = vision.get("hidden_act", config.activation)
+            config = replace(config, temporal_window=window, activation=activation)
     with torch.device("meta"):
         encoder = FAMILIES[config.family](config)
     if source is None:
@@ -374,28 +376,6 @@ def load_encoder(config_or_name, source=None, dtype=torch.float32, device="cpu")
         skip = SKIP | {block.replace("*", f"{index}.*"): "not run" for index in after}
         assign_weights(encoder, tensors, names, skip, f"{config.name} from {source}", dtype)
     return encoder.to(device, dtype).eval().requires_grad_(False)
-
-
-def _read_released(config: EncoderConfig, source: str | Path) -> tuple[EncoderConfig, dict]:
-    """The tensors, without prefix, and the configuration with what the source says of itself."""
-    tensors = read_tensors(source, FILES)
-    for prefix in PREFIXES[config.family]:
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-    if "pos_embed" in tensors:
-        tensors["pos_embed"] = resize_positions(tensors["pos_embed"], *config.grid[1:])
-    if config.family == "languagebind":  # its window is in the weights, its activation beside them
-        time = tensors.get("encoder.layers.0.temporal_embedding")
-        if time is not None and time.ndim == 3:
-            config = replace(config, temporal_window=time.shape[1])
-        beside = Path(source).parent if Path(source).is_file() else source
-        path = find_file(beside, ("config.json",), required=False)
-        vision = read_json(path).get("vision_config", {}) if path else {}
-        config = replace(config, activation=vision.get("hidden_act", config.activation))
-        if config.activation not in ACTIVATIONS:
-            what = f"{path} asks for the activation {config.activation}."
-            fix = f"choose a checkpoint with one of {', '.join(ACTIVATIONS)}."
-            raise CheckpointError(what, "LanguageBind was not released with it.", fix)
-    return config, tensors
 
 
 def save_encoder(encoder: Encoder, path: str | Path, state: dict | None = None) -> None:
@@ -420,16 +400,20 @@ def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
 
 # -------------------------------------------- released files, for encoders.py, llama.py and merv.py
 
+HUB_FIXES = {  # an error of huggingface_hub, whose own words say why -> what to do
+    hub_errors.GatedRepoError: "accept its licence at huggingface.co/{}, then run `hf auth login`.",
+    hub_errors.LocalEntryNotFoundError: "connect, or run `hf download {}` beforehand, online.",
+    Exception: "check the name (a local path must exist), the connection and `hf auth whoami`.",
+}
+
 
 class UserError(ValueError):
-    """Bad input, explained: what is wrong, why that matters, how to fix it."""
-
-    def __init__(self, what: str, why: str = "", fix: str = ""):
-        super().__init__(what, why, fix)  # kept as args, to survive the way out of a worker process
+    """Bad input, explained: UserError(what is wrong, why that matters, how to fix it)."""
 
     def __str__(self) -> str:
-        what, why, fix = self.args
-        return what + (f"\nWhy: {why}\nFix: {fix}" if why else "")
+        # A DataLoader's worker hands over an error as one text, which has all three in it.
+        what, *rest = self.args
+        return what + ("\nWhy: {}\nFix: {}".format(*rest) if rest else "")
 
 
 class CheckpointError(UserError):
@@ -441,52 +425,31 @@ def find_file(source: str | Path, names: tuple[str, ...], required: bool = True)
 
     Downloads go to huggingface_hub's cache; HF_HUB_OFFLINE=1 reads from there only.
     """
-    path, found = Path(source), []
+    path, wanted = Path(source), " or ".join(names)
     if path.is_file():
         return path
     if path.is_dir():
-        found = [path / name for name in names if (path / name).is_file()]
+        if found := [path / name for name in names if (path / name).is_file()]:
+            return found[0]
     elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
-        found = _download(str(source), names)
-    if not found and required:
-        why = "a source is a folder or a hub id (owner/name) with such a file, or the file itself."
-        fix = "check the path or the name, and that the download or copy is complete."
-        raise CheckpointError(f"Found no {' or '.join(names)} at {source}.", why, fix)
-    return found[0] if found else None
-
-
-HUB_ERRORS = (  # the first that matches: why, fix
-    (hub_errors.GatedRepoError, "its owner asks to accept a licence first.",
-     "accept it at https://huggingface.co/{repo}, then run `hf auth login`."),
-    (hub_errors.RepositoryNotFoundError, "the hub has no {repo}, or it is private.",
-     "check the name (a local path must exist); for a private one run `hf auth login`."),
-    (hub_errors.RevisionNotFoundError, "it has no branch, tag or commit {revision}.",
-     "check it at https://huggingface.co/{repo}/tree/main."),
-    (hub_errors.LocalEntryNotFoundError, "not in the cache, and the hub is out of reach: {names}.",
-     "connect, or run `hf download {repo}` beforehand where there is a connection."),
-    (Exception, "{names}: {error}",  # networks, tokens, disks
-     "check the name (a local path must exist), the connection, the disk and `hf auth whoami`."),
-)  # fmt: skip
-
-
-def _download(source: str, names: tuple[str, ...]) -> list[Path]:
-    repo, _, revision = source.partition("@")
-    problem = None
-    for name in names:
-        try:
-            return [Path(huggingface_hub.hf_hub_download(repo, name, revision=revision or None))]
-        except hub_errors.EntryNotFoundError as error:  # but the next name may be there, or cached
-            if isinstance(error, hub_errors.LocalEntryNotFoundError):
+        repo, _, revision = str(source).partition("@")
+        for name in names:
+            try:
+                return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision or None))
+            except Exception as error:
                 problem = error
-        except Exception as error:
-            problem = error
-            break
-    if problem is None:
-        return []
-    texts = next(texts for kind, *texts in HUB_ERRORS if isinstance(problem, kind))
-    error, names = f"{type(problem).__name__}: {problem}", " or ".join(names)
-    texts = [t.format(repo=repo, revision=revision, names=names, error=error) for t in texts]
-    raise CheckpointError(f"Cannot download {source}.", *texts) from problem
+            if not isinstance(problem, hub_errors.EntryNotFoundError):
+                break  # else the next name may be there, or in the cache
+        if not isinstance(problem, hub_errors.RemoteEntryNotFoundError):
+            why = f"{type(problem).__name__}: {problem}"
+            fix = next(fix for kind, fix in HUB_FIXES.items() if isinstance(problem, kind))
+            what = f"Cannot download {wanted} of {source}."
+            raise CheckpointError(what, why, fix.format(repo)) from problem
+    if not required:
+        return None
+    why = "a source is a folder or a hub id (owner/name) with such a file, or the file itself."
+    fix = "check the path or the name, and that the download or copy is complete."
+    raise CheckpointError(f"Found no {wanted} at {source}.", why, fix)
 
 
 def read_json(path: Path) -> dict:
@@ -501,24 +464,21 @@ def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor
     """name -> tensor of the first of `files`; memory-mapped: read from disk when it is used."""
     path = find_file(source, files)
     try:
-        if path.name.endswith(".index.json"):
-            beside, tensors = path.parent if path == Path(source) else source, {}
-            for shard in sorted(set(read_json(path)["weight_map"].values())):
-                tensors |= read_tensors(beside, (shard,))
-            return tensors
         if path.suffix == ".safetensors":
             return load_file(path)
-        # WHY: a private mapping reserves its size, and Linux refuses 27 GB to a machine of 24 GB.
-        # A shared one does not, but needs a file one may write. Nobody does: weights are copied.
-        shared = os.name == "posix" and os.access(path, os.W_OK)
-        with set_default_mmap_options(mmap.MAP_SHARED) if shared else nullcontext():
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except CheckpointError:
-        raise
+        if path.suffix != ".json":
+            # WHY: a private mapping reserves its size: Linux refuses 27 GB to a machine of 24 GB. A
+            # shared one does not, but needs a file one may write. Nobody does: weights are copied.
+            shared = os.name == "posix" and os.access(path, os.W_OK)
+            with set_default_mmap_options(mmap.MAP_SHARED) if shared else nullcontext():
+                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
     except Exception as error:  # every reader has its own zoo of errors for a damaged file
         why = f"{type(error).__name__}: {error}"
         fix = "the file is damaged or no checkpoint; delete it and download it again."
         raise CheckpointError(f"Cannot read {path}.", why, fix) from error
+    beside = path.parent if path == Path(source) else source
+    return {k: v for shard in shards for k, v in read_tensors(beside, (shard,)).items()}
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:

@@ -28,7 +28,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import partial
@@ -43,12 +43,23 @@ from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 
 import merv
-from data import IMAGE_SUFFIXES, VideoError, load_pixels, load_video, mcq_prompt
+from data import IMAGE_SUFFIXES, VideoError, load_pixels, load_video, mcq_prompt, progress
 from encoders import ENCODERS, FAMILIES, UserError
 from llama import LLAMAS, Llama
-from merv import MERV, choose, option, parse_options, progress
+from merv import MERV, choose, option, parse_options
 
 # ---------------------------------------------------------------------------------------- questions
+
+LETTERS = "ABCDEFGHIJ"  # of options
+FPS = 3.0  # of videos that are folders of frames, as VLEP and TVQA come
+TEMPORAL = {  # appendix B.2.2: played backwards, each looks like another class
+    "Approaching something with your camera", "Moving away from something with your camera",
+    "Moving something away from the camera", "Moving something towards the camera",
+    "Pulling something from left to right", "Pulling something from right to left",
+    "Pushing something from left to right", "Pushing something from right to left",
+    *(f"Turning the camera {where} while filming something" for where in
+      ("downwards", "upwards", "left", "right")),
+}  # fmt: skip
 
 
 @dataclass
@@ -61,9 +72,7 @@ class Question:
     expected: str  # the words, or the letter
     kind: str = ""  # the row of the table it counts in; "": its first word, a WH-word (figure 5)
     options: tuple[str, ...] = ()  # of multiple choice
-    start: float | None = None  # seconds
-    end: float | None = None
-    end_frame: int | None = None  # Perception Test: the last frame that may be seen
+    cut: tuple = (None, None, None)  # start and end in seconds; the last frame that may be seen
     answer: str = ""
     weights: tuple[float, ...] = ()  # mixing weights, in the order of the encoders
     failure: str = ""  # why there is no answer
@@ -73,7 +82,7 @@ class Question:
     mark: int = 0
 
     def __post_init__(self):
-        self.id, self.kind = str(self.id), self.kind or first_word(self.text)
+        self.id, self.kind = str(self.id), self.kind or self.first_word
 
     @property
     def prompt(self) -> str:
@@ -81,17 +90,9 @@ class Question:
         return mcq_prompt(self.text, list(self.options)) if self.options else self.text
 
     @property
-    def clip(self) -> tuple:
-        """Questions with the same clip are answered together."""
-        return self.video, self.start, self.end, self.end_frame
-
-
-def first_word(text: str) -> str:
-    """ "What's there?" -> "what"."""
-    return re.match(r"\W*(\w*)", text)[1].lower()
-
-
-LETTERS = "ABCDEFGHIJ"
+    def first_word(self) -> str:
+        """ "What's there?" -> "what"."""
+        return re.match(r"\W*(\w*)", self.text)[1].lower()
 
 
 def read_pairs(folder: Path, questions: str = "test_q.json", answers: str = "test_a.json"):
@@ -101,19 +102,18 @@ def read_pairs(folder: Path, questions: str = "test_q.json", answers: str = "tes
         a, options = by_id[q["question_id"]], tuple(q.get("options", ()))
         right = LETTERS[a["answer_id"]] if options else str(a["answer"])
         asked, kind = (q["question_id"], q["video_name"], q["question"]), str(a.get("type", ""))
-        clip = (q.get(key) for key in ("start", "end", "end_frame"))
-        yield Question(*asked, right, kind, options, *clip)
+        cut = tuple(q.get(key) for key in ("start", "end", "end_frame"))
+        yield Question(*asked, right, kind, options, cut)
 
 
 def read_perception(folder: Path) -> Iterator[Question]:
     """Perception Test; a positive number among the cuts is the last frame to be seen."""
     cuts = json.loads((folder / "cut_frame_mapping_valid.json").read_text())
     for video, found in json.loads((folder / "mc_question_valid.json").read_text()).items():
-        end_frame = cuts.get(video, -1) if cuts.get(video, -1) > 0 else None
+        cut = (None, None, cuts[video] if cuts.get(video, -1) > 0 else None)
         for q in found["mc_question"]:
-            right, clip = LETTERS[q["answer_id"]], (None, None, end_frame)
-            asked = f"{video}_{q['id']}", video, q["question"]
-            yield Question(*asked, right, q["area"], tuple(q["options"]), *clip)
+            right, asked = LETTERS[q["answer_id"]], (f"{video}_{q['id']}", video, q["question"])
+            yield Question(*asked, right, q["area"], tuple(q["options"]), cut)
 
 
 def read_nextqa(folder: Path) -> Iterator[Question]:
@@ -126,31 +126,18 @@ def read_nextqa(folder: Path) -> Iterator[Question]:
 
 def read_vlep(folder: Path) -> Iterator[Question]:
     """VLEP: which of two events is likelier to follow what happens from ts[0] to ts[1]?"""
-    for line in (folder / "vlep_dev_release.jsonl").read_text().splitlines():
-        q, text = json.loads(line), "Which of these is more likely to happen next?"
+    for q in map(json.loads, (folder / "vlep_dev_release.jsonl").read_text().splitlines()):
+        asked = q["example_id"], q["vid_name"], "Which of these is more likely to happen next?"
         right, events = LETTERS[q["answer"]], tuple(q["events"])
-        yield Question(q["example_id"], q["vid_name"], text, right, "all", events, *q["ts"])
+        yield Question(*asked, right, "all", events, (*q["ts"], None))
 
 
 def read_tvqa(folder: Path) -> Iterator[Question]:
     """TVQA: five answers, a stretch of the clip; "nan-nan" is the whole clip."""
-    for line in (folder / "tvqa_val.jsonl").read_text().splitlines():
-        q = json.loads(line)
+    for q in map(json.loads, (folder / "tvqa_val.jsonl").read_text().splitlines()):
         times = (None if math.isnan(t) else t for t in map(float, q["ts"].split("-")))
         right, options = LETTERS[int(q["answer_idx"])], tuple(q[f"a{i}"] for i in range(5))
-        yield Question(q["qid"], q["vid_name"], q["q"], right, "", options, *times)
-
-
-TEMPORAL = {  # appendix B.2.2: played backwards, each looks like another class
-    "Approaching something with your camera", "Moving away from something with your camera",
-    "Turning the camera downwards while filming something",
-    "Turning the camera upwards while filming something",
-    "Turning the camera left while filming something",
-    "Turning the camera right while filming something",
-    "Moving something away from the camera", "Moving something towards the camera",
-    "Pulling something from left to right", "Pulling something from right to left",
-    "Pushing something from left to right", "Pushing something from right to left",
-}  # fmt: skip
+        yield Question(q["qid"], q["vid_name"], q["q"], right, "", options, (*times, None))
 
 
 def read_ssv2(folder: Path, num_options: int, temporal: bool = False) -> Iterator[Question]:
@@ -158,31 +145,25 @@ def read_ssv2(folder: Path, num_options: int, temporal: bool = False) -> Iterato
     classes = json.loads((folder / "labels.json").read_text())
     for row in json.loads((folder / "validation.json").read_text()):
         name = row["template"].replace("[", "").replace("]", "")
-        if temporal and name not in TEMPORAL:
-            continue
+        asked = row["id"], row["id"], "How is the object in the video being interacted with?"
         draw = random.Random(f"MERV {row['id']}")  # the same wrong options on every machine
         options = [name, *draw.sample(sorted(set(classes) - {name}), num_options)]
         draw.shuffle(options)
-        right = LETTERS[options.index(name)] if num_options else name
-        text = "How is the object in the video being interacted with?"
-        yield Question(
-            row["id"], row["id"], text, right, name, tuple(options) if num_options else ()
-        )
+        if not num_options:
+            yield Question(*asked, name, name)
+        elif name in TEMPORAL or not temporal:
+            yield Question(*asked, LETTERS[options.index(name)], name, tuple(options))
 
 
 BENCHMARKS: dict[str, Callable[[Path], Iterator[Question]]] = {
     **dict.fromkeys(("msvd", "msrvtt", "tgif", "activitynet"), read_pairs),
-    "perception": read_perception,
-    "nextqa": read_nextqa,
-    "vlep": read_vlep,
-    "tvqa": read_tvqa,
+    "perception": read_perception, "nextqa": read_nextqa, "vlep": read_vlep, "tvqa": read_tvqa,
     "ssv2-open": partial(read_ssv2, num_options=0),
     "ssv2-mcq": partial(read_ssv2, num_options=4),
     "ssv2-temporal": partial(read_ssv2, num_options=4, temporal=True),
     "miniature-open": partial(read_pairs, questions="open_q.json", answers="open_a.json"),
     "miniature-mcq": partial(read_pairs, questions="mcq_q.json", answers="mcq_a.json"),
-}
-FRAME_RATES = {"vlep": 3.0, "tvqa": 3.0}  # of videos that are folders of frames
+}  # fmt: skip
 
 
 def load_questions(name: str, folder: str | Path) -> list[Question]:
@@ -206,38 +187,34 @@ def list_videos(folder: Path) -> dict[str, Path]:
     WHY: names in annotations are only looked up here, so none can lead out of the folder.
     """
     found: dict[str, Path] = {}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if not path.is_dir():
-            found[path.stem] = path
-        elif next((p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES), None):
-            found[path.name] = path
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders.sort()
+        images = any(Path(file).suffix.lower() in IMAGE_SUFFIXES for file in files)
+        if images and Path(place) != folder:
+            found[Path(place).name] = Path(place)
         else:
-            found |= list_videos(path)
+            found |= {Path(file).stem: Path(place, file) for file in sorted(files)}
     return found
 
 
-class Clips(torch.utils.data.Dataset):
+class Clips:
     """The clips of a benchmark, each with the questions asked of it, ready for the encoders."""
 
-    def __init__(self, name: str, questions: list[Question], folder: str | Path, encoders):
-        self.fps, self.encoders = FRAME_RATES.get(name), encoders
-        self.folder = Path(folder) / "videos"
+    def __init__(self, questions: list[Question], folder: str | Path, encoders):
+        self.encoders, self.folder = encoders, Path(folder) / "videos"
         self.videos = list_videos(self.folder)
         groups: dict[tuple, list[Question]] = defaultdict(list)
         for question in questions:
-            groups[question.clip].append(question)
+            groups[question.video, *question.cut].append(question)
         self.groups = list(groups.values())
-
-    def __len__(self) -> int:
-        return len(self.groups)
 
     def __getitem__(self, number: int) -> tuple[int, dict, str]:
         """The number, encoder -> pixels, and why there are none if there are none."""
-        video, *cut = self.groups[number][0].clip
+        video, cut = self.groups[number][0].video, self.groups[number][0].cut
         if video not in self.videos:
             return number, {}, f"{self.folder} has no video {video}, whatever the extension."
         try:
-            return number, load_pixels(self.videos[video], self.encoders, *cut, self.fps), ""
+            return number, load_pixels(self.videos[video], self.encoders, *cut, FPS), ""
         except VideoError as error:
             return number, {}, str(error)
 
@@ -245,17 +222,17 @@ class Clips(torch.utils.data.Dataset):
 def check(name: str, folder: str | Path, workers: int) -> int:
     """Print what is missing or cannot be decoded before anything runs; how many clips are bad."""
     questions = load_questions(name, folder)
-    clips = Clips(name, questions, folder, [ENCODERS["siglip"]])
+    clips = Clips(questions, folder, [ENCODERS["siglip"]])
     names = {question.video for question in questions}
-    found = len(names & set(clips.videos))
-    print(f"{len(questions)} questions, {found}/{len(names)} videos found in {clips.folder}")
-    bad = 0
-    for number, _, failure in DataLoader(clips, batch_size=None, num_workers=workers):
-        progress("decode", number + 1, len(clips))
+    found = f"{len(names & set(clips.videos))}/{len(names)} videos found in {clips.folder}"
+    print(f"{len(questions)} questions, {found}")
+    bad, total = 0, len(clips.groups)
+    loader = DataLoader(clips, None, sampler=range(total), num_workers=workers)
+    for number, _, failure in progress(loader, "decode"):
         if failure:
             bad += 1
             print(f"bad  {clips.groups[number][0].video}: {failure.splitlines()[0]}")
-    print(f"{len(clips) - bad}/{len(clips)} clips can be decoded")
+    print(f"{total - bad}/{total} clips can be decoded")
     return bad
 
 
@@ -274,17 +251,12 @@ def parse_letter(reply: str, options: tuple[str, ...]) -> str:
     FIX: the authors take the first character, so "Both" is B and "The answer is B" is T (F9).
     """
     last = LETTERS[len(options) - 1]
-    reply = reply.strip()
-    patterns = (
-        rf"\(?([A-{last}])\)?(?:[.:)]|\s|$)",  # at the start: "B", "B.", "(B) red", "B: red"
+    for pattern in (
+        rf"(?!A\s+[a-z])\(?([A-{last}])\)?(?:[.:)]|\s|$)",  # "B", "(B) red", "B: red"; not "A cat"
         rf".*\b(?:answer|option|choice)\b(?:\s+is)?:?\s+\(?([A-{last}])\b",
         rf".*\(([A-{last}])\)",
-    )
-    for pattern in patterns:
-        match = re.match(pattern, reply, re.DOTALL)
-        # "A cat" begins with an article, not with option A, unless the option says so.
-        article = pattern is patterns[0] and re.match(r"A\s+[a-z]", reply)
-        if match and not (article and normalise(options[0]) not in normalise(reply)):
+    ):
+        if match := re.match(pattern, reply.strip(), re.DOTALL):
             return match[1]
     same = [i for i, option in enumerate(options) if normalise(option) == normalise(reply)]
     return LETTERS[same[0]] if len(same) == 1 else ""
@@ -303,9 +275,8 @@ def score(question: Question, rule: str) -> None:
     Open-ended: the judge's verdict if there is one, else exact match of the words.
     """
     if question.options:
-        parsed = parse_letter(question.answer, question.options)
-        chosen = question.answer[:1] if rule == "released" else parsed
-        question.correct = chosen == question.expected
+        first, parsed = question.answer[:1], parse_letter(question.answer, question.options)
+        question.correct = question.expected == (first if rule == "released" else parsed)
         return
     exact = normalise(question.answer) == normalise(question.expected)
     question.correct = question.verdict == "yes" if question.verdict else exact
@@ -359,9 +330,7 @@ def write_file(path: Path, text: str) -> None:
     partial_path.replace(path)
 
 
-def evaluate(
-    model: MERV, name: str, folder: str | Path, output: str | Path, config: EvalConfig | None = None
-) -> list[Question] | None:
+def evaluate(model: MERV, name: str, folder, output, config=None) -> list[Question] | None:
     """Answer the questions of a benchmark that are not answered yet and write OUTPUT/NAME.json.
 
     Under torchrun each process takes its share of the clips; the one that finds all answers there
@@ -379,10 +348,10 @@ def evaluate(
     settings["encoders"] = [encoder.name for encoder in model.config.encoders]
     journal = Journal(output / f"{name}.answers", settings, rank)
     done = {id for record in journal.records() for id in record["answers"]}
-    clips = Clips(name, questions, folder, model.config.encoders)
-    mine = [n for n in range(rank, len(clips), world) if clips.groups[n][0].id not in done]
-    loader = DataLoader(torch.utils.data.Subset(clips, mine), None, num_workers=config.workers)
-    for count, (number, pixels, failure) in enumerate(loader, start=1):
+    clips = Clips(questions, folder, model.config.encoders)
+    mine = [n for n, g in enumerate(clips.groups) if n % world == rank and g[0].id not in done]
+    loader = DataLoader(clips, None, sampler=mine, num_workers=config.workers)
+    for number, pixels, failure in progress(loader, name):
         asked, answers, weights = clips.groups[number], [""] * len(clips.groups[number]), []
         if not failure:
             prompts = [question.prompt for question in asked]
@@ -395,10 +364,8 @@ def evaluate(
                 answers, weights = [r.text for r in replies], replies[0].weights.tolist()
         answers = dict(zip((question.id for question in asked), answers, strict=True))
         journal.append({"answers": answers, "weights": weights, "failure": failure})
-        progress(name, count, len(mine))
     outcome = {id: record for record in journal.records() for id in record["answers"]}
-    complete = len(outcome) == len({question.id for question in questions})
-    if not complete or not (mine or rank == 0):
+    if len(outcome) < len(questions) or not (mine or rank == 0):
         return None
     for question in questions:
         record = outcome[question.id]
@@ -414,7 +381,7 @@ JUDGE_PROMPT = """\
 You grade answers to questions about a video. Compare the given answer with the correct one: they \
 agree if they mean the same, whatever the wording; synonyms and paraphrases count.
 
-Question: {question}
+Question: {text}
 Correct answer: {expected}
 Given answer: {answer}
 
@@ -427,24 +394,22 @@ def parse_verdict(reply: str | None) -> tuple[str, int]:
     if reply is None:
         return "no reply", 0
     try:
-        found = json.loads(reply)
-    except ValueError:
-        return "unparsable", 0
-    pred, mark = (found.get(k) for k in ("pred", "score")) if isinstance(found, dict) else (0, 0)
-    fits = pred in ("yes", "no") and type(mark) is int and 0 <= mark <= 5
+        pred, mark = (json.loads(reply)[key] for key in ("pred", "score"))
+        fits = pred in ("yes", "no") and type(mark) is int and 0 <= mark <= 5
+    except (ValueError, TypeError, KeyError):  # no JSON, no object, or without these keys
+        fits = False
     return (pred, mark) if fits else ("unparsable", 0)
 
 
-def ask_judge(question: Question, client: InferenceClient, model: str, retries: int) -> str | None:
-    """The raw reply, or None if there is none after so many retries, each after a longer wait."""
-    known = {"question": question.text, "expected": question.expected, "answer": question.answer}
-    messages = [{"role": "user", "content": JUDGE_PROMPT.format(**known)}]
-    for attempt in range(retries + 1):
+def ask_judge(question: Question, client: InferenceClient, config: EvalConfig) -> str | None:
+    """The raw reply, or None if there is none after some retries, each after a longer wait."""
+    messages = [{"role": "user", "content": JUDGE_PROMPT.format(**vars(question))}]
+    how = {"model": config.judge_model, "max_tokens": 64, "temperature": 0}
+    for attempt in range(config.judge_retries + 1):
         if attempt:
             time.sleep(min(60, 0.5 * 2**attempt) * random.uniform(0.5, 1))
         try:
-            reply = client.chat_completion(messages, model=model, max_tokens=64, temperature=0)
-            return reply.choices[0].message.content or ""
+            return client.chat_completion(messages, **how).choices[0].message.content or ""
         except HfHubHTTPError as error:
             status = error.response.status_code
             if status < 500 and status not in (408, 429):
@@ -470,24 +435,22 @@ def judge(path: Path, config: EvalConfig) -> None:
     todo = [q for q in questions if not q.failure and (q.id, q.answer) not in replies]
     key = os.environ.get("JUDGE_API_KEY", "none")
     client = InferenceClient(base_url=config.judge, api_key=key, timeout=60)
+
+    def ask(question: Question) -> None:
+        if (reply := ask_judge(question, client, config)) is not None:
+            asked = {"id": question.id, "answer": question.answer}
+            record = {**asked, "reply": reply, "date": date.today().isoformat()}
+            journal.append(record)
+            replies[question.id, question.answer] = record
+
     with ThreadPoolExecutor(config.judge_parallel) as pool:
-        args = (client, config.judge_model, config.judge_retries)
-        asked = {pool.submit(ask_judge, question, *args): question for question in todo}
-        try:
-            for done, future in enumerate(as_completed(asked), start=1):
-                progress("judge", done, len(todo))
-                if (reply := future.result()) is not None:
-                    record = {"id": asked[future].id, "answer": asked[future].answer}
-                    today = date.today().isoformat()
-                    journal.append({**record, "reply": reply, "date": today})
-        finally:
-            pool.shutdown(cancel_futures=True)  # after a refusal nobody else need ask
-    replies = {(r["id"], r["answer"]): r for r in journal.records()}
+        for _ in progress(pool.map(ask, todo), "judge", len(todo)):
+            pass  # a refusal cancels the rest
     for question in questions:
-        reply = replies.get((question.id, question.answer), {"reply": None})["reply"]
         if not question.failure:
-            question.verdict, question.mark = parse_verdict(reply)
-    dates = sorted({reply["date"] for reply in replies.values()})
+            record = replies.get((question.id, question.answer), {"reply": None})
+            question.verdict, question.mark = parse_verdict(record["reply"])
+    dates = sorted({record["date"] for record in replies.values()})
     result["settings"]["judge"] = {**prompt, "url": config.judge, "dates": dates}
     write_results(path, result["settings"], questions, result["rule"])
     print_table(path.stem, questions)
@@ -506,17 +469,14 @@ def write_results(path: Path, settings: dict, questions: list[Question], rule: s
     write_file(path, json.dumps(result, indent=1))
 
 
-def summarise(
-    questions: list[Question], by: Callable[[str], str] | None = None
-) -> dict[str, tuple[float, int, int]]:
+def summarise(questions: list[Question], by: str = "kind") -> dict[str, tuple]:
     """kind -> (accuracy over expected questions, answered, expected); "all" is the last row.
 
-    by: of the question's text, such as first_word, instead of its kind.
     Answers that a judge has not given a verdict on count in neither number.
     """
     groups: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
-        groups[by(question.text) if by else question.kind].append(question)
+        groups[getattr(question, by)].append(question)
     rows = {}
     for kind, group in [*sorted(groups.items()), ("all", questions)]:
         judged = [q for q in group if q.verdict not in ("unparsable", "no reply")]
@@ -530,10 +490,9 @@ def print_table(title: str, questions: list[Question]) -> None:
     print(f"\n{title:<28} {'accuracy':>8}  {'answered/expected':>18}")
     for kind, (accuracy, answered, expected) in summarise(questions).items():
         print(f"  {kind:<26} {100 * accuracy:>7.1f}%  {f'{answered}/{expected}':>18}")
-    verdicts = Counter(q.verdict for q in questions if q.verdict)
     if not questions[0].options:
         print(f"  {'word F1':<26} {100 * sum(q.f1 for q in questions) / len(questions):>7.1f}%")
-    if verdicts:
+    if verdicts := Counter(q.verdict for q in questions if q.verdict):
         marks = [q.mark for q in questions if q.verdict in ("yes", "no")]
         print(f"  judged {dict(verdicts)}, mean score {sum(marks) / max(1, len(marks)):.2f} of 5")
 
@@ -545,8 +504,7 @@ def film_strip(question: Question, settings: dict, num_frames: int = 6) -> str:
     """Frames of a question's clip side by side, as the address of an embedded JPEG; "" if gone."""
     videos = list_videos(Path(settings["data"]) / "videos")
     try:
-        fps = FRAME_RATES.get(settings["benchmark"])
-        frames = load_video(videos[question.video], num_frames, *question.clip[1:], fps)
+        frames = load_video(videos[question.video], num_frames, *question.cut, FPS)
     except (KeyError, VideoError):
         return ""
     strip = Image.fromarray(torch.cat(list(frames), dim=2).permute(1, 2, 0).numpy())
@@ -569,17 +527,13 @@ def write_report(runs: list[str], output: Path) -> None:
             fix = "run `python eval.py --checkpoint RUN --benchmark NAME --data DIR` first."
             raise UserError(f"{run} has no results.", "there is no RUN/eval/*.json.", fix)
         for result in (json.loads(file.read_text()) for file in files):
-            questions = [Question(**q) for q in result.pop("questions")]
-            found = {"run": Path(run).name, "questions": questions}
-            results.append(result | result["settings"] | found)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-        trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    environment.tests["temporal"] = lambda q: q.kind == "temporal" or q.kind in TEMPORAL
-    template = environment.get_template("report.html")
-    template.globals |= {"summarise": summarise, "first_word": first_word, "film_strip": film_strip}
-    write_file(output, template.render(results=results))
+            questions = [Question(**q) for q in result["questions"]]
+            results.append(result | {"run": Path(run).name, "questions": questions})
+    source = Path(__file__).with_name("report.html").read_text()
+    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    page = jinja2.Template(source, undefined=jinja2.StrictUndefined, **options)
+    shown = {"results": results, "temporal": TEMPORAL | {"temporal"}}
+    write_file(output, page.render(shown, summarise=summarise, film_strip=film_strip))
     print(f"report: {output}")
 
 
@@ -608,36 +562,28 @@ def count(module: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def multiply_adds(function, *inputs: torch.Tensor) -> int:
-    """Of a forward pass on the meta device: of Linears, convolutions and attention."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        function(*inputs)
-    return counter.get_total_flops() // 2
-
-
 def cost(names: tuple[str, ...], visual: int, released: bool) -> tuple[float, float]:
-    """Millions of parameters and tera multiply-adds of one video + TEXT tokens.
+    """Millions of parameters and tera multiply-adds of one video + TEXT tokens, on meta.
 
     released: all blocks, unused parts, logits everywhere; else as here: the blocks that are run,
-    the last logits.
+    the last logits. Counted are Linears, convolutions and attention.
     """
-    llama = replace(LLAMAS["llama2-7b"], vocab_size=32064)
-    with torch.device("meta"):
-        llm, embeds = Llama(llama), torch.empty(1, visual + TEXT, llama.hidden_size)
-        parameters = count(llm)
-        if len(names) > 1:
-            parameters += FUSION if released else llama.hidden_size
-        work = multiply_adds(llm.hidden_states, None, embeds)
-        work += multiply_adds(llm.logits, embeds if released else embeds[:, -1:])
-        for config in (ENCODERS[name] for name in names):
-            layers = config.released_layers if released else config.num_layers
-            encoder = FAMILIES[config.family](replace(config, num_layers=layers))
-            linear = torch.nn.Linear(config.hidden_size, llama.hidden_size)
-            parameters += count(encoder) + count(linear) + UNUSED[config.name] * released
-            tokens = visual // len(names) if visual == 4096 else visual
-            work += multiply_adds(encoder, torch.empty(1, config.num_frames, 3, 224, 224))
-            work += tokens * linear.weight.numel()
-    return parameters / 1e6, work / 1e12
+    llama, single = replace(LLAMAS["llama2-7b"], vocab_size=32064), len(names) == 1
+    encoders = [ENCODERS[name] for name in names]
+    if released:
+        encoders = [replace(e, num_layers=e.released_layers) for e in encoders]
+    how = {"projector": "all", "mixer": "mean"} if single else {}
+    config = merv.MERVConfig("on paper", tuple(encoders), llama, **how)
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model = MERV(config, [FAMILIES[e.family](e) for e in encoders], Llama(llama), None)
+        model.encode({e.name: torch.empty(1, e.num_frames, 3, 224, 224) for e in encoders})
+        hidden = model.llm.hidden_states(None, torch.empty(1, visual + TEXT, llama.hidden_size))
+        model.llm.logits(hidden if released else hidden[:, -1:])
+    parameters = count(model)
+    if released:
+        parameters += sum(UNUSED[name] for name in names)
+        parameters += 0 if single else FUSION - count(model.mixer)
+    return parameters / 1e6, counter.get_total_flops() / 2e12
 
 
 def print_efficiency() -> None:
@@ -652,11 +598,11 @@ def print_efficiency() -> None:
         work = f"{tera:>12.2f}{counted_t:>8.2f} {off:<11}{ours_t:>8.2f}"
         print(f"{name:<20}{known}{ours_m:>8.0f}{work}")
     print("\nM parameters of projectors before the final Linear (LanguageBind, width 4096)")
-    with torch.device("meta"):
-        for name, millions in PAPER_PROJECTORS.items():
+    for name, millions in PAPER_PROJECTORS.items():
+        with torch.device("meta"):
             projector = merv.PROJECTORS[name](1024, 4096, 8)
-            before = (count(projector) - count(projector.linear)) / 1e6
-            print(f"{name:<20}{millions:>8}{before:>8.1f}")
+        before = (count(projector) - count(projector.linear)) / 1e6
+        print(f"{name:<20}{millions:>8}{before:>8.1f}")
 
 
 # ------------------------------------------------------------------------------------- command line

@@ -20,16 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from encoders import (
-    FILES,
-    CheckpointError,
-    UserError,
-    assign_weights,
-    find_file,
-    initialise,
-    read_json,
-    read_tensors,
-)
+import encoders
+from encoders import CheckpointError, UserError, assign_weights, initialise
 
 # ------------------------------------------------------------------------------------------- config
 
@@ -283,21 +275,14 @@ class Llama(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        input_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        lengths: Tensor | None = None,
-        prefix: KVCache | None = None,
-        max_new_tokens: int = 256,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        generator: torch.Generator | None = None,
-        eos_id: int = 2,
-    ) -> list[list[int]]:
+        self, input_ids=None, inputs_embeds=None, lengths=None, prefix: KVCache | None = None,
+        max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None, eos_id=2,
+    ) -> list[list[int]]:  # fmt: skip
         """Continue each row until </s> or max_new_tokens; the new ids of each row, without </s>.
 
-        lengths (b,): real tokens of each right-padded row. temperature 0 is greedy; otherwise ids
-        are drawn from the smallest set with probability top_p. prefix: what all rows follow.
+        input_ids (b, s) or inputs_embeds (b, s, d); lengths (b,): real tokens of each right-padded
+        row; prefix: what all rows follow. temperature 0 is greedy; otherwise `generator` draws from
+        the smallest set of ids with probability top_p.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         b, s, _ = x.shape
@@ -329,9 +314,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generato
 
 # ------------------------------------------------------------------------------------------ weights
 
-META_FILES = ("consolidated.00.pth",)  # as Meta ships LLaMA-2, before conversion
+META_FILE = "consolidated.00.pth"  # as Meta ships LLaMA-2, before conversion
 META_NAMES = {  # ours -> Meta's; "*" is the number of the layer
-    "embed_tokens": "tok_embeddings",
+    "embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output",
     "layers.*.input_layernorm": "layers.*.attention_norm",
     "layers.*.self_attn.q_proj": "layers.*.attention.wq",
     "layers.*.self_attn.k_proj": "layers.*.attention.wk",
@@ -341,11 +326,23 @@ META_NAMES = {  # ours -> Meta's; "*" is the number of the layer
     "layers.*.mlp.gate_proj": "layers.*.feed_forward.w1",
     "layers.*.mlp.up_proj": "layers.*.feed_forward.w3",
     "layers.*.mlp.down_proj": "layers.*.feed_forward.w2",
-    "norm": "norm",
-    "lm_head": "output",
-}
+}  # fmt: skip
 NAMES = {ours: f"model.{ours}" for ours in META_NAMES} | {"lm_head": "lm_head"}  # Hugging Face's
 SKIP = {"model.layers.*.self_attn.rotary_emb.inv_freq": "computed in rope()", "rope.freqs": "too"}
+CONFIG_NAMES = {  # ours -> config.json's
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
+    "intermediate_size": "intermediate_size", "tie_word_embeddings": "tie_word_embeddings",
+    "num_kv_heads": "num_key_value_heads", "max_positions": "max_position_embeddings",
+    "num_heads": "num_attention_heads", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
+}  # fmt: skip
+META_CONFIG_NAMES = {  # ours -> params.json's, of those that it fills in
+    "hidden_size": "dim", "num_layers": "n_layers", "num_heads": "n_heads",
+    "num_kv_heads": "n_kv_heads", "norm_eps": "norm_eps",
+}  # fmt: skip
+PLAIN = {  # what config.json must say, if anything: this file computes nothing else
+    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "rope_type": "default", "rope_scaling": None,
+}  # fmt: skip
 
 
 def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, device="cpu") -> Llama:
@@ -364,10 +361,9 @@ def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, devic
         initialise(model.to_empty(device="cpu"), torch.Generator().manual_seed(0))
     else:
         skip = SKIP | ({"lm_head.weight": "tied"} if config.tie_word_embeddings else {})
-        file = find_file(source, FILES + META_FILES)
-        meta = file.name in META_FILES and file != Path(source)
-        tensors = read_meta(source, config) if meta else read_tensors(source, FILES)
-        names = META_NAMES if meta else NAMES
+        tensors, names = encoders.read_tensors(source, (*encoders.FILES, META_FILE)), NAMES
+        if "tok_embeddings.weight" in tensors:
+            tensors, names = read_meta(source, config), META_NAMES
         assign_weights(model, tensors, names, skip, f"{config.name} from {source}", dtype)
     return model.to(device, dtype)
 
@@ -379,9 +375,10 @@ def read_meta(source: str | Path, config: LlamaConfig) -> dict[str, Tensor]:
     rotate channel i with i + head_dim/2. Same rotations, so sorting the rows even-then-odd is all:
     [r0 r1 r2 r3] -> [r0 r2 r1 r3].
     """
-    shards = [read_tensors(source, META_FILES)]
-    count = config.hidden_size // shards[0]["layers.0.attention.wq.weight"].shape[0]
-    shards += [read_tensors(source, (f"consolidated.{i:02d}.pth",)) for i in range(1, count)]
+    source = Path(source).parent if Path(source).is_file() else source
+    rows = len(encoders.read_tensors(source, (META_FILE,))["layers.0.attention.wq.weight"])
+    files = [META_FILE.replace("00", f"{i:02d}") for i in range(config.hidden_size // rows)]
+    shards = [encoders.read_tensors(source, (file,)) for file in files]
     tensors = {}
     for name, first in shards[0].items():
         if first.ndim == 2 and len(shards) > 1:  # split by input width or by output width
@@ -397,52 +394,27 @@ def read_meta(source: str | Path, config: LlamaConfig) -> dict[str, Tensor]:
 def read_config(source: str | Path) -> LlamaConfig:
     """The configuration of a folder or hub id, by Hugging Face's config.json or Meta's params.json.
 
-    What Meta's leaves out is read off the weights.
+    What Meta's leaves out is read off the weights, or as in LLaMA-2 7B.
     """
-    path = find_file(source, ("config.json", "params.json"))
-    found = read_json(path)
+    path = encoders.find_file(source, ("config.json", "params.json"))
+    found, names, said = encoders.read_json(path), CONFIG_NAMES, {}
     if path.name == "params.json":
-        tensors = read_tensors(source, META_FILES)
+        tensors, names = encoders.read_tensors(source, (META_FILE,)), META_CONFIG_NAMES
         shards = found["dim"] // tensors["layers.0.attention.wq.weight"].shape[0]
-        found = {
-            "model_type": "llama",
-            "vocab_size": tensors["tok_embeddings.weight"].shape[0],
-            "hidden_size": found["dim"],
-            "intermediate_size": tensors["layers.0.feed_forward.w1.weight"].shape[0] * shards,
-            "num_hidden_layers": found["n_layers"],
-            "num_attention_heads": found["n_heads"],
-            "num_key_value_heads": found.get("n_kv_heads") or found["n_heads"],
-            "max_position_embeddings": 4096,
-            "rms_norm_eps": found["norm_eps"],
-        }
-    rotary = found.get("rope_parameters") or {}  # transformers 5; earlier: rope_theta, rope_scaling
-    found = {"model_type": None, **found, "rope_type": rotary.get("rope_type", "default")}
-    plain = {
-        "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-        "rope_type": "default", "rope_scaling": None,
-    }  # fmt: skip
-    odd = [f"{k} = {found[k]!r}" for k, value in plain.items() if found.get(k, value) != value]
-    if odd:
-        what = f"{source} is no plain LLaMA: {', '.join(odd)}."
-        why = "this file has the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only."
-        raise CheckpointError(what, why, "choose one of those.")
+        said["vocab_size"] = tensors["tok_embeddings.weight"].shape[0]
+        said["intermediate_size"] = tensors["layers.0.feed_forward.w1.weight"].shape[0] * shards
+    else:
+        found = {"model_type": None, **found, **(found.get("rope_parameters") or {})}
+        if odd := [f"{k} = {found[k]!r}" for k, v in PLAIN.items() if found.get(k, v) != v]:
+            what = f"{source} is no plain LLaMA: {', '.join(odd)}."
+            why = "this file has the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only."
+            raise CheckpointError(what, why, "choose one of those.")
+    said |= {ours: found[theirs] for ours, theirs in names.items() if found.get(theirs) is not None}
+    said = {"num_kv_heads": said["num_heads"]} | said
     name, hub_id = Path(source).name, str(source).partition("@")[0]  # pinned: the same model
-    known = [c for c in LLAMAS.values() if c.source == hub_id or c.name == name]
-    return LlamaConfig(
-        name=known[0].name if known else name,
-        source=str(source),
-        vocab_size=found["vocab_size"],
-        hidden_size=found["hidden_size"],
-        intermediate_size=found["intermediate_size"],
-        num_layers=found["num_hidden_layers"],
-        num_heads=found["num_attention_heads"],
-        num_kv_heads=found.get("num_key_value_heads", found["num_attention_heads"]),
-        max_positions=found.get("max_position_embeddings", 2048),
-        rope_theta=rotary.get("rope_theta", found.get("rope_theta", 10000.0)),
-        norm_eps=found["rms_norm_eps"],
-        tie_word_embeddings=found.get("tie_word_embeddings", False),
-        template=known[0].template if known else "base",
-    )
+    known = (c for c in LLAMAS.values() if c.source == hub_id or c.name == name)
+    like = next(known, LlamaConfig(name))
+    return LlamaConfig(like.name, str(source), template=like.template, **said)
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
@@ -452,12 +424,8 @@ class Tokenizer:
     """LLaMA's SentencePiece model: text -> ids and back. BOS and </s> are never added silently."""
 
     def __init__(self, path: str | Path):
-        if not Path(path).is_file():
-            why = "text becomes ids by a SentencePiece model."
-            fix = "point at LLaMA-2's tokenizer.model; it lies beside the weights."
-            raise CheckpointError(f"No tokenizer at {path}.", why, fix)
-        self.path = path
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
+        self.path = encoders.find_file(path, ("tokenizer.model",))
+        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         self.vocab_size = self.pieces.vocab_size()
 

@@ -29,7 +29,6 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -38,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import encoders
-from data import IGNORE, TEMPLATES, Batch, load_pixels, preprocess, render_prompt, tokenize
+from data import TEMPLATES, Batch, load_pixels, preprocess, render_prompt, tokenize
 from encoders import ENCODERS, CheckpointError, EncoderConfig, UserError, assign_weights, initialise
 from llama import LLAMAS, KVCache, Llama, LlamaConfig, Tokenizer, load_llama
 from llama import NAMES as LLAMA_NAMES
@@ -67,6 +66,12 @@ class MERVConfig:
         if self.projector != "all":
             h = w = 1 if self.projector == "class" else self.pooled_side
         return t // PROJECTORS[self.projector].time_stride, h, w
+
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens of a clip: n, or e * n where the encoders' stand in a row."""
+        copies = len(self.encoders) if self.mixer == "concat_sequence" else 1
+        return copies * math.prod(self.grid)
 
     @classmethod
     def from_dict(cls, values: dict) -> MERVConfig:
@@ -296,21 +301,33 @@ class MERV(nn.Module):
             self.encoders[e.name] = encoder
             self.projectors[e.name] = projector(e.hidden_size, d, config.pooled_side)
         self.mixer = MIXERS[config.mixer](d, len(encoders))
+        self.encoder_streams = False  # whether each encoder has a CUDA stream of its own
 
     @torch.no_grad()
     def features(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
         """encoder -> (v, T_e, 3, H, W) becomes encoder -> pooled (v, t, h, w, d_e); all frozen."""
-        pooled, dtype = {}, next(self.encoders.parameters()).dtype
-        for name, encoder in self.encoders.items():
-            frames, t = pixels[name].to(self.device, dtype), encoder.config.grid[0]
-            if frames.shape[1] == 1 and encoder.config.family != "vit":
-                frames = frames.expand(-1, encoder.config.num_frames, -1, -1, -1)
-            # FIX: a still is a clip of identical frames; an encoder of single frames sees it once,
-            # not 16 times, and text-only rows run no encoder at all (ledger F8).
-            project = self.projectors[name]
-            v = encoder(frames, project.class_token).expand(-1, t, -1, -1, -1)
-            pooled[name] = project.pool(v)
+        if not self.encoder_streams:
+            return {name: self.see(name, pixels[name]) for name in self.encoders}
+        device, pooled = torch.get_device_module(self.device), {}
+        here, streams = device.current_stream(), {name: device.Stream() for name in self.encoders}
+        for name, stream in streams.items():  # what one leaves idle of the GPU, others use
+            stream.wait_stream(here)
+            with device.stream(stream):
+                pooled[name] = self.see(name, pixels[name])
+        for stream in streams.values():
+            here.wait_stream(stream)
         return pooled
+
+    def see(self, name: str, frames: Tensor) -> Tensor:
+        """One encoder's share of `features`."""
+        encoder, project = self.encoders[name], self.projectors[name]
+        frames = frames.to(self.device, next(encoder.parameters()).dtype)
+        if frames.shape[1] == 1 and encoder.config.family != "vit":
+            frames = frames.expand(-1, encoder.config.num_frames, -1, -1, -1)
+        # FIX: a still is a clip of identical frames; an encoder of single frames sees it once, not
+        # 16 times, and text-only rows run no encoder at all (ledger F8).
+        v = encoder(frames, project.class_token)
+        return project.pool(v.expand(-1, encoder.config.grid[0], -1, -1, -1))
 
     def encode(self, videos: dict, features: dict | None = None) -> tuple[Tensor, Tensor]:
         """Preprocessed clips, encoder -> (b, T_e, 3, H, W), or their `features` where these are
@@ -332,11 +349,14 @@ class MERV(nn.Module):
         elif join:  # sharded encoders are gathered by all processes together: run, use nothing
             sides = {e.name: e.image_size for e in self.config.encoders}
             self.features({name: torch.zeros(1, 1, 3, s, s) for name, s in sides.items()})
-        embeds, labels = self.interleave(batch, visual)
-        hidden = self.llm.hidden_states(inputs_embeds=embeds)
-        hidden, targets = hidden[:, :-1], labels[:, 1:]  # position i predicts token i + 1
-        labelled = targets != IGNORE
-        loss = self.llm.loss(hidden[labelled], targets[labelled])
+        hidden = self.llm.hidden_states(inputs_embeds=self.interleave(batch, visual))
+        # Position i predicts token i + 1. A label at place p of a text stands at p, or at n + p
+        # where n visual tokens are in front: [BOS] v v v text.
+        rows, places = batch.labelled
+        shift = torch.zeros_like(batch.input_ids[:, 0])
+        shift[batch.visual_rows] = 0 if visual is None else visual.shape[1]
+        before = hidden[rows, places + shift[rows] - 1]
+        loss = self.llm.loss(before, batch.input_ids[rows, places])
         if visual is None:
             # WHY: every rank must have a gradient for every trained parameter, or the reduction
             # of a step in which only some ranks have pictures would wait for ever.
@@ -344,21 +364,18 @@ class MERV(nn.Module):
             loss = loss + sum(p.sum() for p in unused) * 0.0
         return loss, weights.detach()
 
-    def interleave(self, batch: Batch, visual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """[BOS] + visual + text for every row: embeddings (b, s, d), labels (b, s), right-padded.
+    def interleave(self, batch: Batch, visual: Tensor | None) -> Tensor:
+        """[BOS] + visual + text for every row, right-padded: embeddings (b, s, d).
 
-        Rows without a picture are [BOS] + text. A visual position carries no label.
+        Rows without a picture are [BOS] + text.
         """
         text = self.llm.embed_tokens(batch.input_ids)
-        place = {row: index for index, row in enumerate(batch.visual_rows.tolist())}
-        embeds, labels = [], []
-        for row, length in enumerate(batch.lengths.tolist()):
+        place = {row: index for index, row in enumerate(batch.visual_rows)}
+        embeds = []
+        for row, length in enumerate(batch.lengths):
             seen = visual[place[row]].to(text.dtype) if row in place else text[row, :0]
-            label, silent = batch.labels[row], batch.labels.new_full((len(seen),), IGNORE)
             embeds.append(torch.cat([text[row, :1], seen, text[row, 1:length]]))
-            labels.append(torch.cat([label[:1], silent, label[1:length]]))
-        pad = torch.nn.utils.rnn.pad_sequence
-        return pad(embeds, batch_first=True), pad(labels, batch_first=True, padding_value=IGNORE)
+        return torch.nn.utils.rnn.pad_sequence(embeds, batch_first=True)
 
     @torch.no_grad()
     def prefill(self, pixels: dict[str, Tensor]) -> tuple[KVCache, Tensor]:
@@ -376,53 +393,43 @@ class MERV(nn.Module):
         self.llm.hidden_states(inputs_embeds=embeds, cache=cache)
         return cache, weights[0].float().cpu()
 
-    def ask(self, videos, questions) -> Iterator[tuple[list[int], KVCache, Tensor, Tensor, Tensor]]:
-        """For each video of `answer`: the numbers of its questions, its prefill and weights (e,),
-        the questions as one right-padded batch of prompts (b, s), and their lengths (b,)."""
-        questions = [questions] if isinstance(questions, str) else questions
-        videos = videos if isinstance(videos, list) else [videos] * len(questions)
-        groups: dict[object, list[int]] = {}
-        for index, (video, _) in enumerate(zip(videos, questions, strict=True)):
-            key = video if isinstance(video, str | Path) else id(video)
-            groups.setdefault(key, []).append(index)
-        for indices in groups.values():
-            prefix, weights = self.prefill(self.pixels(videos[indices[0]]))
-            prompts = [self.prompt_ids(questions[index]) for index in indices]
-            lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
-            ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True).to(self.device)
-            yield indices, prefix, weights, ids, lengths
-
     def answer(
-        self, videos, questions, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None
+        self, video, questions, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None
     ) -> list[Answer]:
         """Answer questions about a video; it is encoded and read once for all of them.
 
-        videos: a path, frames uint8 (T, 3, H, W), preprocessed pixels {encoder: (T_e, 3, H, W)} or
-        None for text alone; or a list of these, one a question (repeated ones are read once).
-        questions: strings, or conversations that end with a human turn (data.render_prompt).
-        temperature 0 is greedy; else tokens are drawn with `generator` (Llama.generate).
+        video: a path, frames uint8 (T, 3, H, W), preprocessed pixels {encoder: (T_e, 3, H, W)} or
+        None for text alone. questions: a string, or a list of strings and of conversations that
+        end with a human turn (data.render_prompt). temperature 0 is greedy; else tokens are drawn
+        with `generator` (Llama.generate).
         """
-        answers: dict[int, Answer] = {}
+        prefix, weights = self.prefill(self.pixels(video))
+        ids, lengths = self.prompts(questions)
         how = (max_new_tokens, temperature, top_p, generator, self.tokenizer.eos_id)
-        for indices, prefix, weights, ids, lengths in self.ask(videos, questions):
-            replies = self.llm.generate(ids, None, lengths, prefix, *how)
-            texts = [self.tokenizer.decode(reply).strip() for reply in replies]
-            answers |= zip(indices, [Answer(text, weights) for text in texts], strict=True)
-        return [answers[index] for index in sorted(answers)]
+        replies = self.llm.generate(ids, None, lengths, prefix, *how)
+        return [Answer(self.tokenizer.decode(reply).strip(), weights) for reply in replies]
 
     @torch.no_grad()
-    def likelihoods(self, videos, questions, options: list[list[str]]) -> list[Tensor]:
+    def likelihoods(self, video, questions, options: list[list[str]]) -> list[Tensor]:
         """For each question the log-probabilities (k,), in nats, that its answer begins with the
         first token of each of its k options, such as ["A", "B"]. The rest is as for `answer`."""
-        found: dict[int, Tensor] = {}
-        for indices, prefix, _, ids, lengths in self.ask(videos, questions):
-            cache = KVCache(self.config.llm, *ids.shape, prefix.keys.dtype, self.device, prefix)
-            hidden = self.llm.hidden_states(ids, cache=cache, lengths=lengths)
-            last = hidden[torch.arange(len(ids), device=self.device), lengths - 1]
-            log_p = self.llm.logits(last).float().log_softmax(-1).cpu()
-            for index, row in zip(indices, log_p, strict=True):
-                found[index] = row[[self.tokenizer.encode(o)[0] for o in options[index]]]
-        return [found[index] for index in sorted(found)]
+        prefix, _ = self.prefill(self.pixels(video))
+        ids, lengths = self.prompts(questions)
+        cache = KVCache(self.config.llm, *ids.shape, prefix.keys.dtype, self.device, prefix)
+        hidden = self.llm.hidden_states(ids, cache=cache, lengths=lengths)
+        last = hidden[torch.arange(len(ids), device=self.device), lengths - 1]
+        log_p = self.llm.logits(last).float().log_softmax(-1).cpu()
+        first = [[self.tokenizer.encode(option)[0] for option in row] for row in options]
+        return [row[ids] for row, ids in zip(log_p, first, strict=True)]
+
+    def prompts(self, questions: str | list) -> tuple[Tensor, Tensor]:
+        """What follows [BOS] + visual tokens when these are asked: right-padded ids (b, s), and
+        their lengths (b,)."""
+        questions = [questions] if isinstance(questions, str) else questions
+        prompts = [self.prompt_ids(question) for question in questions]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
+        ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
+        return ids.to(self.device), lengths
 
     def prompt_ids(self, question: str | list[dict[str, str]]) -> Tensor:
         """Ids of what follows [BOS] + visual tokens when a question is asked."""
@@ -457,8 +464,7 @@ class MERV(nn.Module):
             raise UserError(what, "they do not belong together.", fix)
         parts = [encoders.load_encoder(e, e.source or None, dtype, device) for e in config.encoders]
         # RoPE has no last position: where a video takes half of LLaMA-2's 4096, it trains beyond.
-        copies = len(parts) if config.mixer == "concat_sequence" else 1
-        room = max(config.llm.max_positions, 2 * copies * math.prod(config.grid))
+        room = max(config.llm.max_positions, 2 * config.num_visual)
         llm = replace(config.llm, max_positions=room)
         llm = load_llama(llm, llm.source or None, dtype, device)
         config = replace(config, llm=llm.config, encoders=tuple(e.config for e in parts))
@@ -698,15 +704,6 @@ def choose(table: dict, name: str, what: str):
     if name not in table:
         raise UserError(f"No {what} {name}.", "there is none.", f"choose of {', '.join(table)}.")
     return table[name]
-
-
-def progress(what: str, done: int, total: int, note: str = "") -> None:
-    """One line on stderr: rewritten in place on a terminal, every tenth of the way elsewhere."""
-    live = sys.stderr.isatty()
-    if live or done * 10 // total > (done - 1) * 10 // total:
-        text = f"{what:<20} [{'#' * (20 * done // total):<20}] {done}/{total} {note}"
-        end = "\n" if done == total or not live else ""
-        print(("\r\x1b[K" if live else "") + text, end=end, file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)

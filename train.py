@@ -2,42 +2,57 @@
 
     torchrun train.py                                     the paper in miniature, from nothing
     torchrun --nproc-per-node 8 train.py --model merv --data DIR --tokenizer FILE
+    python train.py --plan --model merv --gpus 8          what that needs, before it is paid for
     python train.py --help                                every option
 
 One loop, any number of processes: FSDP2 shards every parameter over them, so what one GPU cannot
 hold several can. Losses are sums over tokens divided by the tokens of the whole step, so one
 process with a batch of 128 and eight with micro-batches of 4 take the same steps.
 
-Leaves runs/NAME/ with config.json, metrics.jsonl and checkpoint/ (for merv.py and eval.py).
+Leaves runs/NAME/ with config.json, metrics.jsonl, loss.svg, saves/ to go on from, and checkpoint/
+(for merv.py and eval.py). The command that began a run also goes on with it, bit for bit.
 Read before: merv.py. Read next: eval.py, miniature/.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed.checkpoint import state_dict as sharded
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
 import eval
 import merv
 import miniature
-from encoders import ENCODERS, UserError
-from merv import MERV, MERVS, MIXERS, PROJECTORS, choose, option, parse_options, progress
+from data import progress
+from encoders import ENCODERS, FAMILIES, UserError
+from llama import Llama
+from merv import MERV, MERVS, MIXERS, PROJECTORS, choose, option, parse_options
 from miniature import specialists
 
 # ------------------------------------------------------------------------------------------- config
@@ -60,12 +75,24 @@ class Stage:
 
 ALIGN, ALL = ("projectors", "mixer"), ("projectors", "mixer", "llm")
 CAPTIONS, CONVERSATIONS = ("stage1.json", "caption"), ("stage2.json", "")
+ROWS = {
+    CAPTIONS: (558_000, 702_000),
+    CONVERSATIONS: (665_000, 100_000),
+}  # the paper's stills, clips
 INSTRUCT = Stage((CONVERSATIONS,), ALL, lr=2e-5, global_batch=128)
 RECIPES: dict[str, tuple[Stage, ...]] = {
     "frozen": (INSTRUCT,),
     "video-llava": (Stage((CAPTIONS,), ALIGN, 1e-3, 256, 0.0, miniature_lr=5e-3), INSTRUCT),
     "full": (Stage((CAPTIONS,), ALL, 1e-4, 256), INSTRUCT),
     "mixed": (replace(INSTRUCT, files=(CAPTIONS, CONVERSATIONS)),),
+}
+
+
+PLACES = {  # --place-encoders, which are frozen
+    "shard": "over the GPUs like all else, and gathered when they run",
+    "copy": "whole on each GPU",
+    "streams": "whole on each GPU, each encoder on a CUDA stream of its own",
+    "cached": "on the CPU: their features are in the cache",
 }
 
 
@@ -96,10 +123,27 @@ class TrainConfig:
     encoder_seed: int = option(0, "of the miniature's specialists")
     workers: int = option(2, "processes per rank that decode videos")
     activation_checkpointing: bool = option(True, "recompute LLM layers: less memory, more work")
+    replicas: int = option(1, "whole copies of the model, each sharded over its part of the GPUs")
+    place_encoders: str = option(
+        "shard", "shard; copy: whole on each GPU; streams: so, in parallel"
+    )
     cache_features: str = option("auto", "folder for pooled features; none; auto: in miniature")
+    resume: str = option("", "go on with this run, such as runs/NAME, in its folder, as it began")
+    save_every: int = option(500, "steps between two saves to go on from; 0: end of a stage only")
+    keep: int = option(2, "how many of these to keep; 0: all")
     max_bad: float = option(0.01, "stop when more than this fraction of rows, and 10, are unusable")
     evaluate: bool = option(True, "after training, score the miniature's test clips")
     device: str = option("auto", "cuda or cpu; auto takes cuda if there is one")
+    plan: bool = option(False, "print what the run would need, by the options below, and stop")
+    gpus: int = option(8, "plan: number of GPUs")
+    gpu_memory: float = option(48.0, "plan: GB of each")
+    tflops: float = option(60.0, "plan: what each achieves, 10^12 operations a second")
+    text_tokens: int = option(512, "plan: tokens of a conversation, half of them answers")
+
+
+# What --resume may change: how a run is computed, not what. All else stays as it began.
+HOW = {"resume", "micro_batch", "workers", "activation_checkpointing", "replicas"}
+HOW |= {"place_encoders", "save_every", "keep", "max_bad", "evaluate", "device"}
 
 
 @dataclass
@@ -108,8 +152,11 @@ class Run:
 
     config: TrainConfig
     folder: Path
-    seen: int = 0  # rows so far, over all processes
-    bad: int = 0  # those of them that could not be used
+    done: int  # steps, over all stages, of the save that it goes on from; 0: from the start
+    bad: int  # rows that could not be used so far, over all processes
+    seen: int = 0  # rows so far
+    stop: bool = False  # SIGTERM came
+    board: object = None  # TensorBoard's writer
 
 
 # --------------------------------------------------------------------------------- processes, model
@@ -118,53 +165,72 @@ class Run:
 def join_processes(device: str) -> torch.device:
     """Join the process group that torchrun describes, or be a group of one; our device."""
     cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, backend = int(os.environ.get("LOCAL_RANK", 0)), "gloo"
     if cuda:
         torch.cuda.set_device(local_rank)
-    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, **({} if "RANK" in os.environ else alone))
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, world = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://"))
+    if world == int(os.environ.get("LOCAL_WORLD_SIZE", world)):  # one machine
+        # WHY: torchrun's store outlives a restart (--max-restarts), and with it the addresses of
+        # dead processes, for which gloo would wait half an hour.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
 
 
-def configure(config: TrainConfig) -> tuple[merv.MERVConfig, Path, str]:
-    """The model's configuration, the data folder and the tokenizer; rank 0 makes the miniature."""
+def configure(config: TrainConfig) -> merv.MERVConfig:
+    """The model that the options describe; in miniature its encoders are this folder's."""
     model, small = choose(MERVS, config.model, "model"), config.model == "miniature"
     choose(RECIPES, config.recipe, "recipe")
     choose(PROJECTORS, config.projector, "projector")
     choose(MIXERS, config.mixer, "mixer")
-    side = config.pooled_side or model.pooled_side
-    model = replace(model, projector=config.projector, mixer=config.mixer, pooled_side=side)
+    choose(PLACES, config.place_encoders, "place_encoders")
+    encoders = model.encoders
     if config.encoders:
         names = [f"miniature-{name}" if small else name for name in config.encoders.split(",")]
         encoders = tuple(choose(ENCODERS, name, "encoder") for name in names)
-        model = replace(model, encoders=encoders)
-    folder, tokenizer = Path(config.data), config.tokenizer
-    if config.data == "miniature":
-        if dist.get_rank() == 0:
-            miniature.prepare(MINIATURE, config.encoder_seed)
-        dist.barrier()
-        folder, tokenizer = MINIATURE / "train", tokenizer or str(MINIATURE / "tokenizer.model")
     if small:
         home = str(MINIATURE / f"encoders-{config.encoder_seed}" / "{}.safetensors")
-        sources = [home.format(e.name.removeprefix("miniature-")) for e in model.encoders]
-        sourced = zip(model.encoders, sources, strict=True)
-        model = replace(model, encoders=tuple(replace(e, source=file) for e, file in sourced))
-    if len(set(model.encoders)) < len(model.encoders):  # several of one: a control
-        copies = (replace(e, name=f"{e.name}-{i}") for i, e in enumerate(model.encoders, start=1))
-        model = replace(model, encoders=tuple(copies))
-    return model, folder, tokenizer
+        sources = [home.format(e.name.removeprefix("miniature-")) for e in encoders]
+        sourced = zip(encoders, sources, strict=True)
+        encoders = tuple(replace(e, source=file) for e, file in sourced)
+    if len(set(encoders)) < len(encoders):  # several of one: a control
+        copies = (replace(e, name=f"{e.name}-{i}") for i, e in enumerate(encoders, start=1))
+        encoders = tuple(copies)
+    side = config.pooled_side or model.pooled_side
+    shape = dict(projector=config.projector, mixer=config.mixer, pooled_side=side)
+    return replace(model, encoders=encoders, **shape)
 
 
-def shard(model: MERV, device: torch.device) -> None:
-    """FSDP2: each LLM layer, each encoder and the rest are gathered when they run, else sharded."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+def make_mesh(device: str, world: int, replicas: int) -> DeviceMesh:
+    """(replicas, shards): gradients are averaged over the first, parameters cut over the second."""
+    if world % replicas:
+        what = f"{world} processes cannot hold {replicas} replicas."
+        raise UserError(what, "each takes as many of them.", f"choose a divisor of {world}.")
+    sizes, names = (replicas, world // replicas), ("replicate", "shard")
+    return init_device_mesh(device, sizes[replicas == 1 :], mesh_dim_names=names[replicas == 1 :])
+
+
+def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype) -> None:
+    """FSDP2: each LLM layer, each encoder and the rest are gathered when they run, else sharded.
+
+    place_encoders: one of PLACES. dtype: what is computed in.
+    """
     # WHY: bfloat16 holds activations well but not sums of many small gradients.
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if device.type == "cuda" else None, reduce_dtype=torch.float32
-    )
-    for part in [*model.llm.layers, *model.encoders.values(), model]:
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    parts, whole = [*model.llm.layers], set()
+    if place_encoders == "shard":
+        parts += model.encoders.values()
+    else:
+        whole = set(model.encoders.parameters())
+        for parameter in whole:
+            parameter.data = parameter.data.to("cpu" if place_encoders == "cached" else dtype)
+    model.encoder_streams = place_encoders == "streams"
+    for part in parts:
         fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
 # ---------------------------------------------------------------------------------------- one stage
@@ -186,9 +252,12 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 def make_optimizers(model: MERV, stage: Stage, muon_lr: float) -> list[torch.optim.Optimizer]:
     """AdamW for everything or, with a muon_lr, Muon for the matrices inside the LLM's layers.
 
+    What the stage does not train is frozen: it needs neither gradient nor optimizer.
     WHY: the paper trains a pretrained LLM, with AdamW. A small one that starts from random weights
     reads colours after 300 steps of Muon, and not yet after 600 of AdamW (README).
     """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in stage.trained)
     groups, muon = decay_groups(model, stage.weight_decay), []
     if muon_lr and "llm" in stage.trained:
         muon = [p for p in model.llm.layers.parameters() if p.ndim == 2]
@@ -218,12 +287,14 @@ def fill_cache(model: MERV, dataset: data.ConversationDataset, workers: int) -> 
     missing = [file for file in files[rank::world] if not cache.get(file)]
     load = partial(pixels_or_none, encoders=dataset.encoders)
     loader = DataLoader(missing, batch_size=None, collate_fn=load, num_workers=workers)
-    for done, pixels in enumerate(loader):
-        progress("encode clips once", done + 1, len(missing))
+    for file, pixels in zip(missing, progress(loader, "encode clips once"), strict=True):
         if pixels:
             clip = {name: frames[None].to(model.device) for name, frames in pixels.items()}
             features = model.features(clip)
-            cache.put(missing[done], {name: value[0] for name, value in features.items()})
+            if file == missing[0]:
+                size = sum(2 * value.numel() for value in features.values()) / 1e6  # bfloat16
+                print(f"{cache.folder}: {len(files)} clips or stills of {size:.3f} MB each")
+            cache.put(file, {name: value[0] for name, value in features.items()})
     dist.barrier()
 
 
@@ -246,13 +317,12 @@ def concatenate(datasets: list[data.ConversationDataset]) -> ConcatDataset:
 def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, before: int) -> int:
     """One stage of a recipe, on a sharded model. The README explains what is logged.
 
-    before: steps of the earlier stages; gives them plus this stage's.
+    before: steps of the earlier stages; gives them plus this stage's. Those up to run.done are
+    behind us: skipped, without reading their data.
     """
     config, rank, world = run.config, dist.get_rank(), dist.get_world_size()
 
-    # 1. What is trained. The rest keeps its weights and needs neither gradient nor optimizer.
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in stage.trained)
+    # 1. What is trained, and how.
     optimizers = make_optimizers(model, stage, config.muon_lr)
     model.train()
 
@@ -262,42 +332,47 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
         order += data.GroupedBatchSampler(dataset, *sizes, epoch)
     accumulation = stage.global_batch // (config.micro_batch * world)
     steps = min(len(order) // accumulation, config.max_steps or len(order))
-    order = order[: steps * accumulation]
+    start = min(steps, max(0, run.done - before))
+    order = order[start * accumulation : steps * accumulation]
     loading = {"num_workers": config.workers, "collate_fn": data.collate}
     loader = iter(DataLoader(dataset, batch_sampler=order, **loading))
+    run.seen += start * stage.global_batch
+    if before < run.done <= before + steps:
+        load_state(model, optimizers, run)
 
-    for step in range(steps):
+    for step in (bar := progress(range(start, steps), "train")):
         # 3. Load the micro-batches of this step.
         started, number = time.perf_counter(), before + step + 1
         batches: list[data.Batch] = [next(loader) for _ in range(accumulation)]
         waited = time.perf_counter() - started
 
-        # 4. Over all ranks: labels, unusable rows, and which micro-batches have pictures.
-        counts = [sum(b.num_labels for b in batches), sum(len(b.bad) for b in batches)]
+        # 4. Over all ranks: labels, tokens, unusable rows, who must stop, batches with pictures.
+        counts = [[b.num_labels, b.num_tokens, len(b.bad)] for b in batches]
+        counts = [*map(sum, zip(*counts, strict=True)), run.stop]
         counts = torch.tensor(counts + [len(b.visual_rows) for b in batches])
         dist.all_reduce(counts)
-        num_labels, num_bad, *pictures = counts.tolist()
+        labels, tokens, bad, stop, *pictures = counts.tolist()
         run.seen += stage.global_batch
-        if num_bad:
-            report_bad([row for batch in batches for row in batch.bad], num_bad, run, number)
+        if bad:
+            report_bad([row for batch in batches for row in batch.bad], bad, run, number)
 
         # 5. Forward and backward. FIX: dividing each micro-batch by its own number of labels would
         #    weigh a label in a short batch more than one in a long batch (ledger F5).
         total, weights = torch.zeros(()), []
         for batch, anywhere in zip(batches, pictures, strict=True):
-            join = bool(anywhere) and config.cache_features == "none"
+            join = config.place_encoders == "shard" and anywhere > 0
             loss, weight_be = model(batch.to(model.device), join)
             # FSDP gives the mean of the ranks' gradients; times their number it is the sum.
-            (loss * world / num_labels).backward()
+            (loss * world / labels).backward()
             total += loss.detach().cpu()
             weights.append(weight_be.float().cpu())
 
         # 6. Clip, then step with this step's learning rate.
         dist.all_reduce(total)
-        loss = total.item() / num_labels
+        loss = total.item() / labels
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).full_tensor().item()
         if not math.isfinite(loss + norm):
-            indices = order[step * accumulation :][:accumulation]
+            indices = order[(step - start) * accumulation :][:accumulation]
             rows = [dataset.rows[i] for micro_batch in indices for i in micro_batch]
             what = f"the loss is {loss}, the gradient norm {norm}"
             fail(model, batches, rows, run.folder / f"failure-step-{number}", what)
@@ -310,18 +385,145 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
 
         # 7. Log.
         if rank == 0:
-            seconds = time.perf_counter() - started
-            lr, seen = optimizers[0].param_groups[0]["lr"], torch.cat(weights)
+            seconds, lr = time.perf_counter() - started, optimizers[0].param_groups[0]["lr"]
+            tokens += sum(pictures) * model.config.num_visual
             metrics = {"step": number, "loss": loss, "lr": lr, "gradient_norm": norm}
-            metrics |= {"labels_per_second": num_labels / seconds, "data_wait": waited / seconds}
-            metrics |= {"weights": seen.mean(0).tolist() if len(seen) else []}
-            with (run.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
-            progress("train", step + 1, steps, f"loss {loss:.3f}")
+            metrics |= {"tokens_per_second": tokens / seconds, "data_wait": waited / seconds}
+            mixed = torch.cat(weights).mean(0).tolist() if any(map(len, weights)) else []
+            log(run, metrics | {"memory_gb": peak_memory(model.device), "weights": mixed})
+            bar.set_postfix_str(f"loss {loss:.3f}")
+
+        # 8. Save what the next step needs, now and then; leave if asked to.
+        if stop or step + 1 == steps or (config.save_every and number % config.save_every == 0):
+            save_state(model, optimizers, run, number)
+        if stop:
+            print(f"Stopped after step {number}; the same command goes on." * (rank == 0))
+            leave()
     return before + steps
 
 
-# --------------------------------------------------------------------------------- what goes wrong
+# -------------------------------------------------------------------------------- what a run leaves
+
+
+def save_state(model: MERV, optimizers: list, run: Run, number: int) -> None:
+    """saves/NUMBER: the shards of every process after so many steps, complete or not there.
+
+    FIX: the authors save the optimizer state of rank 0 only (ledger F6). Data order and learning
+    rate follow from the number, and nothing is random, so nothing else is needed.
+    WHY: not in the background. At 7B on 8 GPUs it is 10 GB each, some seconds every 500 steps.
+    """
+    folder = run.folder / "saves" / f"{number:08d}"
+    partial = folder.with_suffix(".partial")
+    weights, moments = sharded.get_state_dict(model, optimizers, options=TRAINED)
+    dcp.save({"model": weights, "optimizers": moments}, checkpoint_id=partial)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        partial.rename(folder)
+        saved = sorted(f for f in folder.parent.iterdir() if not f.suffix)
+        for old in saved[: -run.config.keep] if run.config.keep else []:
+            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # never half a save
+    dist.barrier()
+
+
+def load_state(model: MERV, optimizers: list, run: Run) -> None:
+    """All as it was after step run.done, however many processes saved it."""
+    weights, moments = sharded.get_state_dict(model, optimizers, options=TRAINED)
+    state = {"model": weights, "optimizers": moments}  # the weights are the model's own tensors
+    dcp.load(state, checkpoint_id=run.folder / "saves" / f"{run.done:08d}")
+    sharded.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=TRAINED)
+
+
+def open_run(config: TrainConfig) -> Run:
+    """On rank 0: the folder of a new run or, in that of one under way, all as at its last save.
+
+    Under way is --resume's run, or one that the same options and code began and did not end: a
+    command given again goes on, by hand as by torchrun --max-restarts.
+    """
+    here = Path(__file__).parent
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(here.glob("*.py"))))
+    git = ("git", "-C", str(here), "describe", "--always", "--dirty")
+    commit = (
+        subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
+    )
+    saved = asdict(config) | {"code": code.hexdigest()[:16], "commit": commit.strip()}
+    saved |= {"torch": torch.__version__}
+    for number in count(1):
+        folder = Path(config.resume or f"runs/{config.name}{f'-{number}' * (number > 1)}")
+        file, ended = folder / "config.json", (folder / "checkpoint").exists()
+        began = json.loads(file.read_text()) if file.exists() else None
+        if config.resume or not folder.exists() or (began == saved and not ended):
+            break
+    if not began:
+        eval.write_file(file, json.dumps(saved, indent=2))
+    for rest in (folder / "saves").glob("*.partial"):
+        shutil.rmtree(rest)
+    done, lines = max((int(f.name) for f in (folder / "saves").glob("*")), default=0), []
+    for file in (folder / "metrics.jsonl", folder / "bad_examples.jsonl"):
+        lines = [x for x in eval.whole_lines(file) if json.loads(x)["step"] <= done]
+        eval.write_file(file, "".join(lines))
+    print(f"{folder}, from step {done}: {json.dumps(asdict(config))}")
+    return Run(config, folder, done, bad=len(lines))
+
+
+def resumed(config: TrainConfig) -> TrainConfig:
+    """The options that the run to resume began with, and the HOW of this command line."""
+    file = Path(config.resume) / "config.json"
+    if not file.is_file():
+        raise UserError(f"No run at {config.resume}.", f"{file} is missing.", "check the path.")
+    saved, now = json.loads(file.read_text()), asdict(config)
+    began = {f.name: saved[f.name] for f in fields(config)}
+    given = {f.name for f in fields(config) if now[f.name] not in (f.default, began[f.name])}
+    if odd := sorted(given - HOW):
+        what, why = f"--{odd[0]} {now[odd[0]]} contradicts {file}.", "a run goes on as it began."
+        raise UserError(what, why, f"leave that out; what may change is {', '.join(sorted(HOW))}.")
+    return TrainConfig(**began | {name: now[name] for name in given})
+
+
+def log(run: Run, metrics: dict) -> None:
+    """One line of metrics.jsonl; the same to TensorBoard, if that is installed."""
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    for name, value in metrics.items() if run.board else ():
+        for index, number in enumerate(value if isinstance(value, list) else [value]):
+            label = f"{name}/{index}" if isinstance(value, list) else name
+            run.board.add_scalar(label, number, metrics["step"])
+
+
+def open_board(folder: Path):
+    """TensorBoard's writer, or None."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder)
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most that was held at once, in GB: of the GPU, else by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def draw_loss(folder: Path, width: int = 640, height: int = 240) -> None:
+    """loss.svg: the loss of every step, in nats, and its average over the last twenty."""
+    lines = eval.whole_lines(folder / "metrics.jsonl")
+    losses = torch.tensor([json.loads(line)["loss"] for line in lines])
+    sums, k = torch.cat([losses[:1] * 0, losses.cumsum(0)]), torch.arange(1, len(losses) + 1)
+    since = (k - 20).clamp(min=0)
+    x = 40 + (width - 50) * k / len(losses)
+    paths = []
+    for values, style in ((losses, "#bbb"), ((sums[k] - sums[since]) / (k - since), "#c33")):
+        y = height - 20 - (height - 40) * values / losses.max()
+        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y, strict=True))
+        paths.append(f'<polyline fill="none" stroke="{style}" points="{points}"/>')
+    marks = ((4, 24, f"{losses.max():.2f}"), (4, height - 20, "0"), (40, height - 4, "step 1"))
+    marks += ((width - 60, height - 4, f"{len(losses)}"), (width // 2, 14, "loss, nats a token"))
+    texts = [f'<text x="{x}" y="{y}" fill="#888">{text}</text>' for x, y, text in marks]
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+    start += 'font-family="sans-serif" font-size="12">'
+    eval.write_file(folder / "loss.svg", "\n".join([start, *paths, *texts, "</svg>\n"]))
 
 
 def report_bad(mine: list[dict], total: int, run: Run, step: int) -> None:
@@ -354,6 +556,119 @@ def fail(model: MERV, batches: list, rows: list[dict], folder: Path, what: str) 
     raise UserError(f"{folder.name}: {what}.", why, fix)
 
 
+# --------------------------------------------------------------------------- plan before you pay
+
+
+def fake_step(config: TrainConfig, stage: Stage, mesh: DeviceMesh, meter, still: bool = False):
+    """One forward and backward of rank 0, of the real modules on fake tensors: shapes, no memory.
+
+    meter: makes the context that watches, given the model. Gives it, the model and the optimizers.
+    """
+    model_config, b, s = configure(config), config.micro_batch, config.text_tokens
+    with FakeTensorMode():
+        encoders = [FAMILIES[e.family](e) for e in model_config.encoders]
+        model = MERV(model_config, encoders, Llama(model_config.llm), None).train()
+        model.llm.activation_checkpointing = config.activation_checkpointing
+        dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
+        shard(model, mesh, config.place_encoders, dtype)
+        optimizers = make_optimizers(model, stage, config.muon_lr)
+        ids, labelled = (torch.zeros(n, m, dtype=torch.long) for n, m in ((b, s), (2, b * s // 2)))
+        batch = data.Batch(ids, labelled, [s] * b, list(range(b)), {}, {})
+        for e, project in zip(model_config.encoders, model.projectors.values(), strict=True):
+            t, side = 1 if still else e.num_frames, e.image_size
+            if config.place_encoders != "cached":
+                batch.pixels[e.name] = torch.empty(b, t, 3, side, side)
+            else:
+                batch.features[e.name] = project.pool(torch.empty(b, *e.grid, e.hidden_size))
+        with meter(model) as watching:
+            model(batch)[0].backward()
+    return watching, model, optimizers
+
+
+def memory_of(config: TrainConfig, stage: Stage, mesh: DeviceMesh) -> dict[str, float]:
+    """What rank 0 holds, in bytes, when it holds most: in a backward pass after the first step."""
+    tracker, model, optimizers = fake_step(config, stage, mesh, FSDPMemTracker)
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    held = {getattr(kind, "name", "TOTAL"): size for kind, size in peak.items()}
+    kept = model.parameters()
+    if config.place_encoders == "cached":
+        kept = [p for name, p in model.named_parameters() if not name.startswith("encoders.")]
+    rows = {
+        "weights": sum(getattr(p, "_local_tensor", p).nbytes for p in kept),
+        "gradients": held["SHARDED_GRAD"],
+        "gathered layers": held["UNSHARDED_PARAM"] + held["ALL_GATHER"],
+        "reduced gradients": held["UNSHARDED_GRAD"] + held["REDUCE_SCATTER"],
+    }
+    rows["activations, logits, batch"] = held["TOTAL"] - sum(rows.values())
+    # WHY: not the tracker's, which takes the temporaries of a step for the optimizer's state.
+    moments = {torch.optim.AdamW: 2, torch.optim.Muon: 1}  # tensors for each parameter
+    rows["optimizer"] = sum(
+        moments[type(optimizer)] * p.to_local().nbytes
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+    return rows
+
+
+def work_of(config: TrainConfig, stage: Stage, mesh: DeviceMesh, still: bool) -> dict[str, float]:
+    """Operations of a row, forward and backward, by part of the model."""
+    meter = lambda model: FlopCounterMode(display=False)  # noqa: E731
+    counter, model, _ = fake_step(config, stage, mesh, meter, still)
+    found = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    parts = dict.fromkeys([*model.encoders, "LLM layers"], 0)
+    for name, work in found.items():
+        if re.search(r"\.encoders\.[^.]+$", name):
+            parts[name.rpartition(".")[2]] += work
+        elif re.search(r"\.llm\.layers\.\d+$", name):
+            parts["LLM layers"] += work
+    parts["projectors, mixer, logits"] = found["Global"] - sum(parts.values())
+    return {name: work / config.micro_batch for name, work in parts.items()}
+
+
+def plan(config: TrainConfig) -> None:
+    """Print what a run needs: parameters, memory of each GPU, work by part, hours.
+
+    Raises UserError, with advice, if it does not fit.
+    """
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.gpus)
+    mesh, hours = make_mesh("cpu", config.gpus, config.replicas), 0.0
+    for number, stage in enumerate(RECIPES[config.recipe], start=1):
+        print(f"\nstage {number} trains {', '.join(stage.trained)}")
+        memory = memory_of(config, stage, mesh)
+        total = sum(memory.values()) / 1e9
+        print("  GB of each GPU, at the peak")
+        for name, size in memory.items():
+            print(f"    {name:<26}{size / 1e9:>8.2f}")
+        print(f"    {'all':<26}{total:>8.2f}  of {config.gpu_memory:g}")
+        if total > config.gpu_memory:
+            refuse(config, stage, mesh, total)
+        work = {still: work_of(config, stage, mesh, still) for still in (False, True)}
+        print("  10^12 operations for" + f"{'a clip':>13}{'a still':>10}")
+        for name, clip in work[False].items():
+            print(f"    {name:<26}{clip / 1e12:>8.2f}{work[True][name] / 1e12:>10.2f}")
+        rows = [sum(numbers) for numbers in zip(*(ROWS[file] for file in stage.files), strict=True)]
+        needed = sum(
+            n * sum(work[still].values()) for n, still in zip(rows, (True, False), strict=True)
+        )
+        hours += needed / (config.gpus * config.tflops * 1e12) / 3600
+        print(f"  {rows[0]:,} stills and {rows[1]:,} clips: {needed:.2e} operations")
+    print(f"\n{hours:.1f} hours on {config.gpus} GPUs that achieve {config.tflops:g} TFLOP/s each")
+
+
+def refuse(config: TrainConfig, stage: Stage, mesh: DeviceMesh, total: float) -> None:
+    """Raise with the largest micro-batch that fits, if any does."""
+    what = f"A micro-batch of {config.micro_batch} needs {total:.1f} GB of each GPU."
+    smaller, fix = config.micro_batch // 2, "more --gpus, --activation-checkpointing, fewer tokens."
+    while smaller:
+        held = memory_of(replace(config, micro_batch=smaller), stage, mesh)
+        if sum(held.values()) <= config.gpu_memory * 1e9:
+            fix = f"--micro-batch {smaller} needs {sum(held.values()) / 1e9:.1f} GB."
+            break
+        smaller //= 2
+    raise UserError(what, f"it has {config.gpu_memory:g} GB.", fix)
+
+
 # ------------------------------------------------------------------------------------ the whole run
 
 
@@ -368,31 +683,29 @@ def settle(config: TrainConfig) -> TrainConfig:
         muon_lr=config.muon_lr if config.muon_lr >= 0 else 0.01 * small,
         micro_batch=config.micro_batch or (config.global_batch or 32 if small else 4),
         cache_features=cache,
+        place_encoders=config.place_encoders if cache == "none" else "cached",
         name=config.name or f"{config.model}-{config.recipe}",
     )
 
 
-def new_folder(config: TrainConfig) -> Path:
-    """runs/NAME, or NAME-2 ...: no run is ever overwritten."""
-    folder, number = Path("runs") / config.name, 1
-    while folder.exists():
-        number += 1
-        folder = Path("runs") / f"{config.name}-{number}"
-    saved = asdict(config) | {"torch": torch.__version__}
-    eval.write_file(folder / "config.json", json.dumps(saved, indent=2))
-    print(f"{folder}: {json.dumps(asdict(config))}")
-    return folder
-
-
 def train(config: TrainConfig) -> Run:
-    """Every stage of the recipe, then the checkpoint."""
-    device = join_processes(config.device)
-    config = settle(config)
-    model_config, folder, tokenizer = configure(config)
-    home = [new_folder(config) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(home)
-    run = Run(config, home[0])
-    model, small = MERV.create(model_config, tokenizer, config.seed), config.model == "miniature"
+    """Every stage of the recipe, then the checkpoint; or what is left of a run that has begun."""
+    device, model_config = join_processes(config.device), configure(config)
+    rank, world, small = dist.get_rank(), dist.get_world_size(), config.model == "miniature"
+    folder, tokenizer = Path(config.data), config.tokenizer
+    if config.data == "miniature":
+        if rank == 0:
+            miniature.prepare(MINIATURE, config.encoder_seed)
+        dist.barrier()
+        folder, tokenizer = MINIATURE / "train", tokenizer or str(MINIATURE / "tokenizer.model")
+    found = [open_run(config) if rank == 0 else None]
+    dist.broadcast_object_list(found)
+    run: Run = found[0]
+    if (run.folder / "checkpoint").is_dir():
+        return run
+    run.board = open_board(run.folder) if rank == 0 else None
+    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
+    model = MERV.create(model_config, tokenizer, config.seed)
     llm, encoders, cache, stages = model_config.llm, list(model.config.encoders), None, []
     if config.cache_features != "none":
         cache = data.FeatureCache(config.cache_features, model.fingerprints())
@@ -406,13 +719,17 @@ def train(config: TrainConfig) -> Run:
                 fill_cache(model.to(device), files[-1], config.workers)
         stages.append((replace(stage, lr=lr, global_batch=size), concatenate(files)))
     model.llm.activation_checkpointing = config.activation_checkpointing and not small
-    shard(model.to(device), device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    mesh = make_mesh(device.type, world, config.replicas)
+    shard(model.to(device), mesh, config.place_encoders, dtype)
     steps = 0
     for stage, dataset in stages:
         steps = train_stage(model, stage, dataset, run, steps)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = sharded.get_model_state_dict(model, options=whole)
-    if dist.get_rank() == 0:
+    if rank == 0:
+        draw_loss(run.folder)
         model.save_pretrained(run.folder / "checkpoint", state)
     dist.barrier()
     return run
@@ -434,6 +751,9 @@ def main(arguments: list[str] | None = None) -> None:
     """`train.py`: train, then score the miniature."""
     config = parse_options(TrainConfig, arguments, "Train MERV.")
     try:
+        config = settle(resumed(config) if config.resume else config)
+        if config.plan:
+            return plan(config)
         run = train(config)
         dist.destroy_process_group()
         if run.config.evaluate and run.config.data == "miniature":

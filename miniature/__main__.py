@@ -25,10 +25,9 @@ import numpy as np
 from PIL import Image
 
 import miniature
-from data import load_video
+from data import load_video, progress
 from encoders import UserError
 from eval import Question, first_word, write_file
-from merv import progress
 from miniature.world import REVERSED
 from train import MINIATURE
 
@@ -149,9 +148,9 @@ def main(arguments: list[str] | None = None) -> None:
             write_split(MINIATURE / "test", MINIATURE / "split/test", "open_q.json")
             shutil.copy(MINIATURE / "test/open_a.json", MINIATURE / "split/test")
         with ThreadPoolExecutor(2) as pool:
-            for job, questions in zip(jobs, pool.map(run, *zip(*jobs, strict=True)), strict=True):
+            asked = pool.map(run, *zip(*jobs, strict=True))
+            for job, questions in zip(jobs, progress(asked, "claims", len(jobs)), strict=True):
                 answers[job[0], job[2]] = questions
-                progress("claims", len(answers), len(jobs), f"{job[0]}, seed {job[2]}")
     except UserError as error:
         sys.exit(f"error: {error}")
     text = render(answers, quick)

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from data import progress
 from encoders import ENCODERS, FAMILIES, Encoder, initialise, load_encoder, save_encoder
-from merv import progress
 from miniature import world
 from miniature.world import COLOURS, FIRST_SEED, NUM_FRAMES, SHAPES
 
@@ -170,7 +170,7 @@ def train(pupil: Pupil, name: str, seed: int, num_clips: int = NUM_CLIPS) -> lis
     # WHY: with AdamW alone, ViViT stays near chance for as long as we can wait.
     muon = torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.05)
     adamw = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    for step in range(steps):
+    for step in progress(range(steps), name):
         chosen = torch.randint(num_clips, (batch,), generator=generator)
         frames = films[chosen, torch.randint(stride, (), generator=generator) :: stride]
         noise = 0.02 * torch.randn(frames.shape, generator=generator)  # video coding is fainter
@@ -187,7 +187,6 @@ def train(pupil: Pupil, name: str, seed: int, num_clips: int = NUM_CLIPS) -> lis
                 optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
-        progress(name, step + 1, steps, f"loss {loss:.3f}")
     return losses
 
 

@@ -19,8 +19,7 @@ import numpy as np
 import sentencepiece
 from numpy.random import Generator, default_rng
 
-from data import mcq_prompt
-from merv import progress
+from data import mcq_prompt, progress
 
 
 @dataclass(frozen=True)
@@ -239,11 +238,10 @@ def write_world(world: World, folder: Path) -> None:
     for split, count in counts.items():
         (folder / split / "videos").mkdir(parents=True)
         scenes, seed = [], FIRST_SEED[split]
-        for number in range(count):
+        for number in progress(range(count), f"draw {split} clips"):
             scene, frames = draw_clip(seed + number)
             write_clip(frames, folder / split / CLIP.format(number))
             scenes.append(scene)
-            progress(f"draw {split} clips", number + 1, count)
         files = (training_files if split == "train" else evaluation_files)(scenes, seed)
         for name, rows in files.items():
             (folder / split / f"{name}.json").write_text(json.dumps(rows, indent=1))

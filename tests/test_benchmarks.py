@@ -100,12 +100,12 @@ def test_a_benchmark_is_read_as_it_was_published(name, tmp_path, videos):
     name = name.removesuffix("-as-pairs")
     folder = lay_out(tmp_path, files, videos)
     questions = eval.load_questions(name, folder)
-    found = [(q.video, q.expected, q.kind, q.clip[1:]) for q in questions]
+    found = [(q.video, q.expected, q.kind, q.cut) for q in questions]
     assert found == [(v, e, k, cut or (None, None, None)) for v, e, k, cut in expected]
     encoders = MERVS["miniature"].encoders
-    clips = eval.Clips(name, questions, folder, encoders)
-    assert len(clips) == len({q.clip for q in questions})
-    for number, pixels, failure in (clips[i] for i in range(len(clips))):
+    clips = eval.Clips(questions, folder, encoders)
+    assert len(clips.groups) == len({(q.video, q.cut) for q in questions})
+    for number, pixels, failure in (clips[i] for i in range(len(clips.groups))):
         assert not failure, failure
         assert set(pixels) == {f"miniature-{encoder}" for encoder in FOUR}, number
 
@@ -115,7 +115,7 @@ def test_times_in_a_folder_of_frames_are_counted_at_its_rate(tmp_path, videos):
     files, _ = SAMPLES["vlep"]
     folder = lay_out(tmp_path, files, videos)
     question = eval.load_questions("vlep", folder)[0]
-    _, start, end, _ = question.clip
+    start, end, _ = question.cut
     frames = load_video(folder / "videos" / question.video, 5, start, end, fps=3)
     every = load_video(folder / "videos" / question.video, 8)
     assert frames.equal(every[1:6])

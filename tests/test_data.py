@@ -831,7 +831,7 @@ def test_text_image_and_video_rows_stand_in_one_batch(mixed):
     """Rows 0, 2 and 3 have a picture; row 1 is text alone and costs no pixels."""
     batch = collate([mixed[i] for i in range(4)])
     assert mixed.modalities == ["video", "text", "image", "video"]
-    assert batch.visual_rows.tolist() == [0, 2, 3]
+    assert batch.visual_rows == [0, 2, 3]
     for config in SMALL:
         assert batch.pixels[config.name].shape == (3, config.num_frames, 3, 32, 32)
     assert batch.num_labels == sum(int((mixed[i].labels != IGNORE).sum()) for i in range(4))
@@ -860,18 +860,18 @@ def test_padding_changes_nothing_in_the_real_part(mixed):
     """Lengths say what is real: up to them the ids and labels of the row, behind them no loss."""
     examples = [mixed[i] for i in range(4)]
     batch = collate(examples)
-    assert len(set(batch.lengths.tolist())) > 1
+    assert len(set(batch.lengths)) > 1
     for row, example in enumerate(examples):
-        length = int(batch.lengths[row])
+        length = batch.lengths[row]
         assert torch.equal(batch.input_ids[row, :length], example.input_ids)
-        assert torch.equal(batch.labels[row, :length], example.labels)
-        assert (batch.labels[row, length:] == IGNORE).all()
+        places = batch.labelled[1][batch.labelled[0] == row].tolist()
+        assert places == [i for i, label in enumerate(example.labels.tolist()) if label != IGNORE]
+        assert example.input_ids[places].tolist() == example.labels[places].tolist()
 
 
 def test_a_batch_of_text_has_no_pixels(mixed):
     batch = collate([mixed[1], mixed[1]])
-    assert batch.visual_rows.tolist() == []
-    assert batch.visual_rows.dtype == torch.long
+    assert batch.visual_rows == []
     assert batch.pixels == {}
     assert batch.features == {}
 
@@ -886,8 +886,8 @@ def test_features_and_pixels_do_not_mix():
 
 def test_a_batch_moves_whole(mixed):
     batch = collate([mixed[0], mixed[1]]).to("meta")
-    tensors = [batch.input_ids, batch.labels, batch.lengths, batch.visual_rows]
-    assert all(t.device.type == "meta" for t in [*tensors, *batch.pixels.values()])
+    tensors = [batch.input_ids, batch.labelled, *batch.pixels.values()]
+    assert all(t.device.type == "meta" for t in tensors)
 
 
 def test_a_long_conversation_is_cut(mixed_folder, tiny_tokenizer):
@@ -1092,7 +1092,7 @@ def test_a_batch_gathers_what_was_written_down(damaged, tiny_tokenizer):
     rows = [0, 3, 1, 6]
     (batch,) = DataLoader(data, batch_sampler=[rows], collate_fn=collate, num_workers=1)
     assert len(batch.input_ids) == 4
-    assert batch.visual_rows.tolist() == [0, 1, 3]
+    assert batch.visual_rows == [0, 1, 3]
     assert batch.bad == data[3].bad + data[6].bad
     assert batch.to("meta").bad == batch.bad
     assert collate([data[0]]).bad == []
@@ -1188,7 +1188,7 @@ def test_a_dataset_takes_features_from_the_cache(mixed_folder, tiny_tokenizer):
     )
     batch = collate([data[0], data[1], data[3]])
     assert batch.pixels == {}
-    assert batch.visual_rows.tolist() == [0, 2]
+    assert batch.visual_rows == [0, 2]
     for config in SMALL:
         expected = stored[config.name].bfloat16().expand(2, -1, -1, -1, -1)
         assert torch.equal(batch.features[config.name], expected)

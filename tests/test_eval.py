@@ -131,7 +131,7 @@ def test_a_video_name_cannot_leave_the_folder(world, name):
     """Annotations are data: a path in one must not open files elsewhere."""
     (world / "test" / "secret.mp4").write_bytes(b"")
     question = eval.Question("1", name, "Who?", "me")
-    clips = eval.Clips("miniature-open", [question], world / "test", [])
+    clips = eval.Clips([question], world / "test", [])
     assert "has no video" in clips[0][2]
 
 

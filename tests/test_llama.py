@@ -831,7 +831,7 @@ def test_bos_and_eos_decode_to_nothing(tokenizer):
 
 
 def test_a_missing_tokenizer_says_where_to_find_one(tmp_path):
-    with pytest.raises(CheckpointError, match=r"No tokenizer at .*tokenizer\.model"):
+    with pytest.raises(CheckpointError, match=r"Found no tokenizer\.model at .*tokenizer\.model"):
         Tokenizer(tmp_path / "tokenizer.model")
 
 

@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 import encoders
-import llama
 import merv
 from encoders import CheckpointError, load_encoder, save_encoder
-from llama import LLAMAS, Llama
+from llama import LLAMAS, Llama, load_llama
 from merv import AUTHORS_ENCODERS, FOUR, MERV, CrossAttentionMixer, fold_query
 
 D, INNER, LAYERS = 64, 48, 2
@@ -220,14 +219,10 @@ def test_a_full_size_manifest_loads_and_any_damage_to_it_is_named(name, shared_f
     """Nothing missing or unexpected; a tensor that is lost, renamed or cut is an error by name."""
     manifest = json.loads((shared_folder / "manifests" / f"{name}.json").read_text())
     tensors = {key: torch.empty(shape, device="meta") for key, (shape, _) in manifest.items()}
-    module, load = (llama, llama.load_llama) if name in LLAMAS else (encoders, load_encoder)
+    load = load_llama if name in LLAMAS else load_encoder
     changed = dict(tensors)
-    monkeypatch.setattr(module, "read_tensors", lambda *_: dict(changed))
-    monkeypatch.setattr(module, "find_file", lambda *_, **__: None)
-    if module is llama:
-        monkeypatch.setattr(
-            module, "find_file", lambda *_, **__: shared_folder / "model.safetensors"
-        )
+    monkeypatch.setattr(encoders, "read_tensors", lambda *_: dict(changed))
+    monkeypatch.setattr(encoders, "find_file", lambda *_, **__: None)
     load(name, "a/b", device="meta")
     used = [key for key in tensors if re.match(KINDS[name], key)]
     assert len(used) > 20

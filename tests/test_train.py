@@ -27,7 +27,7 @@ def workplace(tmp_path_factory):
     write_world(world, folder / "data" / "miniature")
     for name in FOUR:
         encoder = load_encoder(f"miniature-{name}")
-        save_encoder(encoder, folder / "data" / "miniature" / "encoders" / f"{name}.safetensors")
+        save_encoder(encoder, folder / "data" / "miniature" / "encoders-0" / f"{name}.safetensors")
     return folder
 
 
@@ -101,7 +101,7 @@ def test_a_run_describes_itself(workplace):
     model = MERV.from_pretrained(moved)
     assert list(model.encoders) == ["miniature-dinov2", "miniature-vivit"]
     line = json.loads((moved / "metrics.jsonl").read_text().splitlines()[0])
-    assert set(line) >= {"step", "loss", "lr", "gradient_norm", "labels_per_second", "weights"}
+    assert set(line) >= {"step", "loss", "lr", "gradient_norm", "tokens_per_second", "weights"}
 
 
 @pytest.mark.parametrize(

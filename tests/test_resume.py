@@ -1,0 +1,179 @@
+"""A run that is killed, stopped or goes wrong: it goes on bit for bit, or says what was wrong."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import ROOT, losses, run, workplace  # noqa: F401  (workplace is a fixture)
+
+STEPS = ("--global-batch", "4", "--epochs", "2", "--cache-features", "none", "--save-every", "2")
+DATA = ("--data", "data/miniature/train", "--tokenizer", "data/miniature/tokenizer.model")
+
+
+def curve(workplace: Path, name: str) -> list[tuple]:  # noqa: F811
+    """What a run logged, without the times."""
+    lines = (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    keys = ("step", "loss", "lr", "gradient_norm", "weights")
+    return [tuple(json.loads(line)[key] for key in keys) for line in lines]
+
+
+def assert_same_run(workplace: Path, name: str, other: str) -> None:  # noqa: F811
+    """The same curve, step for step, and the same weights, bit for bit."""
+    assert curve(workplace, name) == curve(workplace, other)
+    first, second = (
+        load_file(workplace / "runs" / one / "checkpoint" / "model.safetensors")
+        for one in (name, other)
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def start(workplace: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:  # noqa: F811
+    """train.py on two processes under torchrun, in the background."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [*launcher, str(ROOT / "train.py"), "--workers", "0", *DATA, *options]
+    return subprocess.Popen(
+        command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def ranks(parent: int) -> list[int]:
+    """The processes that a torchrun has started."""
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+
+def wait_for_steps(process: subprocess.Popen, log: Path, steps: int) -> None:
+    """Until so many steps are logged; fails if the run ends before that."""
+    limit = time.monotonic() + 240
+    while not log.exists() or len(log.read_text().splitlines()) < steps:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def straight(workplace):  # noqa: F811
+    """A run of ten steps that nobody disturbs; Muon and AdamW, all its saves kept."""
+    options = ("--micro-batch", "1", "--keep", "0")
+    done = run(workplace, "straight", *STEPS, *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert len(losses(workplace, "straight")) == 10
+    return "straight"
+
+
+def copy_until(workplace: Path, straight: str, name: str, step: int) -> None:  # noqa: F811
+    """A run as it is when it is killed in the middle of the save after `step` + 2."""
+    home = workplace / "runs" / name
+    shutil.copytree(workplace / "runs" / straight, home)
+    shutil.rmtree(home / "checkpoint")
+    for save in (home / "saves").iterdir():
+        if int(save.name) > step + 2:
+            shutil.rmtree(save)
+    (home / "saves" / f"{step + 2:08d}").rename(home / "saves" / f"{step + 2:08d}.partial")
+
+
+def test_after_a_kill_torchrun_starts_the_run_again_and_it_ends_bit_for_bit(workplace, straight):  # noqa: F811
+    """One rank dies by SIGKILL between two saves; --max-restarts is all that is needed."""
+    options = (*STEPS, "--micro-batch", "1", "--name", "restarted")
+    process = start(workplace, *options, launcher=("--max-restarts", "2"))
+    wait_for_steps(process, workplace / "runs" / "restarted" / "metrics.jsonl", 5)
+    os.kill(ranks(process.pid)[-1], signal.SIGKILL)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert "runs/restarted, from step 4" in output  # saved every second step
+    assert not (workplace / "runs" / "restarted-2").exists()
+    assert_same_run(workplace, "restarted", straight)
+    kept = sorted(f.name for f in (workplace / "runs" / "restarted" / "saves").iterdir())
+    assert kept == ["00000008", "00000010"]
+
+
+def test_sigterm_saves_and_resume_goes_on_bit_for_bit(workplace, straight):  # noqa: F811
+    """What a cluster sends before it takes its machines back: leave at once, lose no step."""
+    options = (*STEPS, "--micro-batch", "1", "--name", "stopped", "--save-every", "0")
+    process = start(workplace, *options)
+    wait_for_steps(process, workplace / "runs" / "stopped" / "metrics.jsonl", 3)
+    for rank in ranks(process.pid):
+        os.kill(rank, signal.SIGTERM)
+        time.sleep(0.05)  # not all ranks hear of it in the same step
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    stopped_at = len(losses(workplace, "stopped"))
+    assert f"Stopped after step {stopped_at}; the same command goes on." in output
+    assert [f.name for f in (workplace / "runs" / "stopped" / "saves").iterdir()] == [
+        f"{stopped_at:08d}"
+    ]
+    resumed = start(workplace, "--resume", "runs/stopped")
+    output = resumed.communicate(timeout=300)[0]
+    assert resumed.returncode == 0, output
+    assert_same_run(workplace, "stopped", straight)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(workplace, straight):  # noqa: F811
+    """Saved by two, read by one: the same curve to rounding. A half-written save is passed over."""
+    copy_until(workplace, straight, "alone", 4)
+    command = [sys.executable, str(ROOT / "train.py"), "--resume", "runs/alone"]
+    done = subprocess.run(
+        [*command, "--micro-batch", "4"], cwd=workplace, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "from step 4" in done.stdout and "6/6" in done.stderr
+    assert losses(workplace, "alone")[:4] == losses(workplace, straight)[:4]
+    assert losses(workplace, "alone") == pytest.approx(losses(workplace, straight), rel=1e-3)
+    partials = list((workplace / "runs" / "alone" / "saves").glob("*.partial"))
+    assert not partials
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--resume", "runs/nowhere"], "No run at runs/nowhere"),
+        (["--resume", "runs/straight", "--lr", "0.5"], "--lr 0.5 contradicts"),
+    ],
+)
+def test_a_resume_that_cannot_be_is_explained(workplace, straight, options, wanted):  # noqa: F811
+    """No traceback, and the run that is there stays as it was."""
+    before = curve(workplace, straight)
+    command = [sys.executable, str(ROOT / "train.py"), *options]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert wanted in done.stderr and "Traceback" not in done.stderr
+    assert curve(workplace, straight) == before
+
+
+@pytest.mark.slow
+def test_twenty_kills_at_random_moments_change_nothing(workplace):  # noqa: F811
+    """A save after every step, so kills hit steps, saves, loads and the start alike."""
+    options = ["--global-batch", "4", "--epochs", "8", "--cache-features", "none"]
+    options += ["--micro-batch", "2", "--save-every", "1"]
+    done = run(workplace, "undisturbed", *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    launcher = ("--max-restarts", "30", "--monitor-interval", "0.1")
+    process = start(workplace, *options, "--name", "soak", launcher=launcher)
+    log, chance = workplace / "runs" / "soak" / "metrics.jsonl", random.Random(0)
+    steps = len(losses(workplace, "undisturbed"))
+    wait_for_steps(process, log, 1)
+    for kill in range(20):
+        victims = ranks(process.pid)
+        os.kill(chance.choice(victims), signal.SIGKILL)
+        while process.poll() is None and set(ranks(process.pid)) & set(victims):
+            time.sleep(0.02)
+        if kill % 4 == 0:  # while it starts or loads
+            time.sleep(chance.uniform(1, 6))
+        else:  # at a moment of the next two steps and their saves
+            wait_for_steps(process, log, min(steps - 3, kill + 2))
+            time.sleep(chance.uniform(0, 0.6))
+        while not ranks(process.pid):
+            time.sleep(0.02)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, output
+    assert_same_run(workplace, "soak", "undisturbed")
