@@ -53,9 +53,9 @@ class InFloat32(torch.overrides.TorchFunctionMode):
 
 
 def captioned_clip(number: int) -> tuple[list[int], np.ndarray]:
-    """Numbers of the PHRASES of a caption, up to four objects and a verb; the film."""
+    """Numbers of the PHRASES of a caption, up to three objects and a verb; the film."""
     scene, film = world.draw_clip(FIRST_SEED["more"] + number)
-    told = [*sorted(f"{a.colour} {a.shape}" for a in scene.things), "", "", ""][:4]
+    told = [*sorted(f"{a.colour} {a.shape}" for a in scene.things), "", ""][:3]
     return [PHRASES.index(phrase) for phrase in (*told, VERBS[scene.action])], film
 
 
@@ -112,9 +112,9 @@ class Pupil(nn.Module):
 def contrast(pupil: Pupil, frames: Tensor, phrases: Tensor, generator: Generator) -> Tensor:
     """SigLIP's and LanguageBind's: a frame or clip must fit what is said of it and nothing else."""
     verb = frames.shape[1] > 1  # LanguageBind's; half of its texts are one
-    column = torch.rand(len(frames), 4, generator=generator).masked_fill(phrases[:, :4] == 0, -1)
+    column = torch.rand(len(frames), 3, generator=generator).masked_fill(phrases[:, :3] == 0, -1)
     column = torch.where(
-        torch.rand(len(frames), generator=generator) < 0.5 * verb, 4, column.argmax(1)
+        torch.rand(len(frames), generator=generator) < 0.5 * verb, 3, column.argmax(1)
     )
     texts = phrases.gather(1, column[:, None])  # (b, 1): each names one thing
     images = F.normalize(pupil.head(pupil.encoder(frames).mean((1, 2, 3))), dim=-1)

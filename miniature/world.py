@@ -1,6 +1,6 @@
 """A small video world: clips with known content, and the questions that ask about it.
 
-One to four objects, each of its own colour and shape and with a texture, lie anywhere on a noisy
+One to three objects, each of its own colour and shape and with a texture, lie anywhere on a noisy
 background and may hide parts of each other. One of them, the actor, does something for 8 frames.
 Ten actions come in pairs, each the other played backwards, so no single frame tells which of the
 two it is; four more have no direction. A split is videos/ and its questions, for training in
@@ -34,7 +34,7 @@ class World:
 
 SIZE, NUM_FRAMES, FPS = 32, 8, 8  # H = W in pixels, T, frames per second
 CLIP = "videos/clip_{:06d}.mp4"  # where it is written
-MCQ_SHARE = 0.25  # of the training questions: asked with options
+MCQ_SHARE = 0.1  # of the training questions: asked with options
 # Clip n of a split is drawn from seed FIRST_SEED[split] + n: no two splits share a clip.
 FIRST_SEED = {name: i * 10**6 for i, name in enumerate(("train", "val", "test", "probe", "more"))}
 COLOURS = {
@@ -45,16 +45,14 @@ SHAPES = {  # signed distance in pixels of (x, y), y down, to the outline of rad
     "circle": lambda x, y, r: np.hypot(x, y) - r,
     "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.85 * r,
     "triangle": lambda x, y, r: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.6 * r,
-    "cross": lambda x, y, r: np.maximum(np.minimum(abs(x), abs(y)) - 0.4 * r,
+    "cross": lambda x, y, r: np.maximum(np.minimum(abs(x), abs(y)) - 0.33 * r,
                                         np.maximum(abs(x), abs(y)) - r),
-    "ring": lambda x, y, r: abs(np.hypot(x, y) - 0.7 * r) - 0.3 * r,
-    "bar": lambda x, y, r: np.maximum(abs(x) - r, abs(y) - 0.45 * r),
+    "ring": lambda x, y, r: abs(np.hypot(x, y) - 0.75 * r) - 0.25 * r,
 }  # fmt: skip
 TEXTURES = {  # brightness at (x, y), pixels from the object's centre
     "plain": lambda x, y: 1 + 0 * (x + y),
-    "striped": lambda x, y: np.where((x + 0 * y) % 4 < 2, 1, 0.5),
-    "checked": lambda x, y: np.where((x // 2.5 + y // 2.5) % 2 < 1, 1, 0.5),
-    "shaded": lambda x, y: np.clip(0.7 + 0.08 * y + 0 * x, 0.4, 1),
+    "striped": lambda x, y: np.where((y + 0 * x) % 4 < 2, 1, 0.3),
+    "shaded": lambda x, y: np.clip(0.7 + 0.08 * x + 0 * y, 0.35, 1),
 }
 PAIRS = (  # each the other one played backwards
     ("moves left", "moves right"), ("moves up", "moves down"), ("grows", "shrinks"),
@@ -62,9 +60,8 @@ PAIRS = (  # each the other one played backwards
 )  # fmt: skip
 REVERSED = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 ACTIONS = (*REVERSED, "stays", "shakes", "blinks", "pulses")  # the last four have no direction
-NUMBERS = ("one", "two", "three", "four")
-PLACES = ("top left", "top", "top right", "left", "centre", "right",
-          "bottom left", "bottom", "bottom right")  # fmt: skip
+NUMBERS = ("one", "two", "three")
+PLACES = ("left", "right", "top", "bottom", "centre")
 
 
 # One object: its looks, and in pixels, y down, the centre around which it acts and its radius.
@@ -76,14 +73,14 @@ Scene = namedtuple("Scene", "things actor action travel phase")
 
 def sample_scene(rng: Generator, count: int | None = None) -> Scene:
     """Objects of distinct colours and shapes; at most about half of one is behind another."""
-    count = count or rng.integers(1, 5)
-    actor, action, travel = int(rng.integers(count)), str(rng.choice(ACTIONS)), rng.uniform(6, 9)
-    radius = rng.uniform(4.2, 5.6, count)
+    count = count or rng.integers(1, 4)
+    actor, action, travel = int(rng.integers(count)), str(rng.choice(ACTIONS)), rng.uniform(7, 10)
+    radius = rng.uniform(5, 6.2, count)
     reach = radius + (np.arange(count) == actor) * (travel / 2 if "moves" in action else 2)
     while True:  # until every centre has its room
         x, y = rng.uniform(reach, SIZE - reach, (2, count))
         gap = np.hypot(x - x[:, None], y - y[:, None]) + SIZE * np.eye(count)
-        if gap.min() > 6.5:
+        if gap.min() > 9:
             break
     colours, shapes = (rng.permutation(list(names)).tolist() for names in (COLOURS, SHAPES))
     textures, numbers = rng.choice(list(TEXTURES), count).tolist(), np.stack([x, y, radius]).T
@@ -169,10 +166,12 @@ def ask(scene: Scene) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
     moves = scene.action.startswith(("moves", "orbits"))
     still = [a for i, a in enumerate(scene.things) if i != scene.actor or not moves]
     for a in still:
-        # WHY: a centre within a pixel of a border between two places has no clear answer.
-        if min(abs(along - border) for along in (a.x, a.y) for border in (12, 20)) > 1:
-            row, column = ((along > 12) + (along > 20) for along in (a.y, a.x))
-            yield "where", f"Where is the {a.shape}?", PLACES[3 * row + column], PLACES
+        right, down = a.x - SIZE / 2, a.y - SIZE / 2
+        place = ("right" if right > 0 else "left", "bottom" if down > 0 else "top")
+        place = "centre" if max(abs(right), abs(down)) < 4 else place[abs(down) > abs(right)]
+        # WHY: in a corner or on a border between two places there is no clear answer.
+        if abs(abs(right) - abs(down)) > 2 or max(abs(right), abs(down)) < 3:
+            yield "where", f"Where is the {a.shape}?", place, PLACES
         others = [(b.x - a.x, b.shape) for b in scene.things if b is not a]
         left, margin = [shape for x, shape in others if x < 0], 2 + moves * scene.travel / 2
         if len(left) == 1 and all(abs(x) > margin for x, _ in others):
