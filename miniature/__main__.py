@@ -27,7 +27,7 @@ from PIL import Image
 import miniature
 from data import load_video, progress
 from encoders import UserError
-from eval import Question, first_word, write_file
+from eval import Question, write_file
 from miniature.world import REVERSED
 from train import MINIATURE
 
@@ -64,32 +64,32 @@ def write_split(old: Path, new: Path, file: str) -> None:
     write_file(new / file, json.dumps(kept))
 
 
-def run(name: str, options: str, seed: int) -> list[Question]:
+def run(row: str, options: str, seed: int) -> list[Question]:
     """The test's questions as a run answered them; it is trained and asked first if need be."""
-    folder, world = RUNS / f"{name}-{seed}", MINIATURE / ("split" if name[:5] == "split" else "")
-    train = f"train.py --name claims/{folder.name} --data {MINIATURE}/train --max-steps {STEPS}"
-    train += f" --tokenizer {MINIATURE}/tokenizer.model --seed {seed} --encoder-seed {seed}"
-    train += f" --workers 0 --no-evaluate {options}"
-    test = f"eval.py --checkpoint {folder} --data {world}/test --workers 0"
-    code = {f.read_bytes() for f in [*ROOT.glob("*.py"), *MINIATURE.rglob("made_by.txt")]}
-    digest = hashlib.sha256(b"".join(sorted(code))).hexdigest()
-    done, made_by = folder / "made_by.txt", "\n".join((digest, train, test))
-    if not done.exists() or done.read_text() != made_by:
-        shutil.rmtree(folder, ignore_errors=True)  # of other code or options, or killed
-        threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        for command in (train, test):
-            script = [sys.executable, *f"{ROOT}/{command}".split()]
-            ended = subprocess.run(script, env=os.environ | threads, capture_output=True, text=True)
-            if ended.returncode:
-                raise UserError(f"{command} fails.", ended.stderr[-2000:], "run it by hand.")
-        write_file(done, made_by)
-    result = json.loads((folder / "eval/miniature-open.json").read_text())
-    return [Question(**question) for question in result["questions"]]
+    world = MINIATURE / ("split" if row[:5] == "split" else "")
+    train = (
+        f"train.py --data {MINIATURE}/train --tokenizer {MINIATURE}/tokenizer.model --seed {seed}"
+    )
+    train += f" --encoder-seed {seed} --max-steps {STEPS} --workers 0 --no-evaluate {options}"
+    test = f"eval.py --data {world}/test --workers 0"
+    code = [f.read_bytes() for f in (*sorted(ROOT.glob("*.py")), MINIATURE / "made_by.txt")]
+    digest = hashlib.sha256(b"".join([*code, train.encode(), test.encode()])).hexdigest()[:8]
+    name = f"{RUNS.name}/{row}-{seed}-{digest}"  # other code or options: another run
+    done = (folder := RUNS.with_name(name)) / "eval/miniature-open.json"
+    commands = {f"{train} --name {name}": folder / "checkpoint"}
+    commands[f"{test} --checkpoint {folder}"] = done
+    for command in (command for command, result in commands.items() if not result.exists()):
+        script = [sys.executable, *f"{ROOT}/{command}".split()]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        ended = subprocess.run(script, env=env, capture_output=True, text=True)
+        if ended.returncode:
+            raise UserError(f"{command} fails.", ended.stderr[-2000:], "run it by hand.")
+    return [Question(**question) for question in json.loads(done.read_text())["questions"]]
 
 
 def inside(question: Question, subset: str) -> bool:
     """Is it among "all", "temporal", a kind, a first word or a text?"""
-    own = ("all", question.kind, first_word(question.text), question.text)
+    own = ("all", question.kind, question.first_word, question.text)
     return question.expected in REVERSED if subset == "temporal" else subset in own
 
 

@@ -100,9 +100,9 @@ class Pupil(nn.Module):
     @torch.no_grad()
     def start_from(self, siglip: "Pupil") -> None:
         """LanguageBind: take all that SigLIP has; temporal attention adds nothing at the start."""
-        theirs = siglip.state_dict()
+        theirs = {k: v for k, v in siglip.state_dict().items() if "teacher" not in k}
         positions = theirs.pop("encoder.position_embedding")[0]
-        self.load_state_dict({k: v for k, v in theirs.items() if "teacher" not in k}, strict=False)
+        self.load_state_dict(theirs, strict=False)
         # CLIP's patch embedding has no bias, and its class token has a position of its own.
         self.encoder.position_embedding[1:] = positions + theirs["encoder.patch_embedding.bias"]
         for block in self.encoder.blocks:
@@ -112,11 +112,9 @@ class Pupil(nn.Module):
 def contrast(pupil: Pupil, frames: Tensor, phrases: Tensor, generator: Generator) -> Tensor:
     """SigLIP's and LanguageBind's: a frame or clip must fit what is said of it and nothing else."""
     verb = frames.shape[1] > 1  # LanguageBind's; half of its texts are one
-    column = torch.rand(len(frames), 3, generator=generator).masked_fill(phrases[:, :3] == 0, -1)
-    column = torch.where(
-        torch.rand(len(frames), generator=generator) < 0.5 * verb, 3, column.argmax(1)
-    )
-    texts = phrases.gather(1, column[:, None])  # (b, 1): each names one thing
+    draw = torch.rand(phrases.shape, generator=generator).masked_fill(phrases == 0, -1)
+    draw[:, 3] = torch.where(draw[:, 3] < 0.5 * verb, 2, -1)
+    texts = phrases.gather(1, draw.argmax(1, keepdim=True))  # (b, 1): each names one thing
     images = F.normalize(pupil.head(pupil.encoder(frames).mean((1, 2, 3))), dim=-1)
     logits = images @ F.normalize(pupil.text_tower(texts[:, 0]), dim=-1).mT
     logits = 10 * pupil.scale.exp() * logits - 5 + pupil.bias
@@ -226,17 +224,13 @@ def probe(encoder: Encoder, clips: int = 900) -> dict[str, float]:
     films = torch.from_numpy(np.stack(films))[:, :: NUM_FRAMES // encoder.config.num_frames]
     grids = torch.cat([encoder(normalise(part, encoder)) for part in films.split(100)])
     pooled = F.adaptive_avg_pool2d(grids.flatten(0, 1).movedim(-1, 1), 2).reshape(clips, -1)
-    things, split = [scene.things[0] for scene in scenes], clips * 2 // 3
-    known, new = ((pooled - pooled.mean(0)) / pooled.std(0)).split([split, clips - split])
-    labels = {what: [getattr(a, what) for a in things] for what in ("colour", "shape", "texture")}
-    labels["place"] = [(a.x // 8, a.y // 8) for a in things]
-    labels |= {"verb": [VERBS[s.action] for s in scenes], "action": [s.action for s in scenes]}
-    for what, words in labels.items():
-        classes = sorted({*words})
-        y = torch.tensor([classes.index(word) for word in words])
-        # Ridge regression to one-hot labels on two thirds of the clips: W = X' (X X' + l I)^-1 Y.
-        gram = known @ known.mT + 300 * torch.eye(split)
-        hot = F.one_hot(y[:split], len(classes)) - 1 / len(classes)
-        guess = new @ known.mT @ torch.linalg.solve(gram, hot)
-        labels[what] = (guess.argmax(1) == y[split:]).float().mean().item()
-    return labels
+    known, new = ((pooled - pooled.mean(0)) / pooled.std(0)).tensor_split([clips * 2 // 3])
+    # Ridge regression to one-hot labels on two thirds of the clips: X' (X X' + l I)^-1 Y.
+    solve = new @ known.mT @ torch.linalg.inv(known @ known.mT + 300 * torch.eye(len(known)))
+    right = {}
+    for what in ("colour", "shape", "texture", "action"):
+        words = [getattr(s if what == "action" else s.things[0], what) for s in scenes]
+        y = torch.tensor([sorted({*words}).index(word) for word in words])
+        guess = (solve @ (F.one_hot(y[: len(known)]) - 1 / len({*words}))).argmax(1)
+        right[what] = (guess == y[len(known) :]).float().mean().item()
+    return right

@@ -11,7 +11,7 @@ Read next: specialists.py.
 import json
 from collections import namedtuple
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import av
@@ -26,12 +26,12 @@ from data import mcq_prompt, progress
 class World:
     """How much of the world is written."""
 
-    train_clips: int = 3000
-    val_clips: int = 200  # whatever is chosen is chosen on these
-    test_clips: int = 600
-    vocab_size: int = 640  # of the tokenizer: 256 bytes, the letters and the world's words
+    train: int = 3000  # clips
+    val: int = 200  # whatever is chosen is chosen on these
+    test: int = 600
 
 
+VOCAB_SIZE = 640  # of the tokenizer: 256 bytes, the letters and the world's words
 SIZE, NUM_FRAMES, FPS = 32, 8, 8  # H = W in pixels, T, frames per second
 CLIP = "videos/clip_{:06d}.mp4"  # where it is written
 MCQ_SHARE = 0.1  # of the training questions: asked with options
@@ -148,8 +148,8 @@ def write_clip(frames: np.ndarray, path: Path) -> None:
         stream = container.add_stream("libx264", FPS, options=options)
         # WHY: 4:2:0 would keep a quarter of the colour, too little for objects of ten pixels.
         stream.height, stream.width, stream.pix_fmt = SIZE, SIZE, "yuv444p"
-        # WHY: one thread, no version in the file and no mbtree, which in so small a picture reads
-        # memory that nobody wrote: the same clip is the same file, byte for byte.
+        # WHY: one thread, no version, and no mbtree, which in so small a picture reads memory that
+        # nobody wrote: the same clip is the same file, byte for byte.
         stream.codec_context.thread_count = 1
         stream.codec_context.flags |= av.codec.context.Flags.bitexact
         for picture in np.ascontiguousarray(frames.transpose(0, 2, 3, 1)):
@@ -197,7 +197,6 @@ def training_files(scenes: list[Scene], seed: int) -> dict[str, list[dict]]:
     for number, scene in enumerate(scenes):
         told = [f"a {a.texture} {a.colour} {a.shape}" for a in scene.things]
         told[scene.actor] += f" that {scene.action}"
-        caption = ["Describe the video.", f"There is {' and '.join(told)}."]
         *others, last = ask(scene)
         chosen, turns = [*(others[i] for i in rng.permutation(len(others))[:7]), last], []
         for kind, text, answer, answers in (chosen[i] for i in rng.permutation(len(chosen))):
@@ -205,51 +204,49 @@ def training_files(scenes: list[Scene], seed: int) -> dict[str, list[dict]]:
                 options = choose_options(kind, answer, answers, rng)
                 text, answer = mcq_prompt(text, options), "ABCDE"[options.index(answer)]
             turns += text, answer
-        for file, texts in (("stage1", caption), ("stage2", turns)):
+        caption = ["Describe the video.", f"There is {' and '.join(told)}."]
+        for rows, texts in zip(files.values(), (caption, turns), strict=True):
             said = [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(texts)]
             said[0]["value"] = "<video>\n" + said[0]["value"]
-            row = {"id": f"clip_{number:06d}", "video": CLIP.format(number)}
-            files[file].append(row | {"conversations": said})
+            name, video = f"clip_{number:06d}", CLIP.format(number)
+            rows.append({"id": name, "video": video, "conversations": said})
     return files
 
 
 def evaluation_files(scenes: list[Scene], seed: int) -> dict[str, list[dict]]:
     """For each clip one question of every kind, open-ended and as multiple choice."""
-    rng, files = default_rng(seed), {name: [] for name in ("open_q", "open_a", "mcq_q", "mcq_a")}
+    rng, open_q, mcq_q, known = default_rng(seed), [], [], []
     for number, scene in enumerate(scenes):
-        questions = list(ask(scene))
-        asked = {questions[i][0]: questions[i] for i in rng.permutation(len(questions))}
-        for kind, text, answer, answers in sorted(asked.values()):
-            key = {"question_id": f"clip_{number:06d}_{kind.replace(' ', '_')}"}
+        questions, clip = list(ask(scene)), f"clip_{number:06d}"
+        chosen = {questions[i][0]: questions[i] for i in rng.permutation(len(questions))}
+        for kind, text, answer, answers in sorted(chosen.values()):
+            key = {"question_id": f"{clip}_{kind.replace(' ', '_')}"}
             options = choose_options(kind, answer, answers, rng)
-            question = key | {"video_name": f"clip_{number:06d}", "question": text}
-            known = key | {"answer": answer, "type": kind}
-            files["open_q"].append(question)
-            files["open_a"].append(known)
-            files["mcq_q"].append(question | {"options": options})
-            files["mcq_a"].append(known | {"answer_id": options.index(answer)})
-    return files
+            open_q.append(key | {"video_name": clip, "question": text})
+            mcq_q.append(open_q[-1] | {"options": options})
+            known.append(key | {"answer": answer, "answer_id": options.index(answer), "type": kind})
+    return {"open_q": open_q, "open_a": known, "mcq_q": mcq_q, "mcq_a": known}
 
 
 def write_world(world: World, folder: Path) -> None:
     """Write the clips, questions and tokenizer into a new folder."""
-    counts = {"val": world.val_clips, "test": world.test_clips, "train": world.train_clips}
-    for split, count in counts.items():
+    for split, count in asdict(world).items():
         (folder / split / "videos").mkdir(parents=True)
         scenes, seed = [], FIRST_SEED[split]
         for number in progress(range(count), f"draw {split} clips"):
             scene, frames = draw_clip(seed + number)
             write_clip(frames, folder / split / CLIP.format(number))
             scenes.append(scene)
-        files = (training_files if split == "train" else evaluation_files)(scenes, seed)
-        for name, rows in files.items():
+        write = training_files if split == "train" else evaluation_files
+        for name, rows in write(scenes, seed).items():
             (folder / split / f"{name}.json").write_text(json.dumps(rows, indent=1))
-    told = (turn for rows in files.values() for row in rows for turn in row["conversations"])
+    rows = json.loads((folder / "train/stage1.json").read_text())
+    rows += json.loads((folder / "train/stage2.json").read_text())
     # WHY: LLaMA-2's choices; what the world never says becomes bytes, so any text can be encoded.
     with (folder / "tokenizer.model").open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(turn["value"] for turn in told), model_writer=model,
-            vocab_size=world.vocab_size, model_type="bpe", byte_fallback=True, minloglevel=2,
+            sentence_iterator=(t["value"] for row in rows for t in row["conversations"]), model_writer=model,
+            vocab_size=VOCAB_SIZE, model_type="bpe", byte_fallback=True, minloglevel=2,
             character_coverage=1.0, split_digits=True, normalization_rule_name="identity",
             remove_extra_whitespaces=False,
         )  # fmt: skip
