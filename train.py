@@ -335,7 +335,7 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, group["peak"], config.warmup)
-            with specialists.InFloat32():
+            with specialists.muon_in_float32():
                 optimizer.step()
             optimizer.zero_grad()
 

@@ -1,105 +1,102 @@
 """Four tiny specialists, pre-trained from nothing, each by its full-size model's kind of objective.
 
-    SigLIP         sigmoid loss between frames and lists of what they show
-    LanguageBind   the same for clips and captions, from SigLIP's weights
-    DINOv2         from a masked frame, what its own moving average makes of the whole one
-    ViViT          which action is it?
+    SigLIP         sigmoid loss between frames and texts that name one object by colour and shape
+    LanguageBind   the same for clips, from SigLIP's weights; half of its texts are a coarse verb,
+                   "moves", "changes size" ..., never a direction
+    DINOv2         no words: from a masked frame, what its own moving average makes of the whole
+    ViViT          supervised, on films of another kind: a disc of waves does one of 13 things in
+                   the first half, such as go south-east, and one in the second
 
+No label is an answer about the world, but for SigLIP's and LanguageBind's colours and shapes.
 Sources: SigLIP arXiv:2303.15343, LanguageBind 2310.01852, iBOT 2111.07832, DINOv2 2304.07193.
 """
 
 import copy
 import math
-import sys
-import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from encoders import ENCODERS, FAMILIES, Encoder, initialise, save_encoder
+from data import progress
+from encoders import ENCODERS, FAMILIES, Encoder, initialise, load_encoder, save_encoder
 from miniature import world
-from miniature.world import ACTIONS, COLOURS, FIRST_SEED, NUM_FRAMES, REVERSED, SHAPES, Scene
+from miniature.world import COLOURS, FIRST_SEED, NUM_FRAMES, SHAPES
 
-NUM_CLIPS = 6000  # to learn from
 FAST_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # a CPU without it is faster in float32
-RECIPES = {  # steps; batch, of frames, clips or, DINOv2, pairs of frames; Muon's learning rate
-    "siglip": (350, 256, 0.04), "languagebind": (160, 64, 0.02),
-    "dinov2": (300, 96, 0.04), "vivit": (600, 64, 0.04),
-}  # fmt: skip
-PHRASES = ["", *(f"{c} {s}" for c in COLOURS for s in SHAPES), *ACTIONS]
-BACKWARDS = torch.tensor([ACTIONS.index(REVERSED.get(action, action)) for action in ACTIONS])
+NUM_CLIPS = 6000  # to learn from
+VERBS = dict.fromkeys(world.ACTIONS, "moves") | {"stays": "rests"}  # what captions tell of actions
+VERBS |= dict.fromkeys(("grows", "shrinks", "pulses"), "changes size")
+VERBS |= dict.fromkeys(("appears", "fades", "blinks"), "changes light")
+PHRASES = ["", *(f"{c} {s}" for c in COLOURS for s in SHAPES), *sorted({*VERBS.values()})]
+# ViViT's 13 classes: how a frame differs from the one before in x + iy pixels, log size, opacity.
+# First east, south-east, south, south-west, nearer, lighter; then their opposites; then rest.
+STEPS = [*((np.exp(0.25j * np.pi * n), 0, 0) for n in range(4)), (0, 0.1, 0), (0, 0, 0.14)]
+STEPS = np.concatenate([STEPS, -np.array(STEPS), np.zeros((1, 3))])
+OPPOSITE = torch.tensor([*range(6, 12), *range(6), 12])
+# WHY: torch's Muon computes in bfloat16, which CPUs without AVX-512 do 30 times slower.
+muon_in_float32 = partial(patch.object, Tensor, "bfloat16", Tensor.float)
 
 
-class InFloat32(torch.overrides.TorchFunctionMode):
-    """WHY: torch's Muon computes in bfloat16, which CPUs without AVX-512 do 30 times slower."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is torch.Tensor.bfloat16:
-            return args[0].to(torch.float32, copy=True)
-        return func(*args, **(kwargs or {}))
+def captioned_clip(number: int) -> tuple[list[int], np.ndarray]:
+    """Numbers of the PHRASES of a caption, up to three objects and a verb; the film."""
+    scene, film = world.draw_clip(FIRST_SEED["more"] + number)
+    told = [*sorted(f"{a.colour} {a.shape}" for a in scene.things), "", ""][:3]
+    return [PHRASES.index(phrase) for phrase in (*told, VERBS[scene.action])], film
 
 
-class Clips:
-    """Films (n, T, 3, H, W) uint8 and what is known about them; batches for one encoder."""
-
-    def __init__(self, drawn: list[tuple[Scene, np.ndarray]]):
-        scenes, films = zip(*drawn, strict=True)
-        self.films, self.scenes = torch.from_numpy(np.stack(films)), scenes
-        self.generator = torch.Generator().manual_seed(0)
-        self.actions = torch.tensor([ACTIONS.index(scene.action) for scene in scenes])
-        told = [[*sorted([*map(str, s.things), "", ""][:3]), s.action] for s in scenes]
-        self.phrases = torch.tensor([[PHRASES.index(words) for words in row] for row in told])
-
-    def below(self, high: int, count: int) -> Tensor:  # whole numbers in [0, high)
-        return torch.randint(high, (count,), generator=self.generator)
-
-    def pixels(self, films: Tensor, encoder: Encoder) -> Tensor:
-        """uint8 (..., 3, H, W) -> normalised, with noise against which video coding is faint."""
-        noise = 0.02 * torch.randn(films.shape, generator=self.generator)
-        mean, std = torch.tensor([encoder.config.pixel_mean, encoder.config.pixel_std])
-        return (films / 255 + noise - mean[:, None, None]) / std[:, None, None]
+def two_steps(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of STEPS are the first half and the second; the film."""
+    rng = np.random.default_rng(number)
+    first, second = steps = rng.integers(len(STEPS), size=2)
+    rates = STEPS[[first] * 4 + [second] * 3] * rng.uniform(0.8, 1.6)
+    rates[3] = rates[[2, 4]].mean(0)  # from one half to the other
+    place, size, opacity = np.concatenate([np.zeros((1, 3)), rates.cumsum(0)]).T  # (T,) each
+    place += rng.uniform(8, 24) + 1j * rng.uniform(8, 24) - place.mean()
+    radius = rng.uniform(4, 14) * np.exp(size.real - size.real.max())
+    (u, v), opacity = rng.uniform(-1, 1, 2), np.clip(1 + opacity.real - opacity.real.max(), 0, 1)
+    look = SHAPES["circle"], lambda x, y: 0.7 + 0.3 * np.sin(u * x + v * y), rng.uniform(0.1, 1, 3)
+    return steps, world.film([(*look, place, radius, opacity)], rng)
 
 
-class Contrast(nn.Module):
-    """SigLIP's and LanguageBind's: a frame or clip must fit its own text and no other."""
+def normalise(films: Tensor, encoder: Encoder, noise: Tensor | float = 0) -> Tensor:
+    """Films, uint8 (b, T, 3, H, W), as the encoder wants their pixels."""
+    mean, std = torch.tensor([encoder.config.pixel_mean, encoder.config.pixel_std])
+    return (films / 255 + noise - mean[:, None, None]) / std[:, None, None]
 
-    def __init__(self, encoder: Encoder):
+
+class Pupil(nn.Module):
+    """An encoder with all blocks of its released file, and what only pre-training needs."""
+
+    def __init__(self, name: str, seed: int):
         super().__init__()
-        self.encoder, d_e = encoder, encoder.config.hidden_size
-        self.image_head = nn.Sequential(nn.LayerNorm(d_e), nn.Linear(d_e, d_e))
-        # SIMPLIFY: the text tower is a table of phrases; a text is their sum, in whatever order.
-        self.text_tower = nn.EmbeddingBag(len(PHRASES), d_e, mode="sum", padding_idx=0)
-        for part in (self.image_head, self.text_tower):
-            initialise(part, torch.Generator().manual_seed(1))
-        self.log_scale = nn.Parameter(torch.tensor(math.log(10)))
-        self.bias = nn.Parameter(torch.tensor(-5.0))
-
-    def forward(self, clips: Clips, batch: int) -> Tensor:
-        chosen = clips.below(len(clips.films), batch)
-        films, phrases = clips.films[chosen], clips.phrases[chosen]
-        if self.encoder.config.family == "languagebind":
-            films = films[:, :: NUM_FRAMES // self.encoder.config.num_frames]
-        else:  # SigLIP: one frame of each, and nothing said about motion
-            films = films[torch.arange(batch), clips.below(films.shape[1], batch)][:, None]
-            phrases = phrases[:, :-1]
-        features = self.encoder(clips.pixels(films, self.encoder))  # (b, t, h, w, d_e)
-        images = F.normalize(self.image_head(features.mean((1, 2, 3))), dim=-1)
-        logits = images @ F.normalize(self.text_tower(phrases), dim=-1).mT
-        logits = self.log_scale.exp() * logits + self.bias
-        # WHY: equal texts are common here (36 single objects), and are no mismatch.
-        fits = (phrases[:, None] == phrases).all(-1)
-        return -F.logsigmoid(torch.where(fits, logits, -logits).float()).sum() / batch
+        config = ENCODERS[f"miniature-{name}"]
+        d_e, widths = config.hidden_size, {"dinov2": 256, "vivit": len(STEPS)}
+        self.encoder = FAMILIES[config.family](replace(config, num_layers=config.released_layers))
+        self.head = nn.Sequential(nn.LayerNorm(d_e), nn.Linear(d_e, widths.get(name, d_e)))
+        # SIMPLIFY: the text tower is a table, because few things are said in this world.
+        self.text_tower = nn.Embedding(len(PHRASES), d_e)
+        self.scale, self.bias = (nn.Parameter(torch.empty(1)) for _ in range(2))
+        initialise(self, Generator().manual_seed(seed))
+        with torch.no_grad():  # WHY: from 0.02, what tells patches apart takes long to grow
+            self.encoder.patch_embedding.weight.mul_(10)
+            self.encoder.position_embedding.mul_(20)
+            if name == "vivit":  # else its features, which follow a norm, would be the smallest
+                self.encoder.final_norm.weight.mul_(8)
+        self.teacher = copy.deepcopy(nn.Sequential(self.encoder, self.head)).requires_grad_(False)
 
     @torch.no_grad()
-    def start_from(self, siglip: "Contrast") -> None:
-        """Take all that SigLIP has, too; temporal attention adds nothing at the start."""
-        theirs = siglip.state_dict()
+    def start_from(self, siglip: "Pupil") -> None:
+        """LanguageBind: take all that SigLIP has; temporal attention adds nothing at the start."""
+        theirs = {k: v for k, v in siglip.state_dict().items() if "teacher" not in k}
         positions = theirs.pop("encoder.position_embedding")[0]
         self.load_state_dict(theirs, strict=False)
         # CLIP's patch embedding has no bias, and its class token has a position of its own.
@@ -108,132 +105,123 @@ class Contrast(nn.Module):
             block.temporal_attention.out_proj.weight.zero_()
 
 
-class SelfDistillation(nn.Module):
-    """DINOv2's: from a masked frame, predict which prototype the teacher sees in each hidden patch.
+def contrast(pupil: Pupil, frames: Tensor, phrases: Tensor, generator: Generator) -> Tensor:
+    """SigLIP's and LanguageBind's: a frame or clip must fit what is said of it and nothing else."""
+    verb = frames.shape[1] > 1  # LanguageBind's; half of its texts are one
+    draw = torch.rand(phrases.shape, generator=generator).masked_fill(phrases == 0, -1)
+    draw[:, 3] = torch.where(draw[:, 3] < 0.5 * verb, 2, -1)
+    texts = phrases.gather(1, draw.argmax(1, keepdim=True))  # (b, 1): each names one thing
+    images = F.normalize(pupil.head(pupil.encoder(frames).mean((1, 2, 3))), dim=-1)
+    logits = images @ F.normalize(pupil.text_tower(texts[:, 0]), dim=-1).mT
+    logits = 10 * pupil.scale.exp() * logits - 5 + pupil.bias
+    # WHY: the text of another fits as well where it shows the same, as is common in a small world.
+    fits = (phrases[:, :, None] == texts[:, 0]).any(1)
+    return -F.logsigmoid(torch.where(fits, logits, -logits).float()).sum() / len(frames)
+
+
+def distil(pupil: Pupil, frames: Tensor, _: Tensor, generator: Generator) -> Tensor:
+    """DINOv2's: from a masked frame, which prototype does the teacher see in each hidden patch?
     SIMPLIFY: only the patch loss; a loss between whole frames never moved at this size."""
-
-    def __init__(self, encoder: Encoder, prototypes: int = 256):
-        super().__init__()
-        self.encoder, d_e = encoder, encoder.config.hidden_size
-        self.head = nn.Sequential(
-            nn.LayerNorm(d_e), nn.Linear(d_e, 2 * d_e), nn.GELU(), nn.Linear(2 * d_e, prototypes),
-            nn.LayerNorm(prototypes, elementwise_affine=False),  # or all stay equal
-        )  # fmt: skip
-        initialise(self.head, torch.Generator().manual_seed(1))
-        self.teacher = copy.deepcopy(nn.ModuleList([encoder, self.head])).requires_grad_(False)
-
-    def forward(self, clips: Clips, batch: int) -> Tensor:
-        films = clips.films[clips.below(len(clips.films), batch)]
-        frames = clips.pixels(films[:, :: NUM_FRAMES // 2], self.encoder)  # two of each
-        _, h, w = self.encoder.config.grid
-        masked = torch.rand(batch, 2, h, w, generator=clips.generator) < 0.5
-        # A patch of zeros is embedded as the bias of the patch embedding: a learned mask token.
-        hidden = F.interpolate(masked.float(), frames.shape[-2:])[:, :, None] > 0
-        seen = self.encoder(frames.masked_fill(hidden, 0))  # (b, 2, h, w, d_e)
-        with torch.no_grad():
-            for slow, fast in zip(self.teacher.parameters(), self.parameters(), strict=False):
-                slow.lerp_(fast, 0.03)
-            encoder, head = self.teacher
-            whole = encoder(frames)
-            patch_targets = sinkhorn(head(whole))
-        patches = self.head(seen).float().log_softmax(-1)
-        return -(patch_targets * patches).sum(-1)[masked].mean()
+    masked = torch.rand(*frames.shape[:2], 4, 4, generator=generator) < 0.5  # (b, t, h, w)
+    # A patch of zeros is embedded as the bias of the patch embedding: a learned mask token.
+    hidden = F.interpolate(masked.float(), frames.shape[-2:])[:, :, None] > 0
+    with torch.no_grad():
+        student = nn.Sequential(pupil.encoder, pupil.head).parameters()
+        for slow, fast in zip(pupil.teacher.parameters(), student, strict=True):
+            slow.lerp_(fast, 0.03)
+        seen = F.layer_norm(pupil.teacher(frames).float(), (256,)) / 0.2
+        targets = seen.softmax(-1)
+        for _ in range(3):  # Sinkhorn: all prototypes in equal use, or one would be every answer
+            targets = targets / targets.sum((0, 1, 2, 3)).clamp(min=1e-6)
+            targets = targets / targets.sum(-1, keepdim=True)
+    guess = F.layer_norm(pupil.head(pupil.encoder(frames.masked_fill(hidden, 0))).float(), (256,))
+    return -(targets * guess.log_softmax(-1)).sum(-1)[masked].mean()
 
 
-def sinkhorn(logits: Tensor, temperature: float = 0.2) -> Tensor:
-    """(..., prototypes) -> probabilities in which all prototypes are used equally often."""
-    share = (logits.float() / temperature).softmax(-1).flatten(0, -2)
-    for _ in range(3):
-        share = share / share.sum(0).clamp(min=1e-6)  # a prototype may be nobody's
-        share = share / share.sum(1, keepdim=True)
-    return share.view(logits.shape)
+def classify(pupil: Pupil, frames: Tensor, steps: Tensor, generator: Generator) -> Tensor:
+    """ViViT's: what happens in the first half of the film, and what in the second?"""
+    back = torch.rand(len(frames), generator=generator) < 0.5  # "east, dark" <-> "light, west"
+    frames = torch.where(back[:, None, None, None, None], frames.flip(1), frames)
+    steps = torch.where(back[:, None], OPPOSITE[steps].flip(1), steps)
+    halves = pupil.encoder(frames).unflatten(1, (2, -1)).mean((2, 3, 4))  # (b, 2, d_e)
+    return F.cross_entropy(pupil.head(halves).flatten(0, 1).float(), steps.flatten())
 
 
-class Classification(nn.Module):
-    """ViViT's: which action is it?"""
-
-    # SIMPLIFY: its classes are the actions asked about later; Kinetics' are farther away.
-    def __init__(self, encoder: Encoder):
-        super().__init__()
-        self.encoder = encoder
-        self.classifier = nn.Linear(16 * encoder.config.hidden_size, len(ACTIONS))
-        initialise(self.classifier, torch.Generator().manual_seed(1))
-
-    def forward(self, clips: Clips, batch: int) -> Tensor:
-        chosen, backwards = clips.below(len(clips.films), batch), clips.below(2, batch).bool()
-        films, labels = clips.films[chosen], clips.actions[chosen]
-        films = torch.where(backwards[:, None, None, None, None], films.flip(1), films)
-        labels = torch.where(backwards, BACKWARDS[labels], labels)
-        # Colour channels change places, so that motion is all there is to learn.
-        channels = torch.rand(batch, 3, generator=clips.generator).argsort(1)
-        films = films.gather(2, channels[:, None, :, None, None].expand_as(films))
-        features = self.encoder(clips.pixels(films, self.encoder)).movedim(-1, 1)
-        pooled = F.adaptive_avg_pool3d(features.float(), (4, 2, 2)).flatten(1)  # as MERV sees it
-        return F.cross_entropy(self.classifier(pooled).float(), labels)
+RECIPES = {  # objective; steps; clips of a batch; frames of a clip; Muon's learning rate
+    "siglip": (contrast, 700, 256, 1, 0.04), "languagebind": (contrast, 300, 64, 4, 0.02),
+    "dinov2": (distil, 400, 96, 2, 0.04), "vivit": (classify, 600, 64, 8, 0.04),
+}  # fmt: skip
 
 
-def train(objective: nn.Module, clips: Clips, name: str) -> None:
-    """Minimise `objective(clips, batch)` by a recipe."""
-    steps, batch, muon_lr = RECIPES[name]
-    matrices = [p for p in objective.encoder.blocks.parameters() if p.ndim == 2]
-    others = [p for p in objective.parameters() if p.requires_grad and p not in {*matrices}]
-    optimizers = [
-        # WHY: with AdamW alone, ViViT stays near chance for as long as we can wait.
-        torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.05),
-        torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05),
-    ]
-
-    def factor(step: int) -> float:  # of the learning rates: linear warm-up, then half a cosine
-        done = (step - 30) / (steps - 30)
-        return (step + 1) / 30 if done < 0 else 0.5 + 0.5 * math.cos(math.pi * done)
-
-    schedules = [torch.optim.lr_scheduler.LambdaLR(each, factor) for each in optimizers]
-    for step in range(steps):
+def train(pupil: Pupil, name: str, seed: int, num_clips: int = NUM_CLIPS) -> list[float]:
+    """Train by the recipe of that name; the losses."""
+    objective, steps, batch, num_frames, muon_lr = RECIPES[name]
+    drawn = map(two_steps if name == "vivit" else captioned_clip, range(num_clips))
+    labels, films = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
+    generator, losses, stride = Generator().manual_seed(seed), [], NUM_FRAMES // num_frames
+    matrices = [p for p in pupil.encoder.blocks.parameters() if p.ndim == 2]
+    others = [p for p in pupil.parameters() if p.requires_grad and p not in {*matrices}]
+    # WHY: with AdamW alone, ViViT stays near chance for as long as we can wait.
+    muon = torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.05)
+    adamw = torch.optim.AdamW(others, lr=3e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    for step in progress(range(steps), name):
+        chosen = torch.randint(num_clips, (batch,), generator=generator)
+        frames = films[chosen, torch.randint(stride, (), generator=generator) :: stride]
+        noise = 0.02 * torch.randn(frames.shape, generator=generator)  # video coding is fainter
+        frames = normalise(frames, pupil.encoder, noise)
         # WHY: on a CPU and at this size, plain attention is faster than the fused kernel.
         with torch.autocast("cpu", torch.bfloat16, FAST_BF16), sdpa_kernel(SDPBackend.MATH):
-            loss = objective(clips, batch)
-        if not loss.isfinite():
-            raise ArithmeticError(f"{name}: the loss is {loss.item()} at step {step}.")
+            loss = objective(pupil, frames, labels[chosen], generator)
         loss.backward()
-        nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
-        with InFloat32():
-            for each in (*optimizers, *schedules):
-                each.step()
-        objective.zero_grad()
-        if (step + 1) % 50 == 0:
-            print(f"{name}: step {step + 1} of {steps}, loss {loss:.3f}", file=sys.stderr)
+        nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
+        factor = min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        for optimizer, peak in ((muon, muon_lr), (adamw, 3e-3)):
+            optimizer.param_groups[0]["lr"] = peak * factor
+            with muon_in_float32():
+                optimizer.step()
+            optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
 
 
-def train_chain(names: tuple, drawn: list, folder: Path) -> None:
+def train_chain(names: tuple[str, ...], folder: Path, seed: int) -> None:
     """Train and save these specialists, one after the other, in this process."""
     torch.set_num_threads(1)
-    clips = Clips(drawn)
-    objectives, kinds = {}, {"dinov2": SelfDistillation, "vivit": Classification}
-    for name in names:
-        start, path = time.time(), folder / f"{name}.safetensors"
-        config = ENCODERS[f"miniature-{name}"]  # with all blocks of its released file:
-        encoder = FAMILIES[config.family](replace(config, num_layers=config.released_layers))
-        initialise(encoder, torch.Generator().manual_seed(0))
-        with torch.no_grad():  # WHY: from 0.02, what tells patches apart takes long to grow
-            encoder.patch_embedding.weight.mul_(10)
-            encoder.position_embedding.mul_(20)
-        objectives[name] = objective = kinds.get(name, Contrast)(encoder)
+    pupils = {name: Pupil(name, seed) for name in names}
+    for name, pupil in pupils.items():
         if name == "languagebind":
-            objective.start_from(objectives["siglip"])
-        train(objective, clips, name)
-        if name == "vivit":
-            # WHY: the last norm leaves features ten times smaller than the others', so MERV's new
-            # mixture would hardly contain them. Without the classifier their scale is free.
-            for parameter in encoder.final_norm.parameters():
-                parameter.data *= 8
-        save_encoder(encoder, path)
-        print(f"{name:13} {time.time() - start:4.0f} s", flush=True)
+            pupil.start_from(pupils["siglip"])
+        train(pupil, name, seed)
+        save_encoder(pupil.encoder, folder / f"{name}.safetensors")
 
 
-def pretrain(folder: Path) -> None:
-    """Train the four specialists into <folder>/<name>.safetensors."""
-    seeds = range(FIRST_SEED["specialists"], FIRST_SEED["specialists"] + NUM_CLIPS)
-    drawn = world.parallel("clips to learn from", world.draw_clip, seeds)
-    run = partial(train_chain, drawn=drawn, folder=folder)
+def pretrain(folder: Path, seed: int = 0) -> None:
+    """Train the four specialists into <folder>/<name>.safetensors, and print what they know."""
+    chains = [("siglip", "languagebind"), ("dinov2", "vivit")]
     # WHY: two processes of one thread do 1.4 times the work of one process with two threads.
-    world.parallel("training", run, [("siglip", "languagebind", "dinov2"), ("vivit",)])
+    # Spawned, not forked, because the caller may already run torch's threads.
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        list(pool.map(train_chain, chains, [folder] * 2, [seed] * 2))
+    for name in RECIPES:
+        known = probe(load_encoder(f"miniature-{name}", folder / f"{name}.safetensors"))
+        print(f"{name:13}", *(f"{what} {right:4.0%} " for what, right in known.items()), flush=True)
+
+
+@torch.no_grad()
+def probe(encoder: Encoder, clips: int = 900) -> dict[str, float]:
+    """What a linear classifier reads from pooled features of clips with one object: accuracies."""
+    seeds = range(FIRST_SEED["probe"], FIRST_SEED["probe"] + clips)
+    scenes, films = zip(*(world.draw_clip(seed, count=1) for seed in seeds), strict=True)
+    films = torch.from_numpy(np.stack(films))[:, :: NUM_FRAMES // encoder.config.num_frames]
+    grids = torch.cat([encoder(normalise(part, encoder)) for part in films.split(100)])
+    pooled = F.adaptive_avg_pool2d(grids.flatten(0, 1).movedim(-1, 1), 2).reshape(clips, -1)
+    known, new = ((pooled - pooled.mean(0)) / pooled.std(0)).tensor_split([clips * 2 // 3])
+    # Ridge regression to one-hot labels on two thirds of the clips: X' (X X' + l I)^-1 Y.
+    solve = new @ known.mT @ torch.linalg.inv(known @ known.mT + 300 * torch.eye(len(known)))
+    right = {}
+    for what in ("colour", "shape", "texture", "action"):
+        words = [getattr(s if what == "action" else s.things[0], what) for s in scenes]
+        y = torch.tensor([sorted({*words}).index(word) for word in words])
+        guess = (solve @ (F.one_hot(y[: len(known)]) - 1 / len({*words}))).argmax(1)
+        right[what] = (guess == y[len(known) :]).float().mean().item()
+    return right

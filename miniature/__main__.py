@@ -1,0 +1,137 @@
+"""What the paper claims, checked in miniature (paper 4 and 5).
+
+    python -m miniature claims            all of it
+    python -m miniature claims --quick    one seed, the main table and the controls
+
+Only train.py and eval.py, run many times, two at a time; what is complete is not repeated. The runs
+are in claims.toml, claims and tables in claims.md, all fixed before a test clip was seen.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+import jinja2
+import numpy as np
+
+import miniature
+from data import progress
+from encoders import UserError
+from eval import Question, write_file
+from miniature.world import CLIPS, REVERSED, write_world
+from train import MINIATURE
+
+ROOT, RUNS = Path(__file__).parents[1], Path("runs/claims")
+STEPS = 400  # of training, where a row does not say otherwise
+SEEDS = 3  # of key rows; each has its own encoders, new weights and order of the data
+ERRORS = 3  # standard errors between what is measured and what would refute a claim
+
+
+def write_shuffled(train: Path, new: Path) -> None:
+    """Control: each conversation is about some other clip, so only the words can be learned."""
+    rows = [r for r in json.loads((train / "stage2.json").read_text()) if "video" in r]
+    videos = random.Random(0).sample([row["video"] for row in rows], len(rows))
+    rows = [row | {"video": str(train.absolute() / v)} for row, v in zip(rows, videos, strict=True)]
+    write_file(new / "stage2.json", json.dumps(rows))
+
+
+def run(row: str, options: str, seed: int) -> list[Question]:
+    """The test's questions as a run answered them; it is trained and asked first if need be."""
+    test = MINIATURE / ("two_kinds/test" if row.startswith("split") else "test")
+    train = f"train.py --data {MINIATURE}/train --tokenizer {MINIATURE}/tokenizer.model --workers 0"
+    train += f" --seed {seed} --encoder-seed {seed} --max-steps {STEPS} --no-evaluate {options}"
+    made_by = [*sorted(ROOT.glob("*.py")), MINIATURE / "made_by.txt"]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in made_by) + train.encode())
+    folder = RUNS / f"{row}-{seed}-{digest.hexdigest()[:8]}"  # other code or options: another run
+    answers = folder / "eval/miniature-open.json"
+    commands = {f"{train} --name {RUNS.name}/{folder.name}": folder / "checkpoint"}
+    commands[f"eval.py --data {test} --workers 0 --checkpoint {folder}"] = answers
+    for command in (command for command, result in commands.items() if not result.exists()):
+        script = [sys.executable, *f"{ROOT}/{command}".split()]
+        env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        ended = subprocess.run(script, env=env, capture_output=True, text=True)
+        if ended.returncode:
+            raise UserError(f"{command} fails.", ended.stderr[-2000:], "run it by hand.")
+    return [Question(**question) for question in json.loads(answers.read_text())["questions"]]
+
+
+def inside(question: Question, subset: str) -> bool:
+    """Is it among "all", "temporal", a kind, a first word or a text?"""
+    own = ("all", question.kind, question.first_word, question.text)
+    return question.expected in REVERSED if subset == "temporal" else subset in own
+
+
+def compare(answers: dict, one: str, other="", subset="all") -> tuple[float, float]:
+    """Accuracy of a row, minus that of another on the same questions; standard error: over clips,
+    because questions about one depend on each other, or over seeds, whichever is larger."""
+    seeds = [seed for row, seed in answers if row == one and (other or one, seed) in answers]
+    asked = [i for i, q in enumerate(answers[one, 0]) if inside(q, subset)]
+    gaps = np.array([[answers[one, s][i].correct for i in asked] for s in seeds], float)
+    if other:
+        gaps -= [[answers[other, s][i].correct for i in asked] for s in seeds]
+    clips = np.unique([answers[one, 0][i].video for i in asked], return_inverse=True)[1]
+    off = np.bincount(clips, gaps.mean(0) - gaps.mean())
+    over_clips = off.std(ddof=1) * len(off) ** 0.5 / len(asked)
+    over_seeds = gaps.mean(1).std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else 0
+    return gaps.mean(), max(over_clips, over_seeds)
+
+
+def verdict(difference: float, error: float, low: float = 0, high: float = 1) -> str:
+    """Does the difference lie between low and high, ERRORS standard errors off as well?"""
+    least, most = difference - ERRORS * error, difference + ERRORS * error
+    outside = most < low or least > high
+    return "holds" if low < least and most < high else "does not hold" if outside else "undecided"
+
+
+def mixture(answers: dict, row: str, subset: str = "all") -> list[tuple[float, float]]:
+    """Each encoder's weight: mean over clips and standard deviation between them; first seed."""
+    clips = {q.video: q.weights for q in answers[row, 0] if inside(q, subset)}
+    return [(np.mean(of), np.std(of)) for of in zip(*clips.values(), strict=True)]
+
+
+def render(answers: dict, quick: bool) -> str:
+    """claims.md, filled in."""
+    where = {"loader": jinja2.FileSystemLoader(Path(__file__).parent), "trim_blocks": True}
+    where |= {"lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    known = {"answers": answers, "quick": quick, "today": date.today()}
+    return jinja2.Environment(**where).get_template("claims.md").render(globals() | known)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is not there yet, fill in claims.md; status 1 if what must hold does not."""
+    parser = argparse.ArgumentParser(description="Check the paper's claims in miniature.")
+    parser.add_argument("what", choices=["claims"])
+    parser.add_argument("--quick", action="store_true", help="one seed, main table, controls")
+    quick, answers = parser.parse_args(arguments).quick, {}
+    rows = tomllib.loads(Path(__file__).with_name("claims.toml").read_text())
+    seeds = {"main": 1} if quick else {"main": SEEDS, "key": SEEDS, "more": 1}
+    jobs = [(*row, n) for part in seeds for row in rows[part].items() for n in range(seeds[part])]
+    try:
+        for seed in range(seeds["main"]):
+            miniature.prepare(MINIATURE, seed)
+        write_shuffled(MINIATURE / "train", MINIATURE / "shuffled")
+        if not quick and not (two_kinds := MINIATURE / "two_kinds").exists():
+            with miniature.new_folder(two_kinds) as partial:
+                write_world(partial, CLIPS, two_kinds=True)
+        with ThreadPoolExecutor(2) as pool:
+            asked = pool.map(run, *zip(*jobs, strict=True))
+            for job, questions in zip(jobs, progress(asked, "claims", len(jobs)), strict=True):
+                answers[job[0], job[2]] = questions
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    text = render(answers, quick)
+    write_file(RUNS / ("quick.md" if quick else "claims.md"), text)
+    print(text)
+    sys.exit("must hold" in text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,278 @@
+"""python -m miniature claims: no number without a run, no run twice."""
+
+import configparser
+import json
+import random
+import re
+import subprocess
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+import eval
+import miniature
+from data import load_video
+from encoders import load_encoder, save_encoder
+from merv import FOUR, parse_options
+from miniature import __main__ as claims
+from miniature.world import REVERSED, World, write_world
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+
+
+def answers(right: dict[tuple[str, int], str]) -> dict:
+    """Rows and seeds -> answers; "110 1" are those to three questions about a clip and one more."""
+    made = {}
+    for run, marks in right.items():
+        made[run] = [
+            eval.Question(f"{clip}{number}", f"clip_{clip}", "What?", "", correct=mark == "1")
+            for clip, group in enumerate(marks.split())
+            for number, mark in enumerate(group)
+        ]
+    return made
+
+
+# -------------------------------------------------------------------------------------- statistics
+
+
+def test_a_row_is_compared_on_the_same_questions():
+    """The difference is paired: where both are right or both are wrong, there is no noise."""
+    same = answers({("a", 0): "1 0 1 0 1 1", ("b", 0): "1 0 1 0 1 1"})
+    assert claims.compare(same, "a", "b") == (0, 0)
+    better = answers({("a", 0): "1 1 1 1", ("b", 0): "1 0 1 0"})
+    difference, error = claims.compare(better, "a", "b")
+    assert difference == 0.5
+    assert error == pytest.approx((4 * 0.25 / 3 / 4) ** 0.5)  # of the differences 0 1 0 1
+
+
+def test_a_clip_counts_once_however_much_is_asked_about_it():
+    """Ten answers to one question are no more evidence than one."""
+    once = answers({("a", 0): "1 0 1 0 1"})
+    tenfold = answers({("a", 0): " ".join(10 * mark for mark in "10101")})
+    assert claims.compare(tenfold, "a") == pytest.approx(claims.compare(once, "a"))
+
+
+def test_seeds_that_disagree_make_the_error_large():
+    """Two seeds, one all right and one all wrong: 50 ± 50 %, though clips do not differ at all."""
+    runs = answers({("a", 0): "1 1 1 1", ("a", 1): "0 0 0 0"})
+    assert claims.compare(runs, "a") == pytest.approx((0.5, 0.5))
+
+
+def test_only_seeds_that_both_rows_have_are_compared():
+    """Another seed has other encoders: its difference would be theirs."""
+    runs = answers({("a", 0): "1 1 0", ("a", 1): "0 0 0", ("b", 0): "1 1 0"})
+    assert claims.compare(runs, "a", "b") == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("difference", "error", "bounds", "expected"),
+    [
+        (0.031, 0.01, {}, "holds"),
+        (0.029, 0.01, {}, "undecided"),
+        (-0.029, 0.01, {}, "undecided"),
+        (-0.031, 0.01, {}, "does not hold"),
+        (0.25, 0.01, {"low": 0.2}, "holds"),
+        (0.15, 0.01, {"low": 0.2}, "does not hold"),
+        (0.0, 0.005, {"low": -0.03, "high": 0.03}, "holds"),  # two are equal, within 3 points
+        (0.0, 0.02, {"low": -0.03, "high": 0.03}, "undecided"),
+        (0.1, 0.02, {"low": -0.03, "high": 0.03}, "does not hold"),
+    ],
+)
+def test_a_claim_holds_three_standard_errors_away(difference, error, bounds, expected):
+    """Three errors on either side are inside the bounds, outside of them, or across one."""
+    assert claims.verdict(difference, error, **bounds) == expected
+
+
+def test_subsets_are_kinds_first_words_and_the_direction_of_time():
+    """Temporal is what would be answered otherwise if the clip were played backwards."""
+    question = eval.Question("1", "clip", "What happens?", next(iter(REVERSED)), "what happens")
+    for subset in ("all", "temporal", "what happens", "what", "What happens?"):
+        assert claims.inside(question, subset), subset
+    assert not claims.inside(question, "where")
+    assert not claims.inside(replace(question, expected="shakes"), "temporal")
+
+
+def test_the_mixture_counts_each_clip_once():
+    """Two questions about the first clip, one about the second."""
+    runs = answers({("a", 0): "11 1"})
+    for question, weight in zip(runs["a", 0], (0.2, 0.2, 0.6), strict=True):
+        question.weights = (weight, 1 - weight)
+    ((mean, spread), (other, _)) = claims.mixture(runs, "a")
+    assert (mean, spread, other) == pytest.approx((0.4, 0.2, 0.6))
+
+
+# ------------------------------------------------------------------------------------- the command
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a very small world in it."""
+    folder = tmp_path_factory.mktemp("claims")
+    counts = {f.name: min(16, f.default) for f in fields(World) if f.name != "vocab_size"}
+    write_world(World(**counts), folder / "data" / "miniature")
+    return folder
+
+
+@pytest.fixture
+def place(world, tmp_path, monkeypatch):
+    """An empty folder to run in, with that world and nothing to prepare."""
+    (tmp_path / "data").symlink_to(world / "data")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(miniature, "prepare", lambda folder, seed: folder)
+    return tmp_path
+
+
+@pytest.fixture
+def scripts(place, monkeypatch):
+    """The commands that are run; instead of a model, dice answer, worse for all but MERV."""
+    asked = []
+
+    def dice(script, **_):
+        asked.append(" ".join(script[1:]))
+        options = dict(zip(script[2::2], script[3::2], strict=False))
+        if "train.py" in script[1]:
+            (Path("runs") / options["--name"] / "checkpoint").mkdir(parents=True)
+            return subprocess.CompletedProcess(script, 0, "", "")
+        folder = Path(options["--checkpoint"])
+        questions = eval.load_questions("miniature-open", options["--data"])
+        roll = random.Random(folder.name)
+        for question in questions:
+            good = roll.random() < (0.9 if folder.name.startswith("MERV-") else 0.5)
+            question.answer = question.expected if good else "nothing"
+            question.weights = (0.1, 0.2, 0.3, 0.4)
+        eval.write_results(folder / "eval/miniature-open.json", {}, questions, "parse")
+        return subprocess.CompletedProcess(script, 0, "", "")
+
+    monkeypatch.setattr(subprocess, "run", dice)
+    return asked
+
+
+def run(*arguments: str) -> int:
+    """The command's status."""
+    with pytest.raises(SystemExit) as end:
+        claims.main(["claims", *arguments])
+    return int(end.value.code)
+
+
+def test_everything_printed_comes_from_the_runs(place, scripts, capsys):
+    """Each row of the main table is the mean of its three stored results; no cell is left empty."""
+    run()
+    text = (place / "runs/claims/claims.md").read_text()
+    assert text in capsys.readouterr().out
+    stored = [
+        json.loads((place / f"runs/claims/MERV-{seed}/eval/miniature-open.json").read_text())
+        for seed in range(claims.SEEDS)
+    ]
+    mean = sum(result["accuracy"]["all"] for result in stored) / len(stored)
+    assert f"\n| MERV | {100 * mean:.1f} ± " in text
+    rows = configparser.ConfigParser()
+    rows.optionxform = str
+    rows.read(ROOT / "miniature" / "claims.ini")
+    for name in (name for part in rows.sections() for name in rows[part]):
+        named = re.sub(r"-\d+-steps$", "", name)  # learning curves have a column for each
+        assert f"| {named} | " in text, f"{name} is run and not shown"
+    assert "nan" not in text
+    assert text.count("**holds**") and text.count("**undecided**")
+
+
+def test_what_is_done_is_not_repeated(place, scripts):
+    """Neither after the end nor after a kill; but what was made by other code or options is."""
+    run("--quick")
+    both = len(scripts)
+    assert both == 2 * 8  # eight rows are trained and asked
+    run("--quick")
+    assert len(scripts) == both
+    killed, stale = (place / f"runs/claims/{name}-0/made_by.txt" for name in ("MERV", "ViViT"))
+    killed.unlink()
+    stale.write_text(stale.read_text().replace("--max-steps 400", "--max-steps 40"))
+    run("--quick")
+    again = [re.search(r"claims/(\w+)-0", script)[1] for script in scripts[both:]]
+    assert sorted(again) == ["MERV", "MERV", "ViViT", "ViViT"]
+
+
+def test_the_status_tells_whether_the_robust_claims_hold(place, scripts, monkeypatch):
+    """Dice favour nobody but MERV, so ViViT is not above the other single encoders."""
+    assert run("--quick") == 1
+    assert "(must hold)" in (place / "runs/claims/quick.md").read_text()
+    monkeypatch.setattr(claims, "verdict", lambda *_: "holds")
+    assert run("--quick") == 0
+
+
+def test_a_run_that_fails_stops_it_and_says_why(place, monkeypatch):
+    """The end of what it printed is shown, with the command to run by hand."""
+
+    def broken(script, **_):
+        return subprocess.CompletedProcess(script, 1, "", "the disk is full")
+
+    monkeypatch.setattr(subprocess, "run", broken)
+    with pytest.raises(SystemExit, match=r"(?s)train\.py .*the disk is full"):
+        claims.main(["claims", "--quick"])
+
+
+def test_every_run_is_a_command_that_train_py_takes():
+    """An option that train.py does not know would only be found an hour later."""
+    rows = configparser.ConfigParser()
+    rows.optionxform = str
+    rows.read(ROOT / "miniature" / "claims.ini")
+    for part in rows.sections():
+        for name, options in rows.items(part):
+            assert parse_options(TrainConfig, options.split(), ""), name
+
+
+# ----------------------------------------------------------------------------- data of experiments
+
+
+def test_shuffled_clips_leave_only_the_words(world, tmp_path):
+    """The same conversations and the same clips, but no longer together; no text without a clip."""
+    train = world / "data/miniature/train"
+    claims.write_shuffled(train, tmp_path)
+    rows = json.loads((tmp_path / "stage2.json").read_text())
+    before = {r["id"]: r for r in json.loads((train / "stage2.json").read_text()) if "video" in r}
+    assert {r["id"] for r in rows} == set(before)
+    assert all(r["conversations"] == before[r["id"]]["conversations"] for r in rows)
+    assert sorted(r["video"] for r in rows) == sorted(
+        str(train / r["video"]) for r in before.values()
+    )
+    assert sum(r["video"] == str(train / before[r["id"]]["video"]) for r in rows) < len(rows) / 2
+
+
+def test_split_clips_are_grey_or_out_of_order_and_asked_accordingly(world, tmp_path):
+    """Odd clips lose their colour, even ones their order, each only what it is not asked about."""
+    train, test = (world / "data/miniature" / part for part in ("train", "test"))
+    claims.write_split(train, tmp_path / "train", "stage2.json")
+    claims.write_split(test, tmp_path / "test", "open_q.json")
+    asked = json.loads((tmp_path / "test/open_q.json").read_text())
+    rows = json.loads((tmp_path / "train/stage2.json").read_text())
+    asked += [
+        {"video_name": Path(row["video"]).name, "question": turn["value"]}
+        for row in rows
+        for turn in row["conversations"][::2]
+    ]
+    assert {int(q["video_name"][-1]) % 2 for q in asked} == {0, 1}
+    for question in asked:
+        grey = int(question["video_name"][-1]) % 2 == 1
+        assert ("What happens?" in question["question"]) == grey
+    for clip in ("clip_000001", "clip_000002"):
+        before = load_video(train / f"videos/{clip}.mp4", 8)
+        after = load_video(tmp_path / f"train/videos/{clip}", 8)
+        if clip.endswith("1"):
+            assert (after == after[:, :1]).all()
+        else:
+            assert sorted(f.sum() for f in after) == sorted(f.sum() for f in before)
+            assert (after != before).any()
+
+
+@pytest.mark.slow
+def test_a_row_is_trained_and_asked_by_the_real_scripts(place):
+    """Two steps instead of 400: a row's own options come last and count."""
+    for name in FOUR:
+        encoder, file = load_encoder(f"miniature-{name}"), f"encoders-0/{name}.safetensors"
+        save_encoder(encoder, place / "data/miniature" / file)
+    claims.write_shuffled(claims.MINIATURE / "train", claims.MINIATURE / "shuffled")
+    for name, options in (("MERV", ""), ("shuffled-clips", "--data data/miniature/shuffled")):
+        questions = claims.run(name, f"{options} --max-steps 2", 0)
+        assert len(questions) > 16 and not any(question.failure for question in questions)
+        steps = (place / f"runs/claims/{name}-0/metrics.jsonl").read_text().splitlines()
+        assert len(steps) == 2
