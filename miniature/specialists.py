@@ -148,8 +148,8 @@ def classify(pupil: Pupil, frames: Tensor, steps: Tensor, generator: Generator) 
 
 
 RECIPES = {  # objective; steps; clips of a batch; frames of a clip; Muon's learning rate
-    "siglip": (contrast, 700, 256, 1, 0.04), "languagebind": (contrast, 300, 64, 4, 0.02),
-    "dinov2": (distil, 400, 96, 2, 0.04), "vivit": (classify, 600, 64, 8, 0.04),
+    "siglip": (contrast, 480, 256, 1, 0.04), "languagebind": (contrast, 200, 64, 4, 0.02),
+    "dinov2": (distil, 280, 96, 2, 0.04), "vivit": (classify, 400, 64, 8, 0.04),
 }  # fmt: skip
 
 
