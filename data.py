@@ -5,11 +5,15 @@
     a conversation                         -> render_prompt, tokenize -> ids and labels
     a JSON file of conversations           -> ConversationDataset, collate         -> Batch
 
+    python data.py DIR --check                              every row that cannot be used, and why
+    python data.py DIR --show 3 --tokenizer tokenizer.model    what the model is given, and told
+
 Read before: encoders.py (what each encoder wants), llama.py (the tokenizer). Read next: merv.py.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import random
@@ -17,7 +21,8 @@ import re
 import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import av
@@ -27,13 +32,12 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
 from encoders import EncoderConfig, UserError, save_tensors
 from llama import Tokenizer
-
-# ------------------------------------------------------------------------------------------- frames
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
 DAMAGED = ("the file is damaged, cut off or of another kind.", "download or convert it again.")
@@ -314,13 +318,8 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
-
-        def move(value):
-            if isinstance(value, dict):
-                return {name: move(tensor) for name, tensor in value.items()}
-            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
-
-        return Batch(**{f.name: move(getattr(self, f.name)) for f in fields(self)})
+        move = partial(Tensor.to, device=device, non_blocking=True)
+        return Batch(**tree_map_only(Tensor, move, vars(self)))
 
     @property
     def num_labels(self) -> int:
@@ -428,6 +427,15 @@ class ConversationDataset(Dataset):
         row, path = self.rows[index], self.media(self.rows[index])[1]
         return dict(row=index, id=row.get("id"), file=path and str(path), reason=str(error))
 
+    def check(self, index: int) -> dict | None:
+        """The failure of a row, or None; decodes four frames of its clip, both ends included."""
+        try:
+            self.turns(index)
+            if path := self.media(self.rows[index])[1]:
+                load_video(path, 4)
+        except DataError as error:
+            return self.failure(index, error)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -527,3 +535,51 @@ def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
     """Go through `items` with a bar and the time left on stderr; in a log a line every 10 s."""
     every = 0.1 if sys.stderr.isatty() else 10
     return tqdm(items, what, total, mininterval=every, ascii=" #", dynamic_ncols=True)
+
+
+def check(dataset: ConversationDataset, workers: int) -> int:
+    """Try every row, in parallel, and print those that cannot be used; how many they are."""
+    rows = DataLoader(range(len(dataset)), None, collate_fn=dataset.check, num_workers=workers)
+    bad = [failure for failure in progress(rows, f"check {dataset.file.name}") if failure]
+    for failure in bad:
+        print("row {row}  id {id}  file {file}\n{reason}\n".format(**failure))
+    print(f"{dataset.file}: {len(dataset)} rows, {len(bad)} of them cannot be used")
+    return len(bad)
+
+
+def show(dataset: ConversationDataset, count: int) -> None:
+    """Print the first rows: the file, the text, and every token with its label."""
+    for index, row in enumerate(dataset.rows[:count]):
+        turns, (kind, path) = dataset.turns(index), dataset.media(row)
+        print(f"\n{dataset.file}, row {index}  id {row.get('id')}  {kind} {path or ''}")
+        for text, is_answer in turns:
+            print(f"  {'answer' if is_answer else 'prompt'}  {text!r}")
+        print(f"  {'id':>6}  {'piece':<16}  label")
+        for number, label in zip(*tokenize(turns, dataset.tokenizer), strict=True):
+            piece = dataset.tokenizer.pieces.id_to_piece(number)
+            print(f"  {number:>6}  {piece:<16}  {'-' if label == IGNORE else label}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`data.py`: find bad rows before a training run does, see what the model is given."""
+    parser = argparse.ArgumentParser(description="Look at DIR/stage1.json and DIR/stage2.json.")
+    parser.add_argument("folder", type=Path, metavar="DIR", help="what train.py takes as --data")
+    parser.add_argument("--check", action="store_true", help="list the rows that cannot be used")
+    parser.add_argument("--show", type=int, default=0, help="print so many rows of each file")
+    parser.add_argument("--tokenizer", default="tokenizer.model", help="LLaMA-2's, for --show")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode videos")
+    args, bad = parser.parse_args(arguments), 0
+    try:
+        tokenizer = Tokenizer(args.tokenizer) if args.show else None
+        for file in (*args.folder.glob("stage1.json"), args.folder / "stage2.json"):
+            template = TEMPLATES["caption" if file.name == "stage1.json" else "base"]
+            dataset = ConversationDataset(file, tokenizer, template, encoders=[])
+            show(dataset, args.show)
+            bad += check(dataset, args.workers) if args.check else 0
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(bad > 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -34,8 +34,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.serialization import set_default_mmap_options
 
-# ------------------------------------------------------------------------------------------- config
-
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of R, G, B
 CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 VIT_L = dict(hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14)
@@ -114,8 +112,6 @@ ENCODERS |= {
     )
     for name, full in ENCODERS.items()
 }  # fmt: skip
-
-# -------------------------------------------------------------------------------------------- model
 
 
 class Attention(nn.Module):

@@ -29,9 +29,10 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import jinja2
@@ -40,17 +41,14 @@ from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch.utils.data import DataLoader
-from torch.utils.flop_counter import FlopCounterMode
 
 import merv
 from data import IMAGE_SUFFIXES, VideoError, load_pixels, load_video, mcq_prompt, progress
-from encoders import ENCODERS, FAMILIES, UserError
-from llama import LLAMAS, Llama
+from encoders import ENCODERS, UserError
 from merv import MERV, choose, option, parse_options
 
-# ---------------------------------------------------------------------------------------- questions
-
 LETTERS = "ABCDEFGHIJ"  # of options
+MCQ_RULES = ("parse", "released", "likelihood")
 FPS = 3.0  # of videos that are folders of frames, as VLEP and TVQA come
 TEMPORAL = {  # appendix B.2.2: played backwards, each looks like another class
     "Approaching something with your camera", "Moving away from something with your camera",
@@ -537,98 +535,27 @@ def write_report(runs: list[str], output: Path) -> None:
     print(f"report: {output}")
 
 
-# ----------------------------------------------------------------------------------------- on paper
-
-TEXT = 880  # tokens; the paper took a random string for each row, so the last three rows differ
-PAPER = (  # row, encoders, visual tokens, M parameters (table 8), T multiply-adds (tables 2c and 8)
-    ("MERV", merv.FOUR, 1024, 7686, 17.19),
-    ("LanguageBind alone", merv.FOUR[:1], 16 * 257, 7147, 41.3),
-    ("DINOv2 alone", merv.FOUR[1:2], 16 * 257, 7046, 40.88),
-    ("SigLIP alone", merv.FOUR[3:], 16 * 196, 6834, 31.08),
-    ("concat (sequence)", merv.FOUR, 4 * 1024, 0, 43.09),
-    ("ViViT alone", merv.FOUR[2:3], 16 * 196, 6830, 27.12),
-    ("concat (channel)", merv.FOUR, 1024, 0, 16.29),
-    ("learnable W", merv.FOUR, 1024, 0, 16.24),
-)
-# Table 2a, M parameters before the final Linear.
-PAPER_PROJECTORS = {"avg2d": 0, "avg3d": 0, "attn2d": 12.7, "conv2d": 237, "conv3d": 113}
-# Released parameters that nobody runs: final norms, SigLIP's pooling head, the fusion module.
-UNUSED = {"languagebind": 2048, "dinov2": 2048, "vivit": 0, "siglip": 1536 + 12 * 768**2 + 14 * 768}
-FUSION = 3072 * (1 + 3072 + 2 * 4096 + 3 + 3072 + 1)
-
-
-def count(module: torch.nn.Module) -> int:
-    """Parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def cost(names: tuple[str, ...], visual: int, released: bool) -> tuple[float, float]:
-    """Millions of parameters and tera multiply-adds of one video + TEXT tokens, on meta.
-
-    released: all blocks, unused parts, logits everywhere; else as here: the blocks that are run,
-    the last logits. Counted are Linears, convolutions and attention.
-    """
-    llama, single = replace(LLAMAS["llama2-7b"], vocab_size=32064), len(names) == 1
-    encoders = [ENCODERS[name] for name in names]
-    if released:
-        encoders = [replace(e, num_layers=e.released_layers) for e in encoders]
-    how = {"projector": "all", "mixer": "mean"} if single else {}
-    config = merv.MERVConfig("on paper", tuple(encoders), llama, **how)
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = MERV(config, [FAMILIES[e.family](e) for e in encoders], Llama(llama), None)
-        model.encode({e.name: torch.empty(1, e.num_frames, 3, 224, 224) for e in encoders})
-        hidden = model.llm.hidden_states(None, torch.empty(1, visual + TEXT, llama.hidden_size))
-        model.llm.logits(hidden if released else hidden[:, -1:])
-    parameters = count(model)
-    if released:
-        parameters += sum(UNUSED[name] for name in names)
-        parameters += 0 if single else FUSION - count(model.mixer)
-    return parameters / 1e6, counter.get_total_flops() / 2e12
-
-
-def print_efficiency() -> None:
-    """Tables 8, 2c and 2a: the paper's figures and ours."""
-    print(f"One video + {TEXT} text tokens: the paper, counted in the released form, done here\n")
-    print(f"{'':<20} M: paper counted    here    T: paper counted (off)          here")
-    for name, encoders, visual, millions, tera in PAPER:
-        counted_m, counted_t = cost(encoders, visual, released=True)
-        ours_m, ours_t = cost(encoders, visual, released=False)
-        known = f"{millions:>8}{int(counted_m):>8}" if millions else f"{'':>16}"
-        off = f"({100 * (counted_t / tera - 1):+.1f} %)"
-        work = f"{tera:>12.2f}{counted_t:>8.2f} {off:<11}{ours_t:>8.2f}"
-        print(f"{name:<20}{known}{ours_m:>8.0f}{work}")
-    print("\nM parameters of projectors before the final Linear (LanguageBind, width 4096)")
-    for name, millions in PAPER_PROJECTORS.items():
-        with torch.device("meta"):
-            projector = merv.PROJECTORS[name](1024, 4096, 8)
-        before = (count(projector) - count(projector.linear)) / 1e6
-        print(f"{name:<20}{millions:>8}{before:>8.1f}")
-
-
-# ------------------------------------------------------------------------------------- command line
-
-
 @dataclass(frozen=True)
 class EvalConfig:
     """The command line of eval.py."""
 
-    benchmark: str = option("miniature-open", f"one of {', '.join(BENCHMARKS)}")
+    benchmark: str = option("miniature-open", "which questions", BENCHMARKS)
     data: str = option("data/miniature/test", "folder with the annotations and videos/")
     checkpoint: str = option("", "a run, a checkpoint folder or a released name; '': latest run")
     output: str = option("", "where results go; '': eval/ in the run, or runs/NAME/eval")
     check: bool = option(False, "list what is missing or cannot be decoded, and stop")
-    mcq_rule: str = option("parse", "the letter of a reply: parse, released or likelihood")
+    mcq_rule: str = option("parse", "how a reply becomes a letter", MCQ_RULES)
     max_new_tokens: int = option(64, "longest answer")
     workers: int = option(2, "processes that decode videos ahead of the model")
     device: str = option("auto", "auto, cuda, mps or cpu")
-    dtype: str = option("float32", "float32 or bfloat16")
+    dtype: str = option("float32", "of weights and activations", ("float32", "bfloat16"))
     tokenizer: str = option("", "tokenizer.model, where the checkpoint has none")
     judge: str = option("", "base URL of an OpenAI-compatible endpoint: judge the results of RUNS")
     judge_model: str = option("", "name of the judging model")
     judge_parallel: int = option(8, "questions that the judge is asked at once")
     judge_retries: int = option(6, "times that it is asked again, later and later")
     report: str = option("", "write stored results of RUNS to this HTML file")
-    table: str = option("", "efficiency: print tables 2a, 2c and 8 of the paper, next to ours")
+    table: str = option("", "print tables 2a, 2c and 8 of the paper, next to ours", ("efficiency",))
     runs: tuple[str, ...] = option((), "runs for --judge and --report")
 
 
@@ -636,10 +563,8 @@ def main(arguments: list[str] | None = None) -> None:
     """`eval.py`: score a checkpoint on a benchmark, or look at results that are stored."""
     config = parse_options(EvalConfig, arguments, "Score a trained MERV on a benchmark.")
     try:
-        choose(BENCHMARKS, config.benchmark, "benchmark")
-        choose(dict.fromkeys(("parse", "released", "likelihood")), config.mcq_rule, "rule")
         if config.table:
-            return choose({"efficiency": print_efficiency}, config.table, "table")()
+            return import_module("cost").print_efficiency()  # cost.py imports this module
         if config.check:
             sys.exit(bool(check(config.benchmark, config.data, config.workers)))
         runs = config.runs or (str(config.checkpoint or merv.latest_run()),)
@@ -649,9 +574,7 @@ def main(arguments: list[str] | None = None) -> None:
         elif config.report:
             write_report(list(runs), Path(config.report))
         else:
-            device = merv.pick_device(config.device)
-            dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-            dtype = choose(dtypes, config.dtype, "dtype")
+            device, dtype = merv.pick_device(config.device), getattr(torch, config.dtype)
             checkpoint = config.checkpoint or merv.latest_run()
             model = MERV.from_pretrained(checkpoint, dtype, device, config.tokenizer or None)
             base = Path(checkpoint) if Path(checkpoint).is_dir() else Path("runs") / checkpoint

@@ -23,8 +23,6 @@ from torch.utils.checkpoint import checkpoint
 import encoders
 from encoders import CheckpointError, UserError, assign_weights, initialise
 
-# ------------------------------------------------------------------------------------------- config
-
 
 @dataclass(frozen=True)
 class LlamaConfig:
@@ -70,8 +68,6 @@ LLAMAS: dict[str, LlamaConfig] = {
         ),
     ]
 }  # fmt: skip
-
-# -------------------------------------------------------------------------------------------- model
 
 
 class RMSNorm(nn.Module):
@@ -415,9 +411,6 @@ def read_config(source: str | Path) -> LlamaConfig:
     known = (c for c in LLAMAS.values() if c.source == hub_id or c.name == name)
     like = next(known, LlamaConfig(name))
     return LlamaConfig(like.name, str(source), template=like.template, **said)
-
-
-# ---------------------------------------------------------------------------------------- tokenizer
 
 
 class Tokenizer:

@@ -29,6 +29,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -44,8 +45,6 @@ from llama import NAMES as LLAMA_NAMES
 from llama import SKIP as LLAMA_SKIP
 
 Place = str | Path  # of a file or a folder, on disk or the hub
-
-# ------------------------------------------------------------------------------------------- config
 
 
 @dataclass(frozen=True)
@@ -301,20 +300,33 @@ class MERV(nn.Module):
             self.encoders[e.name] = encoder
             self.projectors[e.name] = projector(e.hidden_size, d, config.pooled_side)
         self.mixer = MIXERS[config.mixer](d, len(encoders))
+        self.encoder_streams = False  # whether each encoder has a CUDA stream of its own
 
     @torch.no_grad()
     def features(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
         """encoder -> (v, T_e, 3, H, W) becomes encoder -> pooled (v, t, h, w, d_e); all frozen."""
-        pooled, dtype = {}, next(self.encoders.parameters()).dtype
-        for name, project in self.projectors.items():
-            encoder, frames = self.encoders[name], pixels[name].to(self.device, dtype)
-            if frames.shape[1] == 1 and encoder.config.family != "vit":
-                frames = frames.expand(-1, encoder.config.num_frames, -1, -1, -1)
-            # FIX: a still is a clip of identical frames; an encoder of single frames sees it once,
-            # not 16 times, and text-only rows run no encoder at all (ledger F8).
-            v = encoder(frames, project.class_token).expand(-1, encoder.config.grid[0], -1, -1, -1)
-            pooled[name] = project.pool(v)
+        if not self.encoder_streams:
+            return {name: self.see(name, pixels[name]) for name in self.encoders}
+        device, pooled = torch.get_device_module(self.device), {}
+        here, streams = device.current_stream(), {name: device.Stream() for name in self.encoders}
+        for name, stream in streams.items():  # what one leaves idle of the GPU, others use
+            stream.wait_stream(here)
+            with device.stream(stream):
+                pooled[name] = self.see(name, pixels[name])
+        for stream in streams.values():
+            here.wait_stream(stream)
         return pooled
+
+    def see(self, name: str, frames: Tensor) -> Tensor:
+        """One encoder's share of `features`."""
+        encoder, project = self.encoders[name], self.projectors[name]
+        frames = frames.to(self.device, next(encoder.parameters()).dtype)
+        if frames.shape[1] == 1 and encoder.config.family != "vit":
+            frames = frames.expand(-1, encoder.config.num_frames, -1, -1, -1)
+        # FIX: a still is a clip of identical frames; an encoder of single frames sees it once, not
+        # 16 times, and text-only rows run no encoder at all (ledger F8).
+        v = encoder(frames, project.class_token)
+        return project.pool(v.expand(-1, encoder.config.grid[0], -1, -1, -1))
 
     def encode(self, videos: dict, features: dict | None = None) -> tuple[Tensor, Tensor]:
         """Preprocessed clips, encoder -> (b, T_e, 3, H, W), or their `features` where these are
@@ -412,17 +424,14 @@ class MERV(nn.Module):
     def prompts(self, questions: str | list) -> tuple[Tensor, Tensor]:
         """What follows [BOS] + visual tokens when these are asked: right-padded ids (b, s), and
         their lengths (b,)."""
-        questions = [questions] if isinstance(questions, str) else questions
-        prompts = [self.prompt_ids(question) for question in questions]
+        questions, prompts = [questions] if isinstance(questions, str) else questions, []
+        for asked in questions:
+            turns = asked if isinstance(asked, list) else [{"from": "human", "value": asked}]
+            turns = render_prompt(turns, TEMPLATES[self.template])
+            prompts.append(torch.tensor(tokenize(turns, self.tokenizer)[0][1:]))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         ids = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         return ids.to(self.device), lengths
-
-    def prompt_ids(self, question: str | list[dict[str, str]]) -> Tensor:
-        """Ids of what follows [BOS] + visual tokens when a question is asked."""
-        turns = question if isinstance(question, list) else [{"from": "human", "value": question}]
-        turns = render_prompt(turns, TEMPLATES[self.template])
-        return torch.tensor(tokenize(turns, self.tokenizer)[0][1:])
 
     def pixels(self, video: str | Path | Tensor | dict[str, Tensor] | None) -> dict[str, Tensor]:
         """What `answer` takes as a video -> encoder -> (T_e, 3, H, W)."""
@@ -608,9 +617,6 @@ def fold_query(fusion: dict[str, Tensor]) -> Tensor:
     return attention.k_proj_weight.mT @ query * math.sqrt(d / inner)
 
 
-# ------------------------------------------------------------------------------------- command line
-
-
 def drawn_clip(num_frames: int = 32, height: int = 72, width: int = 128) -> Tensor:
     """A red square that crosses a grey gradient from left to right: uint8 (T, 3, height, width)."""
     clip = torch.linspace(60, 200, width).byte().repeat(num_frames, 3, height, 1)
@@ -660,9 +666,9 @@ def latest_run(folder: Place = "runs") -> Path:
     return runs[-1].parent.parent
 
 
-def option(default: object, text: str):
+def option(default: object, text: str, choices: Iterable[str] | None = None):
     """A field of a dataclass that is a command line."""
-    return field(default=default, metadata={"help": text})
+    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 def parse_options(cls: type, arguments: list[str] | None, description: str):
@@ -673,7 +679,8 @@ def parse_options(cls: type, arguments: list[str] | None, description: str):
     style = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=style)
     for f in fields(cls):
-        name, how = "--" + f.name.replace("_", "-"), {"type": type(f.default)}
+        name = "--" + f.name.replace("_", "-")
+        how = {"type": type(f.default), "choices": f.metadata["choices"]}
         if isinstance(f.default, bool):
             how = {"action": argparse.BooleanOptionalAction}
         elif isinstance(f.default, tuple):
@@ -703,10 +710,8 @@ class AskConfig:
     start: float = option(0.0, "first second of the clip")
     end: float = option(0.0, "last second of the clip; 0: all of it")
     max_new_tokens: int = option(256, "longest answer, in tokens")
-    temperature: float = option(0.0, "0: the likeliest words; above: drawn, the more freely")
-    seed: int = option(0, "of what is drawn")
     device: str = option("auto", "auto, cuda, mps or cpu")
-    dtype: str = option("float32", "float32 or bfloat16")
+    dtype: str = option("float32", "of weights and activations", ("float32", "bfloat16"))
     ask: tuple[str, ...] = option((), "a video, GIF, image or folder of images, then questions")
 
 
@@ -720,12 +725,10 @@ def main(arguments: list[str] | None = None) -> None:
     video, *questions = args.ask
     try:
         checkpoint = args.checkpoint or latest_run()
-        dtype = choose({"float32": torch.float32, "bfloat16": torch.bfloat16}, args.dtype, "dtype")
         device, tokenizer = pick_device(args.device), args.tokenizer or None
-        model = MERV.from_pretrained(checkpoint, dtype, device, tokenizer)
+        model = MERV.from_pretrained(checkpoint, getattr(torch, args.dtype), device, tokenizer)
         pixels = load_pixels(video, model.config.encoders, args.start or None, args.end or None)
-        drawn = args.temperature, 1.0, torch.Generator(device).manual_seed(args.seed)
-        answers = model.answer(pixels, questions, args.max_new_tokens, *drawn)
+        answers = model.answer(pixels, questions, args.max_new_tokens)
     except UserError as error:
         sys.exit(f"error: {error}")
     for question, answer in zip(questions, answers, strict=True):

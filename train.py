@@ -2,13 +2,14 @@
 
     torchrun train.py                                     the paper in miniature, from nothing
     torchrun --nproc-per-node 8 train.py --model merv --data DIR --tokenizer FILE
+    python train.py --plan --model merv --gpus 8          what that needs, before it is paid for
     python train.py --help                                every option
 
 One loop, any number of processes: FSDP2 shards every parameter over them, so what one GPU cannot
 hold several can. Losses are sums over tokens divided by the tokens of the whole step, so one
 process with a batch of 128 and eight with micro-batches of 4 take the same steps.
 
-Leaves runs/NAME/ with config.json, metrics.jsonl, saves/ to go on from, and checkpoint/
+Leaves runs/NAME/ with config.json, metrics.jsonl, loss.svg, saves/ to go on from, and checkpoint/
 (for merv.py and eval.py). The command that began a run also goes on with it, bit for bit.
 Read before: merv.py. Read next: eval.py, miniature/.
 """
@@ -27,7 +28,9 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from itertools import count
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import accumulate, count
 from pathlib import Path
 
 import torch
@@ -35,7 +38,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import ConcatDataset, DataLoader
 
@@ -47,8 +50,6 @@ from data import progress
 from encoders import ENCODERS, UserError
 from merv import MERV, MERVS, MIXERS, PROJECTORS, choose, option, parse_options
 from miniature import specialists
-
-# ------------------------------------------------------------------------------------------- config
 
 MINIATURE = Path("data/miniature")  # where the default data and encoders are made
 TRAINED = sharded.StateDictOptions(ignore_frozen_params=True)  # encoders come from their sources
@@ -66,12 +67,9 @@ class Stage:
     miniature_lr: float = 2e-3  # for a small LLM that starts from random weights
 
 
+PLACES = ("shard", "copy", "streams")  # of the encoders, which are frozen
 ALIGN, ALL = ("projectors", "mixer"), ("projectors", "mixer", "llm")
 CAPTIONS, CONVERSATIONS = ("stage1.json", "caption"), ("stage2.json", "")
-ROWS = {
-    CAPTIONS: (558_000, 702_000),
-    CONVERSATIONS: (665_000, 100_000),
-}  # the paper's stills, clips
 INSTRUCT = Stage((CONVERSATIONS,), ALL, lr=2e-5, global_batch=128)
 RECIPES: dict[str, tuple[Stage, ...]] = {
     "frozen": (INSTRUCT,),
@@ -85,14 +83,12 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
 class TrainConfig:
     """The command line of train.py."""
 
-    model: str = option("miniature", f"one of {', '.join(MERVS)}")
-    recipe: str = option("frozen", f"which stages, which parts are trained: {', '.join(RECIPES)}")
+    model: str = option("miniature", "which encoders, which LLM", MERVS)
+    recipe: str = option("frozen", "which stages, which parts are trained", RECIPES)
     encoders: str = option("", "other encoders than the model's, such as dinov2,vivit")
-    projector: str = option("avg2d", f"table 2a: {', '.join(PROJECTORS)}")
-    mixer: str = option("cross_attention", f"table 2c: {', '.join(MIXERS)}")
-    pooled_side: int = option(
-        0, "table 2b: a frame is pooled to so many rows of so many; 0: 8 or 2"
-    )
+    projector: str = option("avg2d", "table 2a", PROJECTORS)
+    mixer: str = option("cross_attention", "table 2c", MIXERS)
+    pooled_side: int = option(0, "table 2b: side of a pooled frame; 0: 8, and 2 in miniature")
     data: str = option("miniature", "folder with stage1.json and stage2.json; miniature makes one")
     tokenizer: str = option("", "LLaMA-2's tokenizer.model; the miniature makes its own")
     name: str = option("", "the run is runs/NAME, or NAME-2 ...; MODEL-RECIPE if empty")
@@ -108,6 +104,8 @@ class TrainConfig:
     encoder_seed: int = option(0, "of the miniature's specialists")
     workers: int = option(2, "processes per rank that decode videos")
     activation_checkpointing: bool = option(True, "recompute LLM layers: less memory, more work")
+    replicas: int = option(1, "whole copies of the model, each sharded over its part of the GPUs")
+    place_encoders: str = option("shard", "over all GPUs; whole on each; so, in parallel", PLACES)
     cache_features: str = option("auto", "folder for pooled features; none; auto: in miniature")
     resume: str = option("", "go on with this run, such as runs/NAME, in its folder, as it began")
     save_every: int = option(500, "steps between two saves to go on from; 0: end of a stage only")
@@ -115,11 +113,16 @@ class TrainConfig:
     max_bad: float = option(0.01, "stop when more than this fraction of rows, and 10, are unusable")
     evaluate: bool = option(True, "after training, score the miniature's test clips")
     device: str = option("auto", "cuda or cpu; auto takes cuda if there is one")
+    plan: bool = option(False, "print what the run would need, by the options below, and stop")
+    gpus: int = option(8, "plan: number of GPUs")
+    gpu_memory: float = option(48.0, "plan: GB of each")
+    tflops: float = option(60.0, "plan: what each achieves, 10^12 operations a second")
+    text_tokens: int = option(512, "plan: tokens of a conversation, half of them answers")
 
 
 # What --resume may change: how a run is computed, not what. All else stays as it began.
-HOW = {"resume", "micro_batch", "workers", "activation_checkpointing"}
-HOW |= {"save_every", "keep", "max_bad", "evaluate", "device"}
+HOW = {"resume", "micro_batch", "workers", "activation_checkpointing", "replicas"}
+HOW |= {"place_encoders", "save_every", "keep", "max_bad", "evaluate", "device"}
 
 
 @dataclass
@@ -132,6 +135,7 @@ class Run:
     bad: int  # rows that could not be used so far, over all processes
     seen: int = 0  # rows so far
     stop: bool = False  # SIGTERM came
+    board: object = None  # TensorBoard's writer
 
 
 # --------------------------------------------------------------------------------- processes, model
@@ -157,74 +161,71 @@ def join_processes(device: str) -> torch.device:
 
 def configure(config: TrainConfig) -> merv.MERVConfig:
     """The model that the options describe; in miniature its encoders are this folder's."""
-    model, small = choose(MERVS, config.model, "model"), config.model == "miniature"
-    choose(RECIPES, config.recipe, "recipe")
-    choose(PROJECTORS, config.projector, "projector")
-    choose(MIXERS, config.mixer, "mixer")
-    encoders = model.encoders
+    model, small = MERVS[config.model], config.model == "miniature"
+    encoders = list(model.encoders)
     if config.encoders:
         names = [f"miniature-{name}" if small else name for name in config.encoders.split(",")]
-        encoders = tuple(choose(ENCODERS, name, "encoder") for name in names)
-    if small:
-        home = str(MINIATURE / f"encoders-{config.encoder_seed}" / "{}.safetensors")
-        sources = [home.format(e.name.removeprefix("miniature-")) for e in encoders]
-        sourced = zip(encoders, sources, strict=True)
-        encoders = tuple(replace(e, source=file) for e, file in sourced)
-    if len(set(encoders)) < len(encoders):  # several of one: a control
-        copies = (replace(e, name=f"{e.name}-{i}") for i, e in enumerate(encoders, start=1))
-        encoders = tuple(copies)
+        encoders = [choose(ENCODERS, name, "encoder") for name in names]
+    several = len(set(encoders)) < len(encoders)  # of one: a control
+    for i, e in enumerate(encoders):
+        own = MINIATURE / f"encoders-{config.encoder_seed}" / e.name.removeprefix("miniature-")
+        source, name = f"{own}.safetensors" if small else e.source, e.name
+        encoders[i] = replace(e, source=source, name=f"{name}-{i + 1}" if several else name)
     side = config.pooled_side or model.pooled_side
     shape = dict(projector=config.projector, mixer=config.mixer, pooled_side=side)
-    return replace(model, encoders=encoders, **shape)
+    return replace(model, encoders=tuple(encoders), **shape)
 
 
-def shard(model: MERV, device: torch.device) -> None:
+def make_mesh(device: str, replicas: int) -> DeviceMesh:
+    """(replicas, shards): parameters are cut over the second, each part held once a replica."""
+    world = dist.get_world_size()
+    if world % replicas:
+        what, why = f"{world} processes cannot hold {replicas} replicas.", "each takes as many."
+        raise UserError(what, why, f"choose a divisor of {world}.")
+    return init_device_mesh(device, (replicas, world // replicas)[replicas == 1 :])
+
+
+def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype) -> None:
     """FSDP2: each LLM layer, each encoder and the rest are gathered when they run, else sharded."""
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     # WHY: bfloat16 holds activations well but not sums of many small gradients.
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if device.type == "cuda" else None, reduce_dtype=torch.float32
-    )
-    for part in [*model.llm.layers, *model.encoders.values(), model]:
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    parts, whole = [*model.llm.layers, *model.encoders.values()], set()
+    if place_encoders != "shard":
+        parts, whole = parts[: len(model.llm.layers)], set(model.encoders.parameters())
+        model.encoders.to(dtype)
+    model.encoder_streams = place_encoders == "streams"
+    for part in parts:
         fully_shard(part, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
 # ---------------------------------------------------------------------------------------- one stage
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Trained parameters for AdamW: matrices decay, vectors (norms, biases, the query) do not.
+def make_optimizers(model: MERV, stage: Stage, muon_lr: float) -> list[torch.optim.Optimizer]:
+    """AdamW for all that the stage trains or, with a muon_lr, Muon for matrices of LLM layers.
 
+    All else is frozen: it needs neither gradient nor optimizer. Matrices decay, vectors (norms,
+    biases, the query) do not.
     FIX: the authors configured decay too, but grouped parameters after sharding had flattened them
     all to vectors, so none ever decayed (ledger K8).
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def make_optimizers(model: MERV, stage: Stage, muon_lr: float) -> list[torch.optim.Optimizer]:
-    """AdamW for everything or, with a muon_lr, Muon for the matrices inside the LLM's layers.
-
-    What the stage does not train is frozen: it needs neither gradient nor optimizer.
     WHY: the paper trains a pretrained LLM, with AdamW. A small one that starts from random weights
     reads colours after 300 steps of Muon, and not yet after 600 of AdamW (README).
     """
+    muon, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.split(".")[0] in stage.trained)
-    groups, muon = decay_groups(model, stage.weight_decay), []
-    if muon_lr and "llm" in stage.trained:
-        muon = [p for p in model.llm.layers.parameters() if p.ndim == 2]
-        ids = {id(p) for p in muon}
-        groups[0]["params"] = [p for p in groups[0]["params"] if id(p) not in ids]
+        inside = muon_lr > 0 and name.startswith("llm.layers.") and parameter.ndim == 2
+        if parameter.requires_grad:
+            group = vectors if parameter.ndim < 2 else muon if inside else matrices
+            group.append(parameter)
+    groups = [{"params": matrices, "weight_decay": stage.weight_decay}]
+    groups += [{"params": vectors, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.999))]
     if muon:
         optimizers.append(torch.optim.Muon(muon, lr=muon_lr, weight_decay=0.0))
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["peak"] = group["lr"]
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
     return optimizers
 
 
@@ -286,6 +287,7 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
     sizes, order = (stage.global_batch, config.micro_batch, rank, world, config.seed), []
     for epoch in range(config.epochs):
         order += data.GroupedBatchSampler(dataset, *sizes, epoch)
+    sharded = config.place_encoders == "shard" and config.cache_features == "none"
     accumulation = stage.global_batch // (config.micro_batch * world)
     steps = min(len(order) // accumulation, config.max_steps or len(order))
     start = min(steps, max(0, run.done - before))
@@ -316,8 +318,7 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
         #    weigh a label in a short batch more than one in a long batch (ledger F5).
         total, weights = torch.zeros(()), []
         for batch, anywhere in zip(batches, pictures, strict=True):
-            join = config.cache_features == "none" and anywhere > 0
-            loss, weight_be = model(batch.to(model.device), join)
+            loss, weight_be = model(batch.to(model.device), join=sharded and anywhere > 0)
             # FSDP gives the mean of the ranks' gradients; times their number it is the sum.
             (loss * world / labels).backward()
             total += loss.detach().cpu()
@@ -346,9 +347,7 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
             metrics = {"step": number, "loss": loss, "lr": lr, "gradient_norm": norm}
             metrics |= {"tokens_per_second": tokens / seconds, "data_wait": waited / seconds}
             mixed = torch.cat(weights).mean(0).tolist() if any(map(len, weights)) else []
-            metrics |= {"memory_gb": peak_memory(model.device), "weights": mixed}
-            with (run.folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(metrics) + "\n")
+            log(run, metrics | {"memory_gb": peak_memory(model.device), "weights": mixed})
             bar.set_postfix_str(f"loss {loss:.3f}")
 
         # 8. Save what the next step needs, now and then; leave if asked to.
@@ -399,12 +398,10 @@ def open_run(config: TrainConfig) -> Run:
     """
     here = Path(__file__).parent
     code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(here.glob("*.py"))))
-    git = ("git", "-C", str(here), "describe", "--always", "--dirty")
-    commit = (
-        subprocess.run(git, capture_output=True, text=True).stdout if shutil.which("git") else ""
-    )
-    saved = asdict(config) | {"code": code.hexdigest()[:16], "commit": commit.strip()}
-    saved |= {"torch": torch.__version__}
+    git = {"shell": True, "cwd": here, "capture_output": True, "text": True}
+    commit = subprocess.run("git describe --always --dirty", **git).stdout.strip()
+    saved = {"code": code.hexdigest()[:16], "commit": commit, "torch": torch.__version__}
+    saved |= asdict(config)
     for number in count(1):
         folder = Path(config.resume or f"runs/{config.name}{f'-{number}' * (number > 1)}")
         file, ended = folder / "config.json", (folder / "checkpoint").exists()
@@ -435,6 +432,31 @@ def resumed(config: TrainConfig) -> TrainConfig:
         what, why = f"--{odd[0]} {now[odd[0]]} contradicts {file}.", "a run goes on as it began."
         raise UserError(what, why, f"leave that out; what may change is {', '.join(sorted(HOW))}.")
     return TrainConfig(**began | {name: now[name] for name in given})
+
+
+def log(run: Run, metrics: dict) -> None:
+    """One line of metrics.jsonl; its numbers to TensorBoard too, if that is installed."""
+    with (run.folder / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(metrics) + "\n")
+    for name in metrics.keys() - {"step", "weights"} if run.board else ():
+        run.board.add_scalar(name, metrics[name], metrics["step"])
+
+
+def draw_loss(folder: Path) -> None:
+    """loss.svg: the loss of every step, grey, and its running average, red."""
+    lines = [json.loads(line) for line in eval.whole_lines(folder / "metrics.jsonl")]
+    losses, curves = [line["loss"] for line in lines], []
+    average = accumulate(losses, lambda mean, loss: 0.95 * mean + 0.05 * loss)
+    for values, colour in ((losses, "#bbb"), (average, "#c33")):
+        scaled = (200 - 180 * value / max(losses) for value in values)
+        points = " ".join(f"{600 * i / len(losses):.1f},{y:.1f}" for i, y in enumerate(scaled))
+        curves.append(f'<polyline fill="none" stroke="{colour}" points="{points}"/>')
+    axes = f"{max(losses):.2f} nats a token at the top, 0 at the bottom; {len(losses)} steps"
+    frame = (
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 200" font-family="sans-serif">'
+    )
+    text = f'<text x="4" y="14" font-size="12" fill="#888">loss: {axes}</text>'
+    eval.write_file(folder / "loss.svg", "\n".join([frame, *curves, text, "</svg>\n"]))
 
 
 def peak_memory(device: torch.device) -> float:
@@ -508,6 +530,8 @@ def train(config: TrainConfig) -> Run:
     run: Run = found[0]
     if (run.folder / "checkpoint").is_dir():
         return run
+    if rank == 0 and find_spec("tensorboard"):
+        run.board = import_module("torch.utils.tensorboard").SummaryWriter(run.folder)
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
     model = MERV.create(model_config, tokenizer, config.seed)
     llm, encoders, cache, stages = model_config.llm, list(model.config.encoders), None, []
@@ -523,7 +547,9 @@ def train(config: TrainConfig) -> Run:
                 fill_cache(model.to(device), files[-1], config.workers)
         stages.append((replace(stage, lr=lr, global_batch=size), concatenate(files)))
     model.llm.activation_checkpointing = config.activation_checkpointing and not small
-    shard(model.to(device), device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    mesh = make_mesh(device.type, config.replicas)
+    shard(model.to(device), mesh, config.place_encoders, dtype)
     steps = 0
     for stage, dataset in stages:
         steps = train_stage(model, stage, dataset, run, steps)
@@ -531,6 +557,7 @@ def train(config: TrainConfig) -> Run:
     whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = sharded.get_model_state_dict(model, options=whole)
     if rank == 0:
+        draw_loss(run.folder)
         model.save_pretrained(run.folder / "checkpoint", state)
     dist.barrier()
     return run
@@ -553,6 +580,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = parse_options(TrainConfig, arguments, "Train MERV.")
     try:
         config = settle(resumed(config) if config.resume else config)
+        if config.plan:
+            return import_module("cost").plan(config)  # cost.py imports this module
         run = train(config)
         dist.destroy_process_group()
         if run.config.evaluate and run.config.data == "miniature":

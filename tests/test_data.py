@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import re
+import subprocess
+import sys
 import zlib
 from dataclasses import replace
 from fractions import Fraction
@@ -1291,3 +1294,71 @@ def test_rows_of_like_length_stand_together():
     random.Random(1).shuffle(shuffled)
     at_random = [shuffled[i : i + 8] for i in range(0, 400, 8)]
     assert padding(GroupedBatchSampler(rows, 8, 8).global_batches()) < 0.3 * padding(at_random)
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+def look_at(*arguments: object) -> subprocess.CompletedProcess:
+    """python data.py ARGUMENTS, as a user does."""
+    script = Path(__file__).parent.parent / "data.py"
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_check_lists_every_bad_row_of_every_stage_and_fails(damaged):
+    """Each with its id, file and reason; a video that is cut off, one that is gone, wrong roles."""
+    folder = damaged.parent
+    rows = [{"id": "c", "video": "clip.mp4", "conversations": talk("a", "b")}, *MALFORMED.values()]
+    (folder / "stage1.json").write_text(json.dumps(rows))
+    (folder / "notes.json").write_text("[7]")  # is no stage
+    done = look_at(folder, "--check")
+    assert done.returncode == 1, done.stderr
+    captions, instructions = done.stdout.split(f"{len(MALFORMED)} of them cannot be used\n")
+    bad = re.findall(r"^row (\d+) ", captions, re.MULTILINE)
+    assert bad == [str(row) for row in range(1, 1 + len(MALFORMED))]
+    found = re.findall(r"^row (\d+)  id (\S+)  file (\S+)\n(.*)$", instructions, re.MULTILINE)
+    assert [(row, name, file) for row, name, file, _ in found] == [
+        ("3", "id-3", str(folder / "half.mp4")),
+        ("6", "id-6", str(folder / "gone.mp4")),
+        ("9", "id-9", str(folder / "clip.mp4")),
+    ]
+    for (*_, reason), expected in zip(found, ["incomplete", "no such", "['gpt']"], strict=True):
+        assert expected in reason
+    assert instructions.endswith(f"{damaged}: 30 rows, 3 of them cannot be used\n")
+    assert "check stage2.json" in done.stderr and "30/30" in done.stderr  # the bar
+
+
+def test_show_prints_every_token_with_its_label(mixed_folder, llama2_tokenizer, tmp_path):
+    """What a row shows, its text, and - where no loss is taken; captions have no prompt."""
+    rows = json.loads((mixed_folder / "rows.json").read_text())
+    for stage in ("stage1.json", "stage2.json"):
+        (tmp_path / stage).write_text(json.dumps(rows[:2]))
+    done = look_at(tmp_path, "--show", 1, "--tokenizer", llama2_tokenizer.path)
+    assert done.returncode == 0, done.stderr
+    caption, instruction = (part.splitlines() for part in done.stdout.strip().split("\n\n"))
+    assert (
+        instruction[0] == f"{tmp_path / 'stage2.json'}, row 0  id v  video {tmp_path / 'clip.mp4'}"
+    )
+    assert instruction[1].split(maxsplit=1) == ["prompt", repr("In: what moves\nOut:")]
+    assert instruction[2].split(maxsplit=1) == ["answer", repr("red square")]
+    turns = render_prompt(rows[0]["conversations"], TEMPLATES["base"])
+    expected = [
+        [str(i), llama2_tokenizer.pieces.id_to_piece(i), "-" if label == IGNORE else str(label)]
+        for i, label in zip(*tokenize(turns, llama2_tokenizer), strict=True)
+    ]
+    assert [line.split() for line in instruction[3:]] == [["id", "piece", "label"], *expected]
+    labels = [line.split()[-1] for line in caption[4:]]
+    assert labels == ["-", *(str(i) for i in [*llama2_tokenizer.encode("red square"), 2])]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["--check"], "Cannot read"),
+        (["--show", "1"], "Found no tokenizer.model at tokenizer.model"),
+    ],
+)
+def test_a_look_at_what_is_not_there_is_explained(tmp_path, arguments, wanted):
+    done = look_at(tmp_path / "nowhere", *arguments)
+    assert done.returncode != 0 and wanted in done.stderr and "Traceback" not in done.stderr

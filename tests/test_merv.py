@@ -467,6 +467,18 @@ def test_an_encoder_of_single_frames_sees_a_still_once(model):
         assert seen[e.name] == (1 if e.family == "vit" else e.num_frames)
 
 
+def test_streams_change_nothing(model):
+    """On CUDA each encoder may have its own; the same code runs on a CPU, whose streams are one."""
+    pixels = {name: frames[None] for name, frames in random_pixels(1).items()}
+    plain = model.features(pixels)
+    model.encoder_streams = True
+    try:
+        streamed = model.features(pixels)
+    finally:
+        model.encoder_streams = False
+    assert all(torch.equal(streamed[name], plain[name]) for name in plain)
+
+
 def test_features_carry_no_gradient_and_encode_does(model):
     pixels = {name: frames[None] for name, frames in random_pixels(1).items()}
     assert not any(f.requires_grad for f in model.features(pixels).values())
@@ -756,7 +768,7 @@ def test_a_conversation_can_be_continued(model, clip, replies):
     conversation = talk("what moves", "the red square", "left or right")
     model.answer(clip, [conversation, "left or right"], max_new_tokens=6)
     with_history, without = replies
-    prompt = model.prompt_ids(conversation).tolist()
+    prompt = model.prompts([conversation])[0][0].tolist()
     trained, _ = tokenize(render_prompt([*conversation, *talk("", "left")[1:]], TEMPLATES["base"]),
                           model.tokenizer)  # fmt: skip
     assert trained[: 1 + len(prompt)] == [model.tokenizer.bos_id, *prompt]
@@ -769,7 +781,7 @@ def test_the_prompt_can_be_the_one_of_other_weights(model, monkeypatch):
     monkeypatch.setattr(model, "template", "base_video_tag")
     ids, _ = tokenize(render_prompt(talk("what"), TEMPLATES["base_video_tag"]), model.tokenizer)
     assert "<video>" in model.tokenizer.decode(ids)
-    assert [model.tokenizer.bos_id, *model.prompt_ids("what").tolist()] == ids
+    assert [model.tokenizer.bos_id, *model.prompts("what")[0][0].tolist()] == ids
 
 
 # -------------------------------------------------------------------------------------- likelihoods

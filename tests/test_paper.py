@@ -4,19 +4,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import eval
+import cost
 from merv import PROJECTORS
 
 EXACT_WORK = ("MERV", "LanguageBind alone", "DINOv2 alone", "SigLIP alone", "concat (sequence)")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("row", eval.PAPER, ids=lambda row: row[0])
+@pytest.mark.parametrize("row", cost.PAPER, ids=lambda row: row[0])
 def test_the_efficiency_table_is_the_papers(row):
     """Parameters to the million; multiply-adds within 2 % where the text has the same length."""
     name, encoders, visual, millions, tera = row
-    counted_m, counted_t = eval.cost(encoders, visual, released=True)
-    ours_m, ours_t = eval.cost(encoders, visual, released=False)
+    counted_m, counted_t = cost.cost(encoders, visual, released=True)
+    ours_m, ours_t = cost.cost(encoders, visual, released=False)
     if millions:
         assert int(counted_m) == millions
     assert (abs(counted_t / tera - 1) < 0.02) == (name in EXACT_WORK)
@@ -30,7 +30,7 @@ def test_a_projector_has_the_parameters_of_table_2a(name, millions):
     """LanguageBind to width 4096, all that comes before the final Linear."""
     with torch.device("meta"):
         projector = PROJECTORS[name](1024, 4096, 8)
-    counted = eval.count(projector) - eval.count(projector.linear)
+    counted = cost.count(projector) - cost.count(projector.linear)
     assert round(counted / 1e6, 1) == millions
 
 
@@ -39,7 +39,7 @@ def test_the_3d_convolution_has_the_parameters_of_a_3x3x3_one():
     with torch.device("meta"):
         projector = PROJECTORS["conv3d"](1024, 4096, 8)
     assert projector.conv.weight.numel() == 27 * 1024 * 4096
-    assert round(eval.count(projector.conv) / 1e6) == 113
+    assert round(cost.count(projector.conv) / 1e6) == 113
 
 
 @pytest.mark.parametrize("name", PROJECTORS)

@@ -28,8 +28,11 @@ def test_the_file_map_counts_lines_correctly():
 
 
 def test_the_six_files_fit_their_budget():
-    """The promise of the mission: everything in under a few thousand lines."""
-    six = sum(len(f.read_text().splitlines()) for f in ROOT.glob("*.py"))
+    """The promise of the mission: everything in under a few thousand lines. cost.py, which only
+    counts what the six do, is beside them."""
+    modules = {f for f in ROOT.glob("*.py") if f.name != "cost.py"}
+    assert {f.stem for f in modules} == {"encoders", "llama", "data", "merv", "train", "eval"}
+    six = sum(len(f.read_text().splitlines()) for f in modules)
     small = sum(len(f.read_text().splitlines()) for f in ROOT.glob("miniature/*.py"))
     assert six <= 3500 and small <= 600
 

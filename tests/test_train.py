@@ -1,13 +1,16 @@
 """train.py under real processes: the same curve on any number of them, and what a run leaves."""
 
+import functools
 import json
 import math
 import subprocess
 import sys
+import xml.etree.ElementTree
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
 from data import Batch
@@ -17,6 +20,11 @@ from merv import FOUR, MERV, MERVS
 from miniature.world import World, write_world
 
 ROOT = Path(__file__).parent.parent
+
+
+def slow(*values):
+    """A case that only the slow tests run."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -42,36 +50,62 @@ def run(workplace: Path, name: str, *options: str, processes: int = 1, script: s
 
 def losses(workplace: Path, name: str) -> list[float]:
     """The loss of every step of a run."""
-    lines = (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    return loss_of(workplace / "runs" / name)
+
+
+def loss_of(folder: Path) -> list[float]:
+    """The loss of every step of the run in this folder."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
 
 
-MUON = pytest.param("0.01", 1e-3, marks=pytest.mark.slow)
 STEPS = ("--global-batch", "4", "--epochs", "1", "--cache-features", "none")
+MUON, ADAMW = ("--muon-lr", "0.01"), ("--muon-lr", "0")
+
+
+@pytest.fixture(scope="module")
+def alone(workplace):
+    """One process that takes every global batch at once, by each optimizer when first asked for."""
+
+    @functools.cache
+    def run_alone(optimizer: tuple[str, str]) -> str:
+        name = f"alone{optimizer[1]}"
+        done = run(workplace, name, *STEPS, "--micro-batch", "4", *optimizer)
+        assert done.returncode == 0, done.stderr
+        assert len(losses(workplace, name)) == math.ceil(18 / 4)
+        return name
+
+    return run_alone
 
 
 @pytest.mark.parametrize(
-    ("muon", "rounding"), [("0", 1e-4), pytest.param("0.01", 1e-3, marks=pytest.mark.slow)]
+    ("processes", "options"),
+    [
+        (2, ("--micro-batch", "1", *ADAMW)),
+        slow(2, ("--micro-batch", "1", *MUON)),
+        slow(1, ("--micro-batch", "1", *ADAMW)),
+        slow(4, ("--micro-batch", "1", *MUON)),
+        slow(4, ("--micro-batch", "1", *ADAMW, "--replicas", "2", "--place-encoders", "copy")),
+        slow(2, ("--micro-batch", "2", *ADAMW, "--place-encoders", "streams")),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else f"{value} processes",
 )
-def test_one_process_and_two_take_the_same_steps(workplace, muon, rounding):
-    """Text, image and video rows, encoders sharded, some micro-batches without any picture.
+def test_any_split_of_the_global_batch_takes_the_same_steps(workplace, alone, processes, options):
+    """Text, image and video rows; some micro-batches have no picture, and encoders are gathered.
 
-    Muon orthogonalises in bfloat16, which makes more of the same rounding than AdamW does.
+    Muon orthogonalises, which makes more of the same rounding than AdamW does.
     """
-    first_name, second_name = f"one-{muon}", f"two-{muon}"
-    one = run(workplace, first_name, *STEPS, "--micro-batch", "4", "--muon-lr", muon)
-    two = run(workplace, second_name, *STEPS, "--micro-batch", "1", "--muon-lr", muon, processes=2)
-    assert one.returncode == 0, one.stderr
-    assert two.returncode == 0, two.stderr
-    assert len(losses(workplace, first_name)) == math.ceil(18 / 4)
-    curve = pytest.approx(losses(workplace, first_name), rel=rounding)
-    assert losses(workplace, second_name) == curve
+    optimizer = MUON if set(MUON) <= set(options) else ADAMW
+    name, rounding = alone(optimizer), 1e-3 if optimizer == MUON else 1e-4
+    other = "".join(options).replace("-", "") + str(processes)
+    done = run(workplace, other, *STEPS, *options, processes=processes)
+    assert done.returncode == 0, done.stderr
+    assert losses(workplace, other) == pytest.approx(losses(workplace, name), rel=rounding)
     first, second = (
-        MERV.from_pretrained(workplace / "runs" / name).llm.state_dict()
-        for name in (first_name, second_name)
+        MERV.from_pretrained(workplace / "runs" / run).llm.state_dict() for run in (name, other)
     )
-    for name, weight in first.items():
-        torch.testing.assert_close(second[name], weight, rtol=0, atol=20 * rounding, msg=name)
+    for key, weight in first.items():
+        torch.testing.assert_close(second[key], weight, rtol=0, atol=20 * rounding, msg=key)
 
 
 @pytest.mark.slow
@@ -102,13 +136,21 @@ def test_a_run_describes_itself(workplace):
     assert list(model.encoders) == ["miniature-dinov2", "miniature-vivit"]
     line = json.loads((moved / "metrics.jsonl").read_text().splitlines()[0])
     assert set(line) >= {"step", "loss", "lr", "gradient_norm", "tokens_per_second", "weights"}
+    curve = xml.etree.ElementTree.parse(moved / "loss.svg").getroot()
+    grey, red = (line.get("points").split() for line in curve.findall("{*}polyline"))
+    assert len(grey) == len(red) == 2  # a point a step
+    higher = float(grey[1].split(",")[1]) > float(grey[0].split(",")[1])  # y points down
+    assert higher == (loss_of(moved)[1] < loss_of(moved)[0])
+    board = EventAccumulator(str(moved)).Reload()
+    assert [scalar.value for scalar in board.Scalars("loss")] == pytest.approx(loss_of(moved))
 
 
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
         (["--modle", "miniature"], "did you mean --model?"),
-        (["--recipe", "froozen"], "No recipe froozen"),
+        (["--recipe", "froozen"], "invalid choice: 'froozen' (choose from 'frozen'"),
+        (["--replicas", "2"], "1 processes cannot hold 2 replicas"),
         (["--encoders", "clip"], "No encoder miniature-clip"),
         (["--global-batch", "5", "--micro-batch", "2"], "choose a multiple of 2"),
         (["--data", "nowhere"], "Cannot read nowhere/stage2.json"),
@@ -140,13 +182,19 @@ def test_vectors_do_not_decay(workplace):
     """Norms, biases and the mixer's query are left alone by weight decay; matrices are not."""
     tokenizer = Tokenizer(workplace / "data" / "miniature" / "tokenizer.model")
     model = MERV.create(MERVS["miniature"], tokenizer)
-    matrices, vectors = train.decay_groups(model, 0.1)
+    (stage,) = train.RECIPES["frozen"]
+    (adamw,) = train.make_optimizers(model, stage, muon_lr=0)
+    matrices, vectors = adamw.param_groups
     assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0
     assert all(parameter.ndim >= 2 for parameter in matrices["params"])
     assert any(parameter is model.mixer.query for parameter in vectors["params"])
-    trained = {id(p) for group in (matrices, vectors) for p in group["params"]}
-    assert not trained & {id(p) for p in model.encoders.parameters()}
-    assert len(trained) == sum(p.requires_grad for p in model.parameters())
+    trained = [p for group in (matrices, vectors) for p in group["params"]]
+    assert {id(p) for p in trained} == {id(p) for p in model.parameters() if p.requires_grad}
+    assert not {id(p) for p in trained} & {id(p) for p in model.encoders.parameters()}
+    smaller, muon = train.make_optimizers(model, stage, muon_lr=0.01)
+    inner = {id(p) for p in model.llm.layers.parameters() if p.ndim == 2}
+    assert {id(p) for p in muon.param_groups[0]["params"]} == inner
+    assert sum(len(group["params"]) for group in smaller.param_groups) == len(trained) - len(inner)
 
 
 CAPTIONS, INSTRUCTIONS = math.ceil(14 / 4), math.ceil(18 / 4)  # steps of four rows

@@ -1,0 +1,99 @@
+"""train.py --plan: what it foretells is what a run takes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# Fifty million parameters, planned with fake tensors and then run with real ones.
+MEASURED = """
+import json, sys
+sys.path.insert(0, {root!r})
+from dataclasses import replace
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.flop_counter import FlopCounterMode
+import train
+from data import Batch
+from llama import Llama
+from merv import MERV, MERVS
+
+def resident(what):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(what)) * 1024 / 1e9
+
+llm = replace(MERVS["miniature"].llm, vocab_size=8000, hidden_size=768, num_layers=6, num_heads=6,
+              num_kv_heads=6, intermediate_size=2048)
+MERVS["tenth"] = replace(MERVS["miniature"], name="tenth", llm=llm)
+config = train.settle(train.parse_options(train.TrainConfig, {options!r}, "test"))
+stage = train.RECIPES[config.recipe][0]
+
+dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
+planned = train.memory_of(config, stage)
+work = train.work_of(config, stage, still=False)
+dist.destroy_process_group()
+
+train.join_processes("cpu")
+model_config, b, s = train.configure(config), config.micro_batch, config.text_tokens
+before = resident("VmRSS")
+encoders = [train.FAMILIES[e.family](e) for e in model_config.encoders]
+model = MERV(model_config, encoders, Llama(model_config.llm), None).train()
+for parameter in model.parameters():
+    torch.nn.init.normal_(parameter, std=0.02)
+model.llm.activation_checkpointing = config.activation_checkpointing
+train.shard(model, train.make_mesh("cpu", 1), config.place_encoders, torch.float32)
+optimizers = train.make_optimizers(model, stage, config.muon_lr)
+pixels = {{e.name: torch.rand(b, e.num_frames, 3, e.image_size, e.image_size)
+          for e in model_config.encoders}}
+rows, places = torch.arange(b).repeat_interleave(s // 2), torch.arange(s // 2, s).repeat(b)
+ids, labelled = torch.randint(1000, (b, s)), torch.stack([rows, places])
+batch = Batch(ids, labelled, [s] * b, list(range(b)), pixels, {{}})
+for step in range(2):  # the second finds the optimizer's state there
+    open("/proc/self/clear_refs", "w").write("5")  # what is held at most, from here on
+    model(batch)[0].backward()
+    peak = resident("VmHWM") - before
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+with FlopCounterMode(display=False) as counter:
+    model(batch)[0].backward()
+counted = counter.get_total_flops() / b / 1e12
+print(json.dumps([planned, peak, sum(work.values()), counted]))
+train.leave()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "checkpointing", ["--activation-checkpointing", "--no-activation-checkpointing"]
+)
+def test_memory_and_work_are_as_foretold(tmp_path, checkpointing):
+    """Resident memory within a tenth; operations exactly."""
+    options = ["--model", "tenth", "--micro-batch", "4", "--device", "cpu", checkpointing]
+    options += [
+        "--encoders",
+        "",
+        "--text-tokens",
+        "512",
+        "--muon-lr",
+        "0",
+        "--cache-features",
+        "none",
+    ]
+    script = tmp_path / "measured.py"
+    script.write_text(MEASURED.format(root=str(ROOT), options=options))
+    # What is free goes back to the system at once, so that resident is what is held.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    command = [sys.executable, script]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr
+    planned, peak, work, counted = json.loads(done.stdout)
+    assert sum(planned.values()) == pytest.approx(peak, rel=0.1)
+    assert work == pytest.approx(counted, rel=1e-9)
