@@ -1,7 +1,4 @@
-"""The default data and encoders, made from nothing: a few minutes on two cores.
-
-Read world.py for what the clips show, specialists.py for how the encoders learn.
-"""
+"""The default data and encoders, made from nothing. Read world.py, then specialists.py."""
 
 import hashlib
 import shutil
@@ -24,10 +21,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def prepare(folder: str | Path = "data/miniature", seed: int = 0) -> Path:
-    """The folder with the world and encoders-<seed>/NAME.safetensors, made where they are not yet.
-
-    What other code made is replaced. Not for two processes at once: rank 0 goes first.
-    """
+    """The folder with the world and encoders-<seed>/NAME.safetensors, made where they are not yet
+    or other code made them. Not for two processes at once: rank 0 goes first."""
     folder = Path(folder)
     code = b"".join(Path(module.__file__).read_bytes() for module in (world, specialists, encoders))
     made_by, digest = folder / "made_by.txt", hashlib.sha256(code).hexdigest()

@@ -3,15 +3,14 @@
     python -m miniature claims            all of it
     python -m miniature claims --quick    one seed, the main table and the controls
 
-Only train.py and eval.py, run many times, two at a time; what is complete is not repeated. The runs
-are in claims.toml, claims and tables in claims.md, all fixed before a test clip was seen.
+Only train.py and eval.py, run many times; what is complete is not repeated. claims.toml has the
+runs, claims.md claims and tables, fixed before a test clip was seen.
 """
 
 import argparse
 import hashlib
 import json
 import os
-import random
 import subprocess
 import sys
 import tomllib
@@ -26,21 +25,13 @@ import miniature
 from data import progress
 from encoders import UserError
 from eval import Question, write_file
-from miniature.world import CLIPS, REVERSED, write_world
+from miniature.world import CLIPS, KINDS, REVERSED, write_world
 from train import MINIATURE
 
 ROOT, RUNS = Path(__file__).parents[1], Path("runs/claims")
 STEPS = 400  # of training, where a row does not say otherwise
 SEEDS = 3  # of key rows; each has its own encoders, new weights and order of the data
 ERRORS = 3  # standard errors between what is measured and what would refute a claim
-
-
-def write_shuffled(train: Path, new: Path) -> None:
-    """Control: each conversation is about some other clip, so only the words can be learned."""
-    rows = [r for r in json.loads((train / "stage2.json").read_text()) if "video" in r]
-    videos = random.Random(0).sample([row["video"] for row in rows], len(rows))
-    rows = [row | {"video": str(train.absolute() / v)} for row, v in zip(rows, videos, strict=True)]
-    write_file(new / "stage2.json", json.dumps(rows))
 
 
 def run(row: str, options: str, seed: int) -> list[Question]:
@@ -54,10 +45,9 @@ def run(row: str, options: str, seed: int) -> list[Question]:
     answers = folder / "eval/miniature-open.json"
     commands = {f"{train} --name {RUNS.name}/{folder.name}": folder / "checkpoint"}
     commands[f"eval.py --data {test} --workers 0 --checkpoint {folder}"] = answers
+    how = {"env": os.environ | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
     for command in (command for command, result in commands.items() if not result.exists()):
-        script = [sys.executable, *f"{ROOT}/{command}".split()]
-        env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        ended = subprocess.run(script, env=env, capture_output=True, text=True)
+        ended = subprocess.run([sys.executable, *f"{ROOT}/{command}".split()], **how)
         if ended.returncode:
             raise UserError(f"{command} fails.", ended.stderr[-2000:], "run it by hand.")
     return [Question(**question) for question in json.loads(answers.read_text())["questions"]]
@@ -99,10 +89,9 @@ def mixture(answers: dict, row: str, subset: str = "all") -> list[tuple[float, f
 
 def render(answers: dict, quick: bool) -> str:
     """claims.md, filled in."""
-    where = {"loader": jinja2.FileSystemLoader(Path(__file__).parent), "trim_blocks": True}
-    where |= {"lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    known = {"answers": answers, "quick": quick, "today": date.today()}
-    return jinja2.Environment(**where).get_template("claims.md").render(globals() | known)
+    options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    template = jinja2.Template(Path(__file__).with_name("claims.md").read_text(), **options)
+    return template.render(globals(), answers=answers, quick=quick, today=date.today())
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -117,10 +106,10 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         for seed in range(seeds["main"]):
             miniature.prepare(MINIATURE, seed)
-        write_shuffled(MINIATURE / "train", MINIATURE / "shuffled")
-        if not quick and not (two_kinds := MINIATURE / "two_kinds").exists():
-            with miniature.new_folder(two_kinds) as partial:
-                write_world(partial, CLIPS, two_kinds=True)
+        for kind in KINDS:
+            if not (MINIATURE / kind).exists():
+                with miniature.new_folder(MINIATURE / kind) as partial:
+                    write_world(partial, CLIPS, kind)
         with ThreadPoolExecutor(2) as pool:
             asked = pool.map(run, *zip(*jobs, strict=True))
             for job, questions in zip(jobs, progress(asked, "claims", len(jobs)), strict=True):

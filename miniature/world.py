@@ -16,13 +16,13 @@ import numpy as np
 import sentencepiece
 from numpy.random import Generator, default_rng
 
-from data import mcq_prompt, progress
+from data import progress
 
 VOCAB_SIZE = 640  # of the tokenizer: 256 bytes, the letters and the world's words
 SIZE, NUM_FRAMES, FPS = 32, 8, 8  # H = W in pixels, T, frames per second
 CLIP = "videos/clip_{:06d}.mp4"  # where it is written
 CLIPS = {"train": 3000, "val": 200, "test": 600}  # whatever is chosen is chosen on val
-MCQ_SHARE = 0.05  # of the training questions: asked with options
+KINDS = ("shuffled", "two_kinds")  # of other worlds, for claims: see write_world
 # Clip n of a split is drawn from seed FIRST_SEED[split] + n: no two splits share a clip.
 FIRST_SEED = {name: i * 10**6 for i, name in enumerate(("train", "val", "test", "probe", "more"))}
 COLOURS = {
@@ -179,18 +179,14 @@ def choose_options(kind: str, answer: str, answers: tuple[str, ...], rng: Genera
 
 
 def training_files(scenes: list[Scene], asked: list[list], seed: int) -> dict[str, list[dict]]:
-    """Video-LLaVA's format: stage 1, captions, and stage 2, up to eight questions a clip, of which
-    some are multiple choice; the last of those that fit, what happens, is always asked."""
+    """Video-LLaVA's format: stage 1, captions, and stage 2, open questions, up to eight a clip; the
+    last of those that fit, what happens, is always one of them."""
     rng, files = default_rng(seed), {"stage1": [], "stage2": []}
     for number, (scene, (*others, last)) in enumerate(zip(scenes, asked, strict=True)):
         told = [f"a {a.texture} {a.colour} {a.shape}" for a in scene.things]
         told[scene.actor] += f" that {scene.action}"
-        chosen, turns = [*(others[i] for i in rng.permutation(len(others))[:7]), last], []
-        for kind, text, answer, answers in (chosen[i] for i in rng.permutation(len(chosen))):
-            if rng.random() < MCQ_SHARE:
-                options = choose_options(kind, answer, answers, rng)
-                text, answer = mcq_prompt(text, options), "ABCDE"[options.index(answer)]
-            turns += text, answer
+        chosen = [*(others[i] for i in rng.permutation(len(others))[:7]), last]
+        turns = [text for i in rng.permutation(len(chosen)) for text in chosen[i][1:3]]
         caption = ["Describe the video.", f"There is {' and '.join(told)}."]
         for rows, texts in zip(files.values(), (caption, turns), strict=True):
             said = [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(texts)]
@@ -214,11 +210,12 @@ def evaluation_files(asked: list[list], seed: int) -> dict[str, list[dict]]:
     return {"open_q": open_q, "open_a": known, "mcq_q": mcq_q, "mcq_a": known}
 
 
-def write_world(folder: Path, clips: dict[str, int], two_kinds: bool = False) -> None:
+def write_world(folder: Path, clips: dict[str, int], kind: str = "") -> None:
     """Write clips, questions and tokenizer into a new folder. clips: split -> how many.
 
-    two_kinds: odd clips are grey and only asked what happens, even ones have their frames out of
-    order and are asked the rest; so which encoder is right depends on the clip, and can be seen.
+    kind "shuffled": the next clip is shown instead of the one that is asked about. "two_kinds": odd
+    clips are grey and asked only what happens, even ones have their frames out of order and are
+    asked the rest, so which encoder is right depends on the clip, and can be seen.
     """
     texts = []
     for split, count in clips.items():
@@ -227,7 +224,9 @@ def write_world(folder: Path, clips: dict[str, int], two_kinds: bool = False) ->
         for number in progress(range(count), f"draw {split} clips"):
             scene, frames = draw_clip(seed + number)
             questions = list(ask(scene))
-            if two_kinds:
+            if kind == "shuffled":
+                frames = draw_clip(seed + number + 1)[1]
+            if kind == "two_kinds":
                 order = default_rng(number).permutation(NUM_FRAMES)
                 frames = frames[:, [1, 1, 1]] if number % 2 else frames[order]  # green as grey
                 questions = [q for q in questions if (q[1] == "What happens?") == number % 2]
