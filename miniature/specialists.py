@@ -31,7 +31,6 @@ from miniature import world
 from miniature.world import COLOURS, FIRST_SEED, NUM_FRAMES, SHAPES
 
 FAST_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # a CPU without it is faster in float32
-NUM_CLIPS = 6000  # to learn from
 VERBS = dict.fromkeys(world.ACTIONS, "moves") | {"stays": "rests"}  # what captions tell of actions
 VERBS |= dict.fromkeys(("grows", "shrinks", "pulses"), "changes size")
 VERBS |= dict.fromkeys(("appears", "fades", "blinks"), "changes light")
@@ -40,20 +39,15 @@ PHRASES = ["", *(f"{c} {s}" for c in COLOURS for s in SHAPES), *sorted({*VERBS.v
 muon_in_float32 = partial(patch.object, Tensor, "bfloat16", Tensor.float)
 
 
-def captioned_clip(number: int) -> tuple[list[int], np.ndarray]:
-    """Numbers of the PHRASES of a caption, up to three objects and a verb; the film."""
+def lesson(number: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """PHRASES of a caption, up to three objects and a verb; for each two frames of the film, do x,
+    y, size and opacity of what acts fall (0), stay (1) or rise (2)? (4, 4); the film."""
     scene, film = world.draw_clip(FIRST_SEED["more"] + number)
     told = [*sorted(f"{a.colour} {a.shape}" for a in scene.things), "", ""][:3]
-    return [PHRASES.index(phrase) for phrase in (*told, VERBS[scene.action])], film
-
-
-def labelled_clip(number: int) -> tuple[np.ndarray, np.ndarray]:
-    """Whether x, y, size and opacity of the actor fall (0), stay (1) or rise (2) from the first
-    frame of each quarter of the film to its second: (4, 4); the film."""
-    scene, film = world.draw_clip(FIRST_SEED["more"] + number)
     centre, size, opacity = world.motion(scene)
     state = np.stack([centre.real, centre.imag, size, opacity], axis=1)  # (T, 4)
-    return (1 + np.sign((state[1::2] - state[::2]).round(2))).astype(int), film
+    changes = (1 + np.sign((state[1::2] - state[::2]).round(2))).astype(int)
+    return [PHRASES.index(phrase) for phrase in (*told, VERBS[scene.action])], changes, film
 
 
 def normalise(films: Tensor, encoder: Encoder, noise: Tensor | float = 0) -> Tensor:
@@ -139,11 +133,11 @@ RECIPES = {  # objective; steps; clips of a batch; frames of a clip; Muon's lear
 }  # fmt: skip
 
 
-def train(pupil: Pupil, name: str, seed: int, num_clips: int = NUM_CLIPS) -> list[float]:
-    """Train by the recipe of that name; the losses."""
+def train(pupil: Pupil, name: str, seed: int, num_clips: int = 6000) -> list[float]:
+    """Train by the recipe of that name, on so many clips; the losses."""
     objective, steps, batch, num_frames, muon_lr = RECIPES[name]
-    drawn = map(labelled_clip if name == "vivit" else captioned_clip, range(num_clips))
-    labels, films = (torch.from_numpy(np.stack(part)) for part in zip(*drawn, strict=True))
+    lessons = zip(*map(lesson, range(num_clips)), strict=True)
+    *labels, films = (torch.from_numpy(np.stack(part)) for part in lessons)
     generator, losses, stride = Generator().manual_seed(seed), [], NUM_FRAMES // num_frames
     matrices = [p for p in pupil.encoder.blocks.parameters() if p.ndim == 2]
     others = [p for p in pupil.parameters() if p.requires_grad and p not in {*matrices}]
@@ -157,7 +151,7 @@ def train(pupil: Pupil, name: str, seed: int, num_clips: int = NUM_CLIPS) -> lis
         frames = normalise(frames, pupil.encoder, noise)
         # WHY: on a CPU and at this size, plain attention is faster than the fused kernel.
         with torch.autocast("cpu", torch.bfloat16, FAST_BF16), sdpa_kernel(SDPBackend.MATH):
-            loss = objective(pupil, frames, labels[chosen], generator)
+            loss = objective(pupil, frames, labels[name == "vivit"][chosen], generator)
         loss.backward()
         nn.utils.clip_grad_norm_(pupil.parameters(), 1.0)
         factor = min((step + 1) / 30, 0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -184,8 +178,8 @@ def train_chain(names: tuple[str, ...], folder: Path, seed: int) -> None:
 def pretrain(folder: Path, seed: int = 0) -> None:
     """Train the four specialists into <folder>/<name>.safetensors, and print what they know."""
     chains = [("siglip", "languagebind"), ("dinov2", "vivit")]
-    # WHY: two processes of one thread do 1.4 times the work of one process with two threads.
-    # Spawned, not forked, because the caller may already run torch's threads.
+    # WHY: two processes of one thread do 1.4 times the work of one with two. Spawned, not forked:
+    # the caller may already run torch's threads.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         list(pool.map(train_chain, chains, [folder] * 2, [seed] * 2))
     for name in RECIPES:

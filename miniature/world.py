@@ -22,7 +22,6 @@ VOCAB_SIZE = 640  # of the tokenizer: 256 bytes, the letters and the world's wor
 SIZE, NUM_FRAMES, FPS = 32, 8, 8  # H = W in pixels, T, frames per second
 CLIP = "videos/clip_{:06d}.mp4"  # where it is written
 CLIPS = {"train": 3000, "val": 200, "test": 600}  # whatever is chosen is chosen on val
-KINDS = ("shuffled", "two_kinds")  # of other worlds, for claims: see write_world
 # Clip n of a split is drawn from seed FIRST_SEED[split] + n: no two splits share a clip.
 FIRST_SEED = {name: i * 10**6 for i, name in enumerate(("train", "val", "test", "probe", "more"))}
 COLOURS = {
@@ -33,8 +32,7 @@ SHAPES = {  # signed distance in pixels of (x, y), y down, to the outline of rad
     "circle": lambda x, y, r: np.hypot(x, y) - r,
     "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.85 * r,
     "triangle": lambda x, y, r: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.6 * r,
-    "cross": lambda x, y, r: np.maximum(np.minimum(abs(x), abs(y)) - 0.33 * r,
-                                        np.maximum(abs(x), abs(y)) - r),
+    "cross": lambda x, y, r: np.fmax(np.fmin(abs(x), abs(y)) - r / 3, np.fmax(abs(x), abs(y)) - r),
     "ring": lambda x, y, r: abs(np.hypot(x, y) - 0.75 * r) - 0.25 * r,
 }  # fmt: skip
 TEXTURES = {  # brightness at (x, y), pixels from the object's centre
@@ -48,14 +46,12 @@ PAIRS = (  # each the other one played backwards
 )  # fmt: skip
 REVERSED = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 ACTIONS = (*REVERSED, "stays", "shakes", "blinks", "pulses")  # the last four have no direction
-NUMBERS = ("one", "two", "three")
-PLACES = ("left", "right", "top", "bottom", "centre")
+NUMBERS, PLACES = ("one", "two", "three"), ("left", "right", "top", "bottom", "centre")
 
 
 # One object: its looks, and in pixels, y down, the centre around which it acts and its radius.
 Thing = namedtuple("Thing", "colour shape texture x y radius")
-# What a clip shows: things from back to front, which of them acts, what it does, how many pixels it
-# moves, if it does, and where what is periodic starts, 0 to 1.
+# Things from back to front, which of them acts, how, how many pixels far, from where in its period.
 Scene = namedtuple("Scene", "things actor action travel phase")
 
 
@@ -65,11 +61,10 @@ def sample_scene(rng: Generator, count: int | None = None) -> Scene:
     actor, action, travel = int(rng.integers(count)), str(rng.choice(ACTIONS)), rng.uniform(7, 10)
     radius = rng.uniform(5, 6.2, count)
     reach = radius + (np.arange(count) == actor) * (travel / 2 if "moves" in action else 2)
-    while True:  # until every centre has its room
+    gap = np.zeros(1)
+    while gap.min() < 9:  # until every centre has its room
         x, y = rng.uniform(reach, SIZE - reach, (2, count))
         gap = np.hypot(x - x[:, None], y - y[:, None]) + SIZE * np.eye(count)
-        if gap.min() > 9:
-            break
     colours, shapes = (rng.permutation(list(names)).tolist() for names in (COLOURS, SHAPES))
     textures, numbers = rng.choice(list(TEXTURES), count).tolist(), np.stack([x, y, radius]).T
     looks = zip(colours, shapes, textures, numbers.tolist(), strict=False)
@@ -98,35 +93,23 @@ def motion(scene: Scene) -> list[np.ndarray]:
     return [state[::-1] if backwards else state for state in states]
 
 
-def film(objects: list[tuple], rng: Generator) -> np.ndarray:
-    """Draw objects, from back to front, over smooth noise: uint8 (T, 3, H, W).
-
-    An object: outline and texture, as in SHAPES and TEXTURES; colour; x + iy, radius, opacity (T,).
-    """
+def draw_clip(seed: int, count: int | None = None) -> tuple[Scene, np.ndarray]:
+    """Scene and film, uint8 (T, 3, H, W), number `seed`. count: of its objects."""
+    rng = default_rng(seed)
+    scene, pixel = sample_scene(rng, count), np.arange(SIZE) + 0.5
     coarse, at = 0.35 + 0.08 * rng.standard_normal((3, 4, 4)), np.linspace(0, 3, SIZE)
     linear = np.maximum(0, 1 - abs(at[:, None] - np.arange(4)))  # (H, 4): interpolates
     frames = np.repeat((linear @ coarse @ linear.T)[None], NUM_FRAMES, 0)
-    pixel = np.arange(SIZE) + 0.5
-    for outline, texture, colour, *states in objects:
-        centre, radius, opacity = (state[:, None, None] for state in states)
-        x, y = pixel - centre.real, pixel[:, None] - centre.imag  # (T, 1, W), (T, H, 1)
-        cover = np.clip(0.5 - outline(x, y, radius), 0, 1) * opacity  # (T, H, W), anti-aliased
-        paint = texture(x, y)[:, None] * np.array(colour)[:, None, None]
+    for index, a in enumerate(scene.things):
+        states = motion(scene if index == scene.actor else scene._replace(action="stays"))
+        offset, size, opacity = (state[:, None, None] for state in states)
+        x = pixel - a.x - offset.real  # (T, 1, W)
+        y = pixel[:, None] - a.y - offset.imag  # (T, H, 1)
+        cover = np.clip(0.5 - SHAPES[a.shape](x, y, a.radius * size), 0, 1) * opacity
+        paint = TEXTURES[a.texture](x, y)[:, None] * np.array(COLOURS[a.colour])[:, None, None]
         frames += cover[:, None] * (paint - frames)
     frames += 0.03 * rng.standard_normal(frames.shape)
-    return (255 * np.clip(frames, 0, 1)).astype(np.uint8)
-
-
-def draw_clip(seed: int, count: int | None = None) -> tuple[Scene, np.ndarray]:
-    """Scene and film (T, 3, H, W) number `seed`: the same every time. count: of its objects."""
-    rng = default_rng(seed)
-    scene, objects = sample_scene(rng, count), []
-    for index, a in enumerate(scene.things):
-        does = scene if index == scene.actor else scene._replace(action="stays")
-        offset, size, opacity = motion(does)
-        look = SHAPES[a.shape], TEXTURES[a.texture], COLOURS[a.colour]
-        objects.append((*look, a.x + 1j * a.y + offset, a.radius * size, opacity))
-    return scene, film(objects, rng)
+    return scene, (255 * np.clip(frames, 0, 1)).astype(np.uint8)
 
 
 def write_clip(frames: np.ndarray, path: Path) -> None:
@@ -134,10 +117,9 @@ def write_clip(frames: np.ndarray, path: Path) -> None:
     with av.open(path, "w", options={"fflags": "+bitexact"}) as container:
         options = {"crf": "18", "preset": "fast", "mbtree": "0"}
         stream = container.add_stream("libx264", FPS, options=options)
-        # WHY: 4:2:0 would keep a quarter of the colour, too little for objects of ten pixels.
+        # WHY: 4:2:0 would keep a quarter of the colour. One thread, no version, and no mbtree,
+        # which in so small a picture reads memory that nobody wrote: the same bytes each time.
         stream.height, stream.width, stream.pix_fmt = SIZE, SIZE, "yuv444p"
-        # WHY: one thread, no version, and no mbtree, which in so small a picture reads memory that
-        # nobody wrote: the same clip is the same file, byte for byte.
         stream.codec_context.thread_count = 1
         stream.codec_context.flags |= av.codec.context.Flags.bitexact
         for picture in np.ascontiguousarray(frames.transpose(0, 2, 3, 1)):
