@@ -92,7 +92,7 @@ class TrainConfig:
     data: str = option("miniature", "folder with stage1.json and stage2.json; miniature makes one")
     tokenizer: str = option("", "LLaMA-2's tokenizer.model; the miniature makes its own")
     name: str = option("", "the run is runs/NAME, or NAME-2 ...; MODEL-RECIPE if empty")
-    epochs: int = option(0, "passes over the data of each stage; 0: 1, and 8 in miniature")
+    epochs: int = option(0, "passes over the data of each stage; 0: 1, and 4 in miniature")
     max_steps: int = option(0, "stop each stage after so many steps; 0: no limit")
     lr: float = option(0.0, "peak learning rate; 0: the recipe's")
     muon_lr: float = option(-1.0, "Muon's, for the LLM's matrices; 0: AdamW; -1: 0.01 in miniature")
@@ -507,7 +507,7 @@ def settle(config: TrainConfig) -> TrainConfig:
         cache = str(MINIATURE / "features") if small else "none"
     return replace(
         config,
-        epochs=config.epochs or (8 if small else 1),
+        epochs=config.epochs or (4 if small else 1),
         muon_lr=config.muon_lr if config.muon_lr >= 0 else 0.01 * small,
         micro_batch=config.micro_batch or (config.global_batch or 32 if small else 4),
         cache_features=cache,

@@ -28,7 +28,7 @@ from miniature.world import CLIPS, REVERSED, write_world
 from train import MINIATURE
 
 ROOT, RUNS = Path(__file__).parents[1], Path("runs/claims")
-STEPS = 400  # of training, where a row does not say otherwise
+STEPS = 300  # of training, where a row does not say otherwise
 SEEDS = 3  # of key rows; each has its own encoders, new weights and order of the data
 ERRORS = 3  # standard errors between what is measured and what would refute a claim
 

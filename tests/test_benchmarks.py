@@ -12,7 +12,7 @@ from PIL import Image
 import eval
 from data import load_video
 from merv import FOUR, MERVS
-from miniature.world import World, write_world
+from miniature.world import write_world
 
 ROOT = Path(__file__).parent.parent
 MCQ_QUESTION = {
@@ -71,8 +71,7 @@ SAMPLES = {  # benchmark -> its files, one for each question its video, expected
 def videos(tmp_path_factory):
     """Two real clips, one of them in a subfolder, and a folder of frames."""
     folder = tmp_path_factory.mktemp("benchmarks")
-    small = World(train_clips=4, train_images=1, train_texts=1, val_clips=1, test_clips=2)
-    write_world(small, folder / "world")
+    write_world(folder / "world", {"train": 12, "test": 2})
     source, target = folder / "world/test/videos", folder / "videos"
     (target / "1150").mkdir(parents=True)
     shutil.copy(source / "clip_000000.mp4", target / "clip_a.mp4")

@@ -14,7 +14,7 @@ import eval
 from encoders import UserError
 from llama import LLAMAS
 from merv import MERV, MERVS
-from miniature.world import World, write_world
+from miniature.world import write_world
 
 ROOT = Path(__file__).parent.parent
 
@@ -23,9 +23,7 @@ ROOT = Path(__file__).parent.parent
 def world(tmp_path_factory):
     """Three test clips with questions; the second is damaged, the third is gone."""
     folder = tmp_path_factory.mktemp("world")
-    write_world(
-        World(train_clips=4, train_images=1, train_texts=1, val_clips=1, test_clips=3), folder
-    )
+    write_world(folder, {"train": 12, "test": 3})
     (folder / "test/videos/clip_000001.mp4").write_bytes(b"no video")
     (folder / "test/videos/clip_000002.mp4").unlink()
     return folder
@@ -124,7 +122,8 @@ def test_multiple_choice_is_asked_with_its_options_and_judged_by_the_letter(worl
 def test_all_kinds_are_asked(world):
     """Each clip is asked every kind of question that it allows."""
     kinds = {q.kind for q in eval.load_questions("miniature-open", world / "test")}
-    assert kinds >= {"colour", "shape", "what happens", "how many"}
+    assert kinds >= {"colour", "shape", "texture", "how many"}
+    assert kinds & {"temporal", "what happens"}
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", ".."])
@@ -313,4 +312,4 @@ def test_an_unknown_benchmark_is_explained():
     """The error lists those there are."""
     command = [sys.executable, ROOT / "eval.py", "--benchmark", "imagenet"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0 and "choose of msvd" in done.stderr
+    assert done.returncode != 0 and "choose from 'msvd'" in done.stderr

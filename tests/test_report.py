@@ -19,7 +19,7 @@ from PIL import Image
 
 import eval
 from encoders import UserError
-from miniature.world import World, write_world
+from miniature.world import write_world
 
 ROOT = Path(__file__).parent.parent
 EVIL = "<script>alert(1)</script>{{ 7 * 7 }}\"'>"
@@ -29,8 +29,7 @@ EVIL = "<script>alert(1)</script>{{ 7 * 7 }}\"'>"
 def runs(tmp_path_factory):
     """Two runs with stored results of both kinds, about real clips; some text is hostile."""
     folder = tmp_path_factory.mktemp("report")
-    small = World(train_clips=4, train_images=1, train_texts=1, val_clips=1, test_clips=6)
-    write_world(small, folder / "world")
+    write_world(folder / "world", {"train": 12, "test": 6})
     data = folder / "world" / "test"
     for index, run in enumerate(("first", "second")):
         for name in ("miniature-open", "miniature-mcq"):

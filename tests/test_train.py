@@ -10,16 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from data import Batch
+from data import Batch, load_video
 from encoders import load_encoder, save_encoder
 from llama import Tokenizer
 from merv import FOUR, MERV, MERVS
-from miniature.world import World, write_world
+from miniature.world import write_world
 
 ROOT = Path(__file__).parent.parent
+
+
+STAGES = ("stage1", "stage2")
+TEXT = [{"from": "human", "value": "What colour is a fire?"}, {"from": "gpt", "value": "red"}]
 
 
 def slow(*values):
@@ -29,10 +34,21 @@ def slow(*values):
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with a very small world in it and four untrained specialists."""
+    """A folder with a very small world in it and four untrained specialists. To its ten clips come
+    four stills, captioned and asked about, and four rows of text alone."""
     folder = tmp_path_factory.mktemp("workplace")
-    world = World(train_clips=10, train_images=4, train_texts=4, val_clips=1, test_clips=2)
-    write_world(world, folder / "data" / "miniature")
+    world = folder / "data" / "miniature"
+    write_world(world, {"train": 10, "test": 2})
+    rows = {stage: json.loads((world / "train" / f"{stage}.json").read_text()) for stage in STAGES}
+    for number in range(4):
+        still = load_video(world / "train" / rows["stage1"][number]["video"], 8)[number]
+        Image.fromarray(still.permute(1, 2, 0).numpy()).save(world / f"train/still_{number}.png")
+        for stage in STAGES:
+            row = {key: rows[stage][number][key] for key in ("id", "conversations")}
+            rows[stage].append(row | {"id": f"still_{number}", "image": f"still_{number}.png"})
+        rows["stage2"].append({"id": f"text_{number}", "conversations": TEXT})
+    for stage in STAGES:
+        (world / "train" / f"{stage}.json").write_text(json.dumps(rows[stage]))
     for name in FOUR:
         encoder = load_encoder(f"miniature-{name}")
         save_encoder(encoder, folder / "data" / "miniature" / "encoders-0" / f"{name}.safetensors")
