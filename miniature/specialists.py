@@ -4,8 +4,8 @@
     LanguageBind   the same for clips, from SigLIP's weights; half of its texts are a coarse verb,
                    "moves", "changes size" ..., never a direction
     DINOv2         no words: from a masked frame, what its own moving average makes of the whole
-    ViViT          supervised: whether what acts went left or right, up or down, grew or shrank,
-                   came or faded in each half of the clip; never what that is called
+    ViViT          supervised, on clips of one object: whether from one frame to the next it went
+                   left or right, up or down, grew or shrank, came or faded; never a name of that
 
 Sources: SigLIP arXiv:2303.15343, LanguageBind 2310.01852, iBOT 2111.07832, DINOv2 2304.07193.
 """
@@ -39,14 +39,14 @@ PHRASES = ["", *(f"{c} {s}" for c in COLOURS for s in SHAPES), *sorted({*VERBS.v
 muon_in_float32 = partial(patch.object, Tensor, "bfloat16", Tensor.float)
 
 
-def lesson(number: int) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """PHRASES of a caption, up to three objects and a verb; for each half of the film, do x, y,
-    size and opacity of what acts fall (0), stay (1) or rise (2)? (2, 4); the film."""
-    scene, film = world.draw_clip(FIRST_SEED["more"] + number)
+def lesson(number: int, alone: bool) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """PHRASES of a caption, up to three objects (or one alone) and a verb; for each two frames, do
+    x, y, size and opacity of what acts fall (0), stay (1) or rise (2)? (4, 4); the film."""
+    scene, film = world.draw_clip(FIRST_SEED["more"] + number, 1 if alone else None)
     told = [*sorted(f"{a.colour} {a.shape}" for a in scene.things), "", ""][:3]
     centre, size, opacity = world.motion(scene)
     state = np.stack([centre.real, centre.imag, size, opacity], axis=1)  # (T, 4)
-    changes = (1 + np.sign((state[3::4] - state[::4]).round(2))).astype(int)
+    changes = (1 + np.sign((state[1::2] - state[::2]).round(2))).astype(int)
     return [PHRASES.index(phrase) for phrase in (*told, VERBS[scene.action])], changes, film
 
 
@@ -122,9 +122,9 @@ def distil(pupil: Pupil, frames: Tensor, _: Tensor, generator: Generator) -> Ten
 
 
 def classify(pupil: Pupil, frames: Tensor, labels: Tensor, _: Generator) -> Tensor:
-    """ViViT's: how does what acts change in each half of the film?"""
-    halves = pupil.encoder(frames).unflatten(1, (2, -1)).mean((2, 3, 4))
-    return F.cross_entropy(pupil.head(halves).view(-1, 3).float(), labels.flatten())
+    """ViViT's: how does what acts change within the two frames of each tubelet?"""
+    tubelets = pupil.head(pupil.encoder(frames).mean((2, 3)))  # (b, 4, 4 * 3)
+    return F.cross_entropy(tubelets.view(-1, 3).float(), labels.flatten())
 
 
 RECIPES = {  # objective; steps; clips of a batch; frames of a clip; Muon's learning rate
@@ -136,7 +136,7 @@ RECIPES = {  # objective; steps; clips of a batch; frames of a clip; Muon's lear
 def train(pupil: Pupil, name: str, seed: int, num_clips: int = 6000) -> list[float]:
     """Train by the recipe of that name, on so many clips; the losses."""
     objective, steps, batch, num_frames, muon_lr = RECIPES[name]
-    lessons = zip(*map(lesson, range(num_clips)), strict=True)
+    lessons = zip(*(lesson(n, name == "vivit") for n in range(num_clips)), strict=True)
     *labels, films = (torch.from_numpy(np.stack(part)) for part in lessons)
     generator, losses, stride = Generator().manual_seed(seed), [], NUM_FRAMES // num_frames
     matrices = [p for p in pupil.encoder.blocks.parameters() if p.ndim == 2]

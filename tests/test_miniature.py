@@ -198,15 +198,15 @@ def test_training_rows_are_conversations_about_one_video(folder):
 
 
 def test_vivits_labels_are_changes_without_a_name():
-    """x, y, size and opacity fall (0), stay (1) or rise (2) in each half; no action is said."""
+    """x, y, size and opacity fall (0), stay (1) or rise (2) between frames; no action is said."""
     expected = {
         "moves left": [0, 1, 1, 1], "moves right": [2, 1, 1, 1], "moves down": [1, 2, 1, 1],
         "grows": [1, 1, 2, 1], "fades": [1, 1, 1, 0], "stays": [1, 1, 1, 1],
     }  # fmt: skip
     for number in range(120):
         scene, _ = draw_clip(world.FIRST_SEED["more"] + number)
-        _, changes, film = specialists.lesson(number)
-        assert film.shape == (8, 3, 32, 32) and changes.shape == (2, 4)
+        _, changes, film = specialists.lesson(number, alone=False)
+        assert film.shape == (8, 3, 32, 32) and changes.shape == (4, 4)
         if (found := expected.pop(scene.action, None)) is not None:
             assert (changes == found).all(), scene.action
     assert not expected, "each was seen"
