@@ -42,16 +42,18 @@ def fake_step(config: train.TrainConfig, stage: train.Stage, meter, still: bool 
         encoders = [FAMILIES[e.family](e) for e in model_config.encoders]
         model = MERV(model_config, encoders, Llama(model_config.llm), None).train()
         model.llm.activation_checkpointing = config.activation_checkpointing
-        train.shard(model, mesh, config.place_encoders, dtype)
+        # WHY: the tracker stumbles over what is sharded and never runs, so it counts them whole.
+        cached = config.cache_features != "none"
+        train.shard(model, mesh, "copy" if cached else config.place_encoders, dtype)
         optimizers = train.make_optimizers(model, stage, config.muon_lr)
         ids, labelled = (torch.zeros(n, m, dtype=torch.long) for n, m in ((b, s), (2, b * s // 2)))
         batch = Batch(ids, labelled, [s] * b, list(range(b)), {}, {})
         for e, project in zip(model_config.encoders, model.projectors.values(), strict=True):
             t, side = 1 if still else e.num_frames, e.image_size
-            if config.cache_features == "none":
-                batch.pixels[e.name] = torch.empty(b, t, 3, side, side)
-            else:
+            if cached:
                 batch.features[e.name] = project.pool(torch.empty(b, *e.grid, e.hidden_size))
+            else:
+                batch.pixels[e.name] = torch.empty(b, t, 3, side, side)
         with meter(model) as watching:
             model(batch)[0].backward()
     return watching, model, optimizers

@@ -180,9 +180,10 @@ def make_mesh(device: str, replicas: int) -> DeviceMesh:
     """(replicas, shards): parameters are cut over the second, each part held once a replica."""
     world = dist.get_world_size()
     if world % replicas:
-        what, why = f"{world} processes cannot hold {replicas} replicas.", "each takes as many."
-        raise UserError(what, why, f"choose a divisor of {world}.")
-    return init_device_mesh(device, (replicas, world // replicas)[replicas == 1 :])
+        what = f"{world} processes cannot hold {replicas} replicas."
+        raise UserError(what, "each takes as many.", f"choose a divisor of {world}.")
+    sizes, names, only = (replicas, world // replicas), ("replicate", "shard"), replicas == 1
+    return init_device_mesh(device, sizes[only:], mesh_dim_names=names[only:])
 
 
 def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype) -> None:
@@ -192,7 +193,8 @@ def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype
     parts, whole = [*model.llm.layers, *model.encoders.values()], set()
     if place_encoders != "shard":
         parts, whole = parts[: len(model.llm.layers)], set(model.encoders.parameters())
-        model.encoders.to(dtype)
+        for parameter in whole:
+            parameter.data = parameter.data.to(dtype)
     model.encoder_streams = place_encoders == "streams"
     for part in parts:
         fully_shard(part, mesh=mesh, mp_policy=policy)
@@ -548,8 +550,7 @@ def train(config: TrainConfig) -> Run:
         stages.append((replace(stage, lr=lr, global_batch=size), concatenate(files)))
     model.llm.activation_checkpointing = config.activation_checkpointing and not small
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    mesh = make_mesh(device.type, config.replicas)
-    shard(model.to(device), mesh, config.place_encoders, dtype)
+    shard(model.to(device), make_mesh(device.type, config.replicas), config.place_encoders, dtype)
     steps = 0
     for stage, dataset in stages:
         steps = train_stage(model, stage, dataset, run, steps)
@@ -571,7 +572,6 @@ def leave(status: int = 0) -> None:
     exception", pytorch issue 190489). All files are closed here, so nothing need be taken down.
     """
     sys.stdout.flush()
-    sys.stderr.flush()
     os._exit(status)
 
 

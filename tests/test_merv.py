@@ -1070,18 +1070,17 @@ def test_a_question_on_the_command_line_is_answered(model, saved, clip, capsys):
     assert [part for part in FOUR if part in mix] == list(FOUR)
 
 
-def test_a_drawn_answer_is_drawn_again_with_its_seed(saved, clip, capsys):
-    """--temperature leaves the likeliest words, --seed says where to: nothing else is random."""
+def test_a_drawn_answer_is_drawn_again_with_its_seed(saved, clip):
+    """A temperature leaves the likeliest words, a generator says where to; nothing else does."""
+    model = MERV.from_pretrained(saved)
 
-    def drawn(*options: str) -> str:
-        merv.main([str(clip), *QUESTIONS, "--checkpoint", str(saved), "--max-new-tokens", "8",
-                   "--device", "cpu", *options])  # fmt: skip
-        return capsys.readouterr().out
+    def drawn(seed: int, temperature: float = 1.0) -> list[str]:
+        generator = torch.Generator().manual_seed(seed)
+        answers = model.answer(clip, QUESTIONS, 8, temperature, generator=generator)
+        return [answer.text for answer in answers]
 
-    hot = ("--temperature", "1.0")
-    assert drawn(*hot, "--seed", "1") == drawn(*hot, "--seed", "1")
-    assert drawn(*hot, "--seed", "1") != drawn(*hot, "--seed", "2")
-    assert drawn("--seed", "1") == drawn("--seed", "2") == drawn()
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert drawn(1, 0.0) == drawn(2, 0.0)
 
 
 @pytest.mark.parametrize("wrong", ["video", "checkpoint"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,3 +98,31 @@ def test_memory_and_work_are_as_foretold(tmp_path, checkpointing):
     planned, peak, work, counted = json.loads(done.stdout)
     assert sum(planned.values()) == pytest.approx(peak, rel=0.1)
     assert work == pytest.approx(counted, rel=1e-9)
+
+
+def plan(*options: str) -> subprocess.CompletedProcess:
+    """train.py --plan, as a user runs it, in a folder without any data."""
+    command = [sys.executable, ROOT / "train.py", "--plan", *options]
+    return subprocess.run(command, cwd="/", capture_output=True, text=True, timeout=900)
+
+
+def test_what_fits_is_printed_and_what_does_not_is_refused_with_advice():
+    """Sharded over half of the processes or over all of them; half of a micro-batch needs less."""
+    done = plan("--gpus", "4", "--gpu-memory", "1", "--replicas", "2", "--cache-features", "none",
+                "--place-encoders", "streams")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert 0.01 < float(re.search(r"  all +([\d.]+)", done.stdout)[1]) < 1
+    assert re.search(r"[\d.]+ hours on 4 GPUs that achieve 60 TFLOP/s each", done.stdout)
+    refused = plan("--gpus", "2", "--gpu-memory", "0.05")
+    assert refused.returncode == 1
+    assert "error: A micro-batch of 32 needs" in refused.stderr
+    assert re.search(r"Fix: --micro-batch (16|8|4) needs 0\.0", refused.stderr), refused.stderr
+
+
+@pytest.mark.slow
+def test_the_papers_run_fits_eight_gpus_of_48_gb():
+    """Full 7B, 1024 visual tokens: the README's figures."""
+    done = plan("--model", "merv", "--gpus", "8", "--gpu-memory", "48", "--tflops", "88")
+    assert done.returncode == 0, done.stderr
+    readme = (ROOT / "README.md").read_text()
+    assert done.stdout in readme

@@ -82,6 +82,7 @@ def copy_until(workplace: Path, straight: str, name: str, step: int) -> None:  #
     (home / "saves" / f"{step + 2:08d}").rename(home / "saves" / f"{step + 2:08d}.partial")
 
 
+@pytest.mark.slow
 def test_after_a_kill_torchrun_starts_the_run_again_and_it_ends_bit_for_bit(workplace, straight):  # noqa: F811
     """One rank dies by SIGKILL between two saves; --max-restarts is all that is needed."""
     options = (*STEPS, "--micro-batch", "1", "--name", "restarted")
@@ -97,6 +98,7 @@ def test_after_a_kill_torchrun_starts_the_run_again_and_it_ends_bit_for_bit(work
     assert kept == ["00000008", "00000010"]
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_resume_goes_on_bit_for_bit(workplace, straight):  # noqa: F811
     """What a cluster sends before it takes its machines back: leave at once, lose no step."""
     options = (*STEPS, "--micro-batch", "1", "--name", "stopped", "--save-every", "0")
