@@ -59,8 +59,9 @@ def fake_step(config: train.TrainConfig, stage: train.Stage, meter, still: bool 
     return watching, model, optimizers
 
 
-def memory_of(config: train.TrainConfig, stage: train.Stage) -> dict[str, float]:
-    """What rank 0 holds when it holds most, in a backward pass after the first step: GB by kind."""
+def memory_of(config: train.TrainConfig, stage: train.Stage) -> tuple[dict[str, float], MERV]:
+    """What rank 0 holds when it holds most, in a backward pass after the first step: GB by kind;
+    the model."""
     tracker, model, optimizers = fake_step(config, stage, FSDPMemTracker)
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     held = {getattr(kind, "name", "TOTAL"): size for kind, size in peak.items()}
@@ -74,7 +75,7 @@ def memory_of(config: train.TrainConfig, stage: train.Stage) -> dict[str, float]
     for moments, optimizer in zip((2, 1), optimizers, strict=False):  # AdamW, Muon
         owned = [p.to_local() for group in optimizer.param_groups for p in group["params"]]
         rows["optimizer"] += moments * sum(p.nbytes for p in owned)
-    return {name: size / 1e9 for name, size in rows.items()}
+    return {name: size / 1e9 for name, size in rows.items()}, model
 
 
 def work_of(config: train.TrainConfig, stage: train.Stage, still: bool) -> dict[str, float]:
@@ -97,10 +98,15 @@ def plan(config: train.TrainConfig) -> None:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.gpus)
     hours = 0.0
     for number, stage in enumerate(train.RECIPES[config.recipe], start=1):
-        needs = memory_of(config, stage)
+        needs, model = memory_of(config, stage)
         if sum(needs.values()) > config.gpu_memory:
             refuse(config, stage, sum(needs.values()))
-        print(f"stage {number} trains {', '.join(stage.trained)}. GB of each GPU at the peak")
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+        frozen = sum(p.numel() for p in model.parameters()) / 1e6 - trained
+        print(f"stage {number} trains {', '.join(stage.trained)}")
+        print(
+            f"{trained:,.1f} M parameters, {frozen:,.1f} M are frozen. GB of each GPU, at the peak"
+        )
         for name, size in (needs | {"all": sum(needs.values())}).items():
             print(f"  {name:<30}{size:>8.2f}")
         clip, still = (work_of(config, stage, still) for still in (False, True))
@@ -119,7 +125,7 @@ def refuse(config: train.TrainConfig, stage: train.Stage, needed: float) -> None
     what = f"A micro-batch of {config.micro_batch} needs {needed:.1f} GB of each GPU."
     why, b = f"it has {config.gpu_memory:g} GB.", config.micro_batch // 2
     while b:
-        held = sum(memory_of(replace(config, micro_batch=b), stage).values())
+        held = sum(memory_of(replace(config, micro_batch=b), stage)[0].values())
         if held <= config.gpu_memory:
             raise UserError(what, why, f"--micro-batch {b} needs {held:.1f} GB.")
         b //= 2

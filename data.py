@@ -471,13 +471,13 @@ def collate(examples: list[Example]) -> Batch:
         labelled=(labels != IGNORE).nonzero().T,
         lengths=[len(e.input_ids) for e in examples],
         visual_rows=rows,
-        pixels=_stack([e.pixels for e in visual]),
-        features=_stack([e.features for e in visual]),
+        pixels=stack([e.pixels for e in visual]),
+        features=stack([e.features for e in visual]),
         bad=[failure for e in examples for failure in e.bad],
     )
 
 
-def _stack(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def stack(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """[{encoder: (T_e, ...)}] -> {encoder: (v, T_e, ...)}; stills beside clips repeat to T_e."""
     stacked = {}
     for encoder in dicts[0] if dicts else ():

@@ -26,6 +26,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from importlib import import_module
@@ -239,30 +240,32 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def fill_cache(model: MERV, dataset: data.ConversationDataset, workers: int) -> None:
+def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConfig) -> None:
     """Encode every clip that is not in the cache yet, split over the processes."""
     cache, rank, world = dataset.cache, dist.get_rank(), dist.get_world_size()
     files = sorted({path for row in dataset.rows if (path := dataset.media(row)[1])})
     missing = [file for file in files[rank::world] if not cache.get(file)]
-    load = partial(pixels_or_none, encoders=dataset.encoders)
-    loader = DataLoader(missing, batch_size=None, collate_fn=load, num_workers=workers)
-    for file, pixels in zip(missing, progress(loader, "encode clips once"), strict=True):
-        if pixels:
-            clip = {name: frames[None].to(model.device) for name, frames in pixels.items()}
-            features = model.features(clip)
+    load = partial(decode, encoders=dataset.encoders)
+    loader = DataLoader(missing, config.micro_batch, collate_fn=load, num_workers=config.workers)
+    for usable, pixels in progress(loader, "encode clips once"):
+        features = model.features(pixels) if usable else {}
+        for index, file in enumerate(usable):
+            clip = {name: value[index] for name, value in features.items()}
+            cache.put(file, clip)
             if file == missing[0]:
-                size = sum(2 * value.numel() for value in features.values()) / 1e6  # bfloat16
+                size = sum(2 * value.numel() for value in clip.values()) / 1e6  # bfloat16
                 print(f"{cache.folder}: {len(files)} clips or stills of {size:.3f} MB each")
-            cache.put(file, {name: value[0] for name, value in features.items()})
     dist.barrier()
 
 
-def pixels_or_none(file: Path, encoders: list) -> dict | None:
-    """A clip for the encoders; None if it is damaged, as its row will say when it is read."""
-    try:
-        return data.load_pixels(file, encoders)
-    except data.DataError:
-        return None
+def decode(files: list[Path], encoders: list) -> tuple[list[Path], dict]:
+    """The files that can be decoded, and encoder -> their clips; the others' rows will say so."""
+    usable, clips = [], []
+    for file in files:
+        with suppress(data.DataError):
+            clips.append(data.load_pixels(file, encoders))
+            usable.append(file)
+    return usable, data.stack(clips)
 
 
 def concatenate(datasets: list[data.ConversationDataset]) -> ConcatDataset:
@@ -446,9 +449,8 @@ def log(run: Run, metrics: dict) -> None:
 
 def draw_loss(folder: Path) -> None:
     """loss.svg: the loss of every step, grey, and its running average, red."""
-    lines = [json.loads(line) for line in eval.whole_lines(folder / "metrics.jsonl")]
-    losses, curves = [line["loss"] for line in lines], []
-    average = accumulate(losses, lambda mean, loss: 0.95 * mean + 0.05 * loss)
+    losses = [json.loads(line)["loss"] for line in eval.whole_lines(folder / "metrics.jsonl")]
+    average, curves = accumulate(losses, lambda mean, loss: 0.95 * mean + 0.05 * loss), []
     for values, colour in ((losses, "#bbb"), (average, "#c33")):
         scaled = (200 - 180 * value / max(losses) for value in values)
         points = " ".join(f"{600 * i / len(losses):.1f},{y:.1f}" for i, y in enumerate(scaled))
@@ -546,7 +548,7 @@ def train(config: TrainConfig) -> Run:
             parts = (model.tokenizer, data.TEMPLATES[template or llm.template], encoders)
             files.append(data.ConversationDataset(folder / file, *parts, cache=cache))
             if cache:
-                fill_cache(model.to(device), files[-1], config.workers)
+                fill_cache(model.to(device), files[-1], config)
         stages.append((replace(stage, lr=lr, global_batch=size), concatenate(files)))
     model.llm.activation_checkpointing = config.activation_checkpointing and not small
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -585,12 +587,10 @@ def main(arguments: list[str] | None = None) -> None:
         run = train(config)
         dist.destroy_process_group()
         if run.config.evaluate and run.config.data == "miniature":
-            model, last = MERV.from_pretrained(run.folder), None
-            for name in ("miniature-open", "miniature-mcq"):  # all processes, each its share
-                last = eval.evaluate(model, name, MINIATURE / "test", run.folder / "eval")
-                if last:
-                    eval.print_table(name, last)
-            if last:
+            model, name = MERV.from_pretrained(run.folder), "miniature-open"
+            answered = eval.evaluate(model, name, MINIATURE / "test", run.folder / "eval")
+            if answered:  # by all processes, each its share
+                eval.print_table(name, answered)
                 eval.write_report([str(run.folder)], run.folder / "report.html")
                 clip = MINIATURE / "test" / "videos" / "clip_000000.mp4"
                 print(f'ask it: python merv.py {clip} "What happens?"')

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
-import train
+import cost, train
 from data import Batch
 from llama import Llama
 from merv import MERV, MERVS
@@ -36,14 +36,14 @@ config = train.settle(train.parse_options(train.TrainConfig, {options!r}, "test"
 stage = train.RECIPES[config.recipe][0]
 
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=1)
-planned = train.memory_of(config, stage)
-work = train.work_of(config, stage, still=False)
+planned, _ = cost.memory_of(config, stage)
+work = cost.work_of(config, stage, still=False)
 dist.destroy_process_group()
 
 train.join_processes("cpu")
 model_config, b, s = train.configure(config), config.micro_batch, config.text_tokens
 before = resident("VmRSS")
-encoders = [train.FAMILIES[e.family](e) for e in model_config.encoders]
+encoders = [cost.FAMILIES[e.family](e) for e in model_config.encoders]
 model = MERV(model_config, encoders, Llama(model_config.llm), None).train()
 for parameter in model.parameters():
     torch.nn.init.normal_(parameter, std=0.02)
