@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -38,12 +39,21 @@ def assert_same_run(workplace: Path, name: str, other: str) -> None:  # noqa: F8
 
 
 def start(workplace: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:  # noqa: F811
-    """train.py on two processes under torchrun, in the background."""
+    """train.py on two processes under torchrun, in the background; into a file, because a pipe that
+    nobody reads fills up and stops who writes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [*launcher, str(ROOT / "train.py"), "--workers", "0", *DATA, *options]
-    return subprocess.Popen(
-        command, cwd=workplace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+    process = subprocess.Popen(command, cwd=workplace, stdout=output, stderr=subprocess.STDOUT)
+    process.stdout = output
+    return process
+
+
+def output_of(process: subprocess.Popen) -> str:
+    """All that it printed until its end."""
+    process.wait(timeout=300)
+    process.stdout.seek(0)
+    return process.stdout.read()
 
 
 def ranks(parent: int) -> list[int]:
@@ -56,7 +66,7 @@ def wait_for_steps(process: subprocess.Popen, log: Path, steps: int) -> None:
     """Until so many steps are logged; fails if the run ends before that."""
     limit = time.monotonic() + 240
     while not log.exists() or len(log.read_text().splitlines()) < steps:
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, output_of(process)
         assert time.monotonic() < limit
         time.sleep(0.02)
 
@@ -89,7 +99,7 @@ def test_after_a_kill_torchrun_starts_the_run_again_and_it_ends_bit_for_bit(work
     process = start(workplace, *options, launcher=("--max-restarts", "2"))
     wait_for_steps(process, workplace / "runs" / "restarted" / "metrics.jsonl", 5)
     os.kill(ranks(process.pid)[-1], signal.SIGKILL)
-    output = process.communicate(timeout=300)[0]
+    output = output_of(process)
     assert process.returncode == 0, output
     assert "runs/restarted, from step 4" in output  # saved every second step
     assert not (workplace / "runs" / "restarted-2").exists()
@@ -107,7 +117,7 @@ def test_sigterm_saves_and_resume_goes_on_bit_for_bit(workplace, straight):  # n
     for rank in ranks(process.pid):
         os.kill(rank, signal.SIGTERM)
         time.sleep(0.05)  # not all ranks hear of it in the same step
-    output = process.communicate(timeout=300)[0]
+    output = output_of(process)
     assert process.returncode == 0, output
     stopped_at = len(losses(workplace, "stopped"))
     assert f"Stopped after step {stopped_at}; the same command goes on." in output
@@ -115,7 +125,7 @@ def test_sigterm_saves_and_resume_goes_on_bit_for_bit(workplace, straight):  # n
         f"{stopped_at:08d}"
     ]
     resumed = start(workplace, "--resume", "runs/stopped")
-    output = resumed.communicate(timeout=300)[0]
+    output = output_of(resumed)
     assert resumed.returncode == 0, output
     assert_same_run(workplace, "stopped", straight)
 
@@ -176,6 +186,6 @@ def test_twenty_kills_at_random_moments_change_nothing(workplace):  # noqa: F811
             time.sleep(chance.uniform(0, 0.6))
         while not ranks(process.pid):
             time.sleep(0.02)
-    output = process.communicate(timeout=300)[0]
+    output = output_of(process)
     assert process.returncode == 0, output
     assert_same_run(workplace, "soak", "undisturbed")
