@@ -410,7 +410,7 @@ def open_run(config: TrainConfig) -> Run:
     for number in count(1):
         folder = Path(config.resume or f"runs/{config.name}{f'-{number}' * (number > 1)}")
         file, ended = folder / "config.json", (folder / "checkpoint").exists()
-        began = json.loads(file.read_text()) if file.exists() else None
+        began = json.loads(file.read_text()) | {"commit": commit} if file.exists() else None
         if config.resume or not folder.exists() or (began == saved and not ended):
             break
     if not began:
