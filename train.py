@@ -106,7 +106,7 @@ class TrainConfig:
     workers: int = option(2, "processes per rank that decode videos")
     activation_checkpointing: bool = option(True, "recompute LLM layers: less memory, more work")
     replicas: int = option(1, "whole copies of the model, each sharded over its part of the GPUs")
-    place_encoders: str = option("shard", "over all GPUs; whole on each; so, in parallel", PLACES)
+    place_encoders: str = option("shard", "over all GPUs; whole on each; and in parallel", PLACES)
     cache_features: str = option("auto", "folder for pooled features; none; auto: in miniature")
     resume: str = option("", "go on with this run, such as runs/NAME, in its folder, as it began")
     save_every: int = option(500, "steps between two saves to go on from; 0: end of a stage only")

@@ -31,7 +31,7 @@ def resident(what):
 
 llm = replace(MERVS["miniature"].llm, vocab_size=8000, hidden_size=768, num_layers=6, num_heads=6,
               num_kv_heads=6, intermediate_size=2048)
-MERVS["tenth"] = replace(MERVS["miniature"], name="tenth", llm=llm)
+MERVS["small"] = replace(MERVS["miniature"], name="small", llm=llm)
 config = train.settle(train.parse_options(train.TrainConfig, {options!r}, "test"))
 stage = train.RECIPES[config.recipe][0]
 
@@ -76,7 +76,7 @@ train.leave()
 )
 def test_memory_and_work_are_as_foretold(tmp_path, checkpointing):
     """Resident memory within a tenth; operations exactly."""
-    options = ["--model", "tenth", "--micro-batch", "4", "--device", "cpu", checkpointing]
+    options = ["--model", "small", "--micro-batch", "4", "--device", "cpu", checkpointing]
     options += [
         "--encoders",
         "",

@@ -145,6 +145,19 @@ def test_a_run_goes_on_with_another_number_of_processes(workplace, straight):  #
     assert not partials
 
 
+def test_a_commit_in_between_does_not_begin_another_run(workplace, straight):  # noqa: F811
+    """Options and code decide what a run is; a README that was corrected meanwhile does not."""
+    copy_until(workplace, straight, "committed", 6)
+    file = workplace / "runs" / "committed" / "config.json"
+    began = json.loads(file.read_text()) | {"name": "committed", "commit": "another"}
+    file.write_text(json.dumps(began))
+    done = run(workplace, "committed", *STEPS, "--micro-batch", "1", "--keep", "0", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "runs/committed, from step 6" in done.stdout
+    assert not (workplace / "runs" / "committed-2").exists()
+    assert_same_run(workplace, "committed", straight)
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
