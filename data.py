@@ -153,8 +153,8 @@ def _decode_at(container, stream, times: dict[int, int], keyframes: list[int]) -
 
 
 def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """(H, W, 3), turned upright if the camera was held on its side."""
-    return np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+    """(H, W, 3), upright if the camera lay on its side. One thread: starting more costs more."""
+    return np.rot90(frame.to_ndarray(format="rgb24", threads=1), frame.rotation // 90)
 
 
 def _load_image(path: Path) -> np.ndarray:
