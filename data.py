@@ -345,7 +345,7 @@ class FeatureCache:
             content.update(part.read_bytes())
         name = content.hexdigest()
         entry = f"{name[:2]}/{name}.safetensors"
-        return {e: Path(self.folder, f"{e}-{h}", entry) for e, h in self.fingerprints.items()}
+        return {e: Path(self.folder, h, entry) for e, h in self.fingerprints.items()}
 
     def get(self, file: Path) -> dict[str, Tensor] | None:
         """encoder -> (t, h, w, d_e), or None if any, or the file itself, is missing."""

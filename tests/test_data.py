@@ -982,7 +982,7 @@ def test_a_file_that_holds_no_list_is_an_error_at_once(tmp_path, tiny_tokenizer,
 def test_a_missing_video_of_a_row_is_a_video_error(tmp_path, tiny_tokenizer, with_cache):
     """A bad example has one class, which the loop counts: with a feature cache as without."""
     rows = [{"id": 1, "video": "gone.mp4", "conversations": talk("left", "right")}]
-    cache = FeatureCache(tmp_path / "cache", {c.name: "print" for c in SMALL})
+    cache = FeatureCache(tmp_path / "cache", {c.name: c.name for c in SMALL})
     data = dataset_of(
         tmp_path, tiny_tokenizer, json.dumps(rows), cache=cache if with_cache else None
     )
@@ -1157,6 +1157,15 @@ def test_features_come_back_as_they_were_stored(tmp_path, clip):
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_copies_of_an_encoder_share_what_it_saw(tmp_path, clip):
+    """The control with four of one encoder costs no more than that one."""
+    cache = FeatureCache(tmp_path, {"a": "print-a", "b": "print-b"})
+    cache.put(clip, {"a": torch.randn(4, 2, 2, 8), "b": torch.randn(4, 2, 2, 6)})
+    copies = FeatureCache(tmp_path, {"b-1": "print-b", "b-2": "print-b"}).get(clip)
+    assert torch.equal(copies["b-1"], cache.get(clip)["b"])
+    assert torch.equal(copies["b-2"], copies["b-1"])
+
+
 def test_other_bytes_or_other_weights_are_not_found(tmp_path, clip):
     """The name of an entry is a hash of all that decides it: a stale one cannot be read."""
     video = tmp_path / "clip.mp4"
@@ -1183,7 +1192,7 @@ def test_a_folder_of_images_is_cached_by_its_images(tmp_path):
 
 def test_a_dataset_takes_features_from_the_cache(mixed_folder, tiny_tokenizer):
     """Then no video is decoded for that row; text rows have nothing to look up."""
-    cache = FeatureCache(mixed_folder / "cache", {c.name: "print" for c in SMALL})
+    cache = FeatureCache(mixed_folder / "cache", {c.name: c.name for c in SMALL})
     stored = {c.name: torch.randn(4, 2, 2, c.hidden_size) for c in SMALL}
     cache.put(mixed_folder / "clip.mp4", stored)
     data = ConversationDataset(
