@@ -241,10 +241,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConfig) -> None:
-    """Encode every clip that is not in the cache yet, split over the processes."""
+    """Encode what the cache lacks, split over the processes; no still beside clips (ledger F8)."""
     cache, rank, world = dataset.cache, dist.get_rank(), dist.get_world_size()
-    files = sorted({path for row in dataset.rows if (path := dataset.media(row)[1])})
-    missing = [file for file in files[rank::world] if not cache.get(file)]
+    media = sorted({dataset.media(row) for row in dataset.rows} - {("text", None)})
+    missing = [file for _, file in media[rank::world] if not cache.get(file)]
     load = partial(decode, encoders=dataset.encoders)
     loader = DataLoader(missing, config.micro_batch, collate_fn=load, num_workers=config.workers)
     for usable, pixels in progress(loader, "encode clips once"):
@@ -254,7 +254,7 @@ def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConf
             cache.put(file, clip)
             if file == missing[0]:
                 size = sum(2 * value.numel() for value in clip.values()) / 1e6  # bfloat16
-                print(f"{cache.folder}: {len(files)} clips or stills of {size:.3f} MB each")
+                print(f"{cache.folder}: {len(media)} clips or stills of {size:.3f} MB each")
     dist.barrier()
 
 

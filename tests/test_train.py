@@ -14,11 +14,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from data import Batch, load_video
-from encoders import load_encoder, save_encoder
+from data import TEMPLATES, Batch, ConversationDataset, FeatureCache, load_video
+from encoders import ENCODERS, load_encoder, save_encoder
 from llama import Tokenizer
 from merv import FOUR, MERV, MERVS
 from miniature.world import write_world
+from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
@@ -138,6 +139,33 @@ def test_cached_features_give_the_same_curve(workplace):
         assert losses(workplace, name) == pytest.approx(losses(workplace, "long"), rel=1e-2)
         assert ("14 clips or stills of" in done.stdout) == (name == "cached")  # with their size
     assert len(list((workplace / "features").rglob("*.safetensors"))) == 4 * 14
+
+
+def test_no_still_is_repeated_to_fill_the_cache(workplace, tmp_path, monkeypatch):
+    """FIX F8. A, c and e are clips, b and d stills: batches of two have one kind or the other."""
+    world, rows = workplace / "data" / "miniature", []
+    for letter in "abcde":
+        kind, file = (
+            ("image", "still_0.png") if letter in "bd" else ("video", "videos/clip_000000.mp4")
+        )
+        copy = tmp_path / (letter + file[-4:])
+        copy.write_bytes((world / "train" / file).read_bytes() + letter.encode())  # no duplicates
+        rows.append({kind: copy.name, "conversations": TEXT})
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    for name, value in {"get_rank": 0, "get_world_size": 1, "barrier": None}.items():
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    encoder, frames = ENCODERS["miniature-languagebind"], []
+
+    class Eyes:
+        def features(self, pixels):
+            frames.extend(len(clip) for clip in pixels[encoder.name])
+            return pixels
+
+    cache = FeatureCache(tmp_path / "cache", {encoder.name: "print"})
+    parts = Tokenizer(world / "tokenizer.model"), TEMPLATES["base"], [encoder]
+    dataset = ConversationDataset(tmp_path / "rows.json", *parts, cache=cache)
+    train.fill_cache(Eyes(), dataset, TrainConfig(micro_batch=2, workers=0))
+    assert frames == [1, 1] + 3 * [encoder.num_frames]
 
 
 def test_a_run_describes_itself(workplace):
