@@ -175,6 +175,9 @@ def test_everything_printed_comes_from_the_runs(place, scripts, capsys):
     mean = sum(result["accuracy"]["all"] for result in stored) / len(stored)
     assert f"\n| MERV | {100 * mean:.1f} ± " in text
     assert len(stored) == claims.SEEDS
+    recipes = text.partition("## Recipes")[2]  # its other rows have one seed
+    first = json.loads(next(place.glob("runs/claims/MERV-0-*/eval/*.json")).read_text())
+    assert f"\n| MERV | {100 * first['accuracy']['all']:.1f} ± " in recipes
     for name in (name for part in RUNS.values() for name in part):
         named = re.sub(r"-\d+-steps$", "", name)  # learning curves have a column for each
         assert f"| {named} | " in text, f"{name} is run and not shown"
