@@ -139,7 +139,7 @@ class CrossAttentionMixer(Mixer):
 
     def __init__(self, d: int, e: int = 4):
         super().__init__(d, e)
-        self.query = nn.Parameter(torch.zeros(d))  # Q
+        self.query = nn.Parameter(torch.zeros(d))  # Q; MERV.create draws it, as the paper does
 
     def weigh(self, x_bend: Tensor) -> Tensor:
         key_bed = x_bend.mean(2)  # one key an encoder, not one a token: a clip has one mixture

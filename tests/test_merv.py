@@ -271,6 +271,14 @@ def test_weights_belong_to_the_clip_and_not_to_the_token(mixer):
     torch.testing.assert_close(shuffled, mixed[:, order])
 
 
+def test_the_query_of_a_new_model_is_random():
+    """Paper 3.2: "a single randomly initialized query", of length about 1, another for each seed."""
+    queries = [MERV.create(MERVS["miniature"], None, seed).mixer.query for seed in (0, 1)]
+    assert not torch.equal(*queries)
+    for query in queries:
+        assert float(query.detach().norm()) == pytest.approx(1, abs=0.3)
+
+
 # ---------------------------------------------------------------------------------------- table 2c
 
 
