@@ -26,7 +26,7 @@ from merv import FOUR, MERV, PROJECTORS, MERVConfig
 
 # ------------------------------------------------------------------------------- a training run
 
-# The paper's stills and clips in each file (appendix B).
+# The paper's stills and clips in each file (paper 4).
 ROWS = {train.CAPTIONS: (558e3, 702e3), train.CONVERSATIONS: (665e3, 100e3)}
 
 

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 eval.py --checkpoint merv-frozen --benchmark msvd --data DIR
     python eval.py --check --benchmark msvd --data DIR     what is missing, before anything runs
     python eval.py --judge URL --judge-model NAME RUN      an LLM judges the stored answers
-    python eval.py --report RUN RUN ...                    stored answers as one HTML page
+    python eval.py --report FILE RUN RUN ...               stored answers as one HTML page
     python eval.py --table efficiency                      the paper's costs, without any weights
 
 A benchmark is a folder with its annotations and the videos, in videos/, found by stem. All
@@ -515,7 +515,7 @@ def film_strip(question: Question, settings: dict, num_frames: int = 6) -> str:
 def write_report(runs: list[str], output: Path) -> None:
     """One HTML page of the stored results of some runs: no network, no script, no model needed.
 
-    report.html says what is shown: the analyses of the paper's section 5. Jinja escapes whatever
+    report.jinja says what is shown: the analyses of the paper's section 5. Jinja escapes whatever
     comes from annotations, models and judges.
     """
     results = []
@@ -527,7 +527,7 @@ def write_report(runs: list[str], output: Path) -> None:
         for result in (json.loads(file.read_text()) for file in files):
             questions = [Question(**q) for q in result["questions"]]
             results.append(result | {"run": Path(run).name, "questions": questions})
-    source = Path(__file__).with_name("report.html").read_text()
+    source = Path(__file__).with_name("report.jinja").read_text()
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     page = jinja2.Template(source, undefined=jinja2.StrictUndefined, **options)
     shown = {"results": results, "temporal": TEMPORAL | {"temporal"}}

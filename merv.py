@@ -17,7 +17,7 @@ Shape letters, used as suffixes of names (x_bend is (b, e, n, d)):
     four x_e               -> mixer   -> o   (b, n, d)              eq. 2
     [BOS] + o + text       -> LLaMA   -> answer
 
-Read before: encoders.py, llama.py, data.py. Read next: train.py, eval.py.
+Read before: encoders.py, llama.py, data.py. Read next: eval.py, train.py.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterable
@@ -320,7 +321,8 @@ class MERV(nn.Module):
     def see(self, name: str, frames: Tensor) -> Tensor:
         """One encoder's share of `features`."""
         encoder, project = self.encoders[name], self.projectors[name]
-        frames = frames.to(self.device, next(encoder.parameters()).dtype)
+        weight = next(encoder.parameters())
+        frames = frames.to(weight.device, weight.dtype)
         if frames.shape[1] == 1 and encoder.config.family != "vit":
             frames = frames.expand(-1, encoder.config.num_frames, -1, -1, -1)
         # FIX: a still is a clip of identical frames; an encoder of single frames sees it once, not
@@ -513,11 +515,9 @@ class MERV(nn.Module):
         place, inside = ("tyleryzhu/merv", f"{name_or_folder}/") if hub else (folder, "")
         path = encoders.find_file(place, (inside + "config.json",))
         try:
-            found = encoders.read_json(path)
-            ours = "merv" in found
-            config = (
-                MERVConfig.from_dict(found["merv"]) if ours else authors_config(folder.name, found)
-            )
+            raw = encoders.read_json(path)
+            ours = "merv" in raw
+            config = MERVConfig.from_dict(raw["merv"]) if ours else authors_config(folder.name, raw)
             with torch.device("meta"):  # a skeleton: all its parts come from files
                 model = cls(config, [nn.Module() for _ in config.encoders], Llama(config.llm), None)
         except (AttributeError, KeyError, TypeError) as error:
@@ -651,10 +651,11 @@ def trace() -> None:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto" takes CUDA or MPS where there is one, else the CPU."""
+    """The device of that name; "auto": CUDA or MPS, else the CPU. Each process has its own GPU."""
     if name == "auto":
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    return torch.device(name)
+        found = torch.accelerator.current_accelerator(check_available=True)
+        name = found.type if found else "cpu"
+    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
 
 
 def latest_run(folder: Place = "runs") -> Path:

@@ -1,4 +1,4 @@
-"""Train MERV's projectors, mixer and LLM on conversations about videos (paper 3.3, appendix B).
+"""Train MERV's projectors, mixer and LLM on conversations about videos (paper 3.3 and 4).
 
     torchrun train.py                                     the paper in miniature, from nothing
     torchrun --nproc-per-node 8 train.py --model merv --data DIR --tokenizer FILE
@@ -11,7 +11,7 @@ process with a batch of 128 and eight with micro-batches of 4 take the same step
 
 Leaves runs/NAME/ with config.json, metrics.jsonl, loss.svg, saves/ to go on from, and checkpoint/
 (for merv.py and eval.py). The command that began a run also goes on with it, bit for bit.
-Read before: merv.py. Read next: eval.py, miniature/.
+Read before: merv.py, eval.py. Read next: miniature/.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ TRAINED = sharded.StateDictOptions(ignore_frozen_params=True)  # encoders come f
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass over conversations (appendix B)."""
+    """One pass over conversations (paper 4; stage 1: table 5)."""
 
     files: tuple[tuple[str, str], ...]  # in the data folder, with data.TEMPLATES; "": the LLM's own
     trained: tuple[str, ...]  # parts of the model; encoders are always frozen
@@ -188,14 +188,15 @@ def make_mesh(device: str, replicas: int) -> DeviceMesh:
 
 
 def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype) -> None:
-    """FSDP2: each LLM layer, each encoder and the rest are gathered when they run, else sharded."""
+    """FSDP2: each LLM layer, each encoder and the rest are gathered when they run, else sharded.
+    Each part moves from the CPU as it is sharded, so no GPU ever holds all of the model."""
     # WHY: bfloat16 holds activations well but not sums of many small gradients.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
     parts, whole = [*model.llm.layers, *model.encoders.values()], set()
     if place_encoders != "shard":
         parts, whole = parts[: len(model.llm.layers)], set(model.encoders.parameters())
         for parameter in whole:
-            parameter.data = parameter.data.to(dtype)
+            parameter.data = parameter.data.to(mesh.device_type, dtype)
     model.encoder_streams = place_encoders == "streams"
     for part in parts:
         fully_shard(part, mesh=mesh, mp_policy=policy)
@@ -212,8 +213,7 @@ def make_optimizers(model: MERV, stage: Stage, muon_lr: float) -> list[torch.opt
     biases, the query) do not.
     FIX: the authors configured decay too, but grouped parameters after sharding had flattened them
     all to vectors, so none ever decayed (ledger K8).
-    WHY: the paper trains a pretrained LLM, with AdamW. A small one that starts from random weights
-    reads colours after 300 steps of Muon, and not yet after 600 of AdamW (README).
+    WHY: a small LLM that starts from random weights learns more in a step of Muon (README).
     """
     muon, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
@@ -455,11 +455,9 @@ def draw_loss(folder: Path) -> None:
         scaled = (200 - 180 * value / max(losses) for value in values)
         points = " ".join(f"{600 * i / len(losses):.1f},{y:.1f}" for i, y in enumerate(scaled))
         curves.append(f'<polyline fill="none" stroke="{colour}" points="{points}"/>')
-    axes = f"{max(losses):.2f} nats a token at the top, 0 at the bottom; {len(losses)} steps"
-    frame = (
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 200" font-family="sans-serif">'
-    )
-    text = f'<text x="4" y="14" font-size="12" fill="#888">loss: {axes}</text>'
+    axes = f"loss: {max(losses):.2f} nats a token at the top, 0 at the bottom; {len(losses)} steps"
+    frame = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 200">'
+    text = f'<text x="4" y="14" font-family="sans-serif" font-size="12" fill="#888">{axes}</text>'
     eval.write_file(folder / "loss.svg", "\n".join([frame, *curves, text, "</svg>\n"]))
 
 
@@ -548,11 +546,12 @@ def train(config: TrainConfig) -> Run:
             parts = (model.tokenizer, data.TEMPLATES[template or llm.template], encoders)
             files.append(data.ConversationDataset(folder / file, *parts, cache=cache))
             if cache:
-                fill_cache(model.to(device), files[-1], config)
+                model.encoders.to(device)
+                fill_cache(model, files[-1], config)
         stages.append((replace(stage, lr=lr, global_batch=size), concatenate(files)))
     model.llm.activation_checkpointing = config.activation_checkpointing and not small
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shard(model.to(device), make_mesh(device.type, config.replicas), config.place_encoders, dtype)
+    shard(model, make_mesh(device.type, config.replicas), config.place_encoders, dtype)
     steps = 0
     for stage, dataset in stages:
         steps = train_stage(model, stage, dataset, run, steps)

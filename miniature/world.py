@@ -152,7 +152,7 @@ def ask(scene: Scene) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
 
 
 def choose_options(kind: str, answer: str, answers: tuple[str, ...], rng: Generator) -> list[str]:
-    """Four or five options, shuffled; "temporal": two actions, each in both directions of time."""
+    """Up to five options, shuffled; "temporal": two actions, each in both directions of time."""
     if kind == "temporal":
         other = rng.choice([pair for pair in PAIRS if answer not in pair])
         return rng.permutation([answer, REVERSED[answer], *other]).tolist()

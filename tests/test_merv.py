@@ -272,7 +272,7 @@ def test_weights_belong_to_the_clip_and_not_to_the_token(mixer):
 
 
 def test_the_query_of_a_new_model_is_random():
-    """Paper 3.2: "a single randomly initialized query", of length about 1, another for each seed."""
+    """Paper 3.2: "a single randomly initialized query"; of length about 1, a seed has its own."""
     queries = [MERV.create(MERVS["miniature"], None, seed).mixer.query for seed in (0, 1)]
     assert not torch.equal(*queries)
     for query in queries:
@@ -1064,6 +1064,17 @@ def test_trace_prints_the_shape_of_every_stage(tmp_path):
         assert stage in found.stdout, stage
     assert found.stderr == ""
     assert list(tmp_path.iterdir()) == []
+
+
+def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
+    """Eight that evaluate a 7B would not fit on the first one."""
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert merv.pick_device() == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert merv.pick_device() == merv.pick_device("cuda") == torch.device("cuda:3")
+    assert merv.pick_device("cuda:1") == torch.device("cuda:1")
+    assert merv.pick_device("cpu") == torch.device("cpu")
 
 
 def test_a_question_on_the_command_line_is_answered(model, saved, clip, capsys):

@@ -213,7 +213,7 @@ def test_a_wrong_option_is_explained(workplace, options, wanted):
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
-    """3 % warm-up, then half a cosine (appendix B)."""
+    """3 % warm-up, then half a cosine (paper 4)."""
     rates = [train.learning_rate(step, 1000, 2e-5, 0.03) for step in range(1000)]
     assert rates[0] == pytest.approx(2e-5 / 30)
     assert max(rates) == rates[30] == pytest.approx(2e-5)
