@@ -21,8 +21,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def prepare(folder: str | Path = "data/miniature", seed: int = 0) -> Path:
-    """The folder with the world and encoders-<seed>/NAME.safetensors, made where they are not yet
-    or other code made them. Not for two processes at once: rank 0 goes first."""
+    """The world and encoders-<seed>/, made if missing or by other code; one process at a time."""
     folder = Path(folder)
     code = b"".join(Path(module.__file__).read_bytes() for module in (world, specialists, encoders))
     made_by, digest = folder / "made_by.txt", hashlib.sha256(code).hexdigest()

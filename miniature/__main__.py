@@ -58,19 +58,25 @@ def inside(question: Question, subset: str) -> bool:
     return question.expected in REVERSED if subset == "temporal" else subset in own
 
 
-def compare(answers: dict, one: str, other="", subset="all") -> tuple[float, float]:
-    """Accuracy of a row, minus that of another on the same questions; standard error: over clips,
-    because questions about one depend on each other, or over seeds, whichever is larger."""
+def gaps(answers: dict, one: str, other: str, subset: str) -> np.ndarray:
+    """(seeds, questions): how right a row is, minus how right the other is, if one is named."""
     seeds = [seed for row, seed in answers if row == one and (other or one, seed) in answers]
     asked = [i for i, q in enumerate(answers[one, 0]) if inside(q, subset)]
-    gaps = np.array([[answers[one, s][i].correct for i in asked] for s in seeds], float)
-    if other:
-        gaps -= [[answers[other, s][i].correct for i in asked] for s in seeds]
-    clips = np.unique([answers[one, 0][i].video for i in asked], return_inverse=True)[1]
-    off = np.bincount(clips, gaps.mean(0) - gaps.mean())
-    over_clips = off.std(ddof=1) * len(off) ** 0.5 / len(asked)
-    over_seeds = gaps.mean(1).std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else 0
-    return gaps.mean(), max(over_clips, over_seeds)
+    right = [[[answers[r, s][i].correct for i in asked] for s in seeds] for r in (one, other) if r]
+    return np.array(right[0], float) - (right[1] if other else 0)
+
+
+def compare(answers, one, other="", subset="all", most=SEEDS) -> tuple[float, float]:
+    """Accuracy of a row, minus that of another on the same questions, over `most` seeds at most;
+    standard error: over clips, as questions about one depend on each other, or over seeds, pooled
+    over all rows that have several, whichever is larger."""
+    found = gaps(answers, one, other, subset)[:most]
+    videos = [q.video for q in answers[one, 0] if inside(q, subset)]
+    off = np.bincount(np.unique(videos, return_inverse=True)[1], found.mean(0) - found.mean())
+    over_clips = off.std(ddof=1) * len(off) ** 0.5 / len(videos)
+    several = {row for row, seed in answers if seed == 1} - {"MERV" if other else ""}
+    spread = [gaps(answers, row, other and "MERV", subset).mean(1).var(ddof=1) for row in several]
+    return found.mean(), max(over_clips, (np.mean(spread or 0) / len(found)) ** 0.5)
 
 
 def verdict(difference: float, error: float, low: float = 0, high: float = 1) -> str:

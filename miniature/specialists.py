@@ -65,8 +65,7 @@ class Pupil(nn.Module):
         d_e, widths = config.hidden_size, {"dinov2": 256, "vivit": 4 * 3}
         self.encoder = FAMILIES[config.family](replace(config, num_layers=config.released_layers))
         self.head = nn.Sequential(nn.LayerNorm(d_e), nn.Linear(d_e, widths.get(name, d_e)))
-        # SIMPLIFY: the text tower is a table, because few things are said in this world.
-        self.text_tower = nn.Embedding(len(PHRASES), d_e)
+        self.text_tower = nn.Embedding(len(PHRASES), d_e)  # SIMPLIFY: few things are said here
         self.scale, self.bias = (nn.Parameter(torch.empty(1)) for _ in range(2))
         initialise(self, Generator().manual_seed(seed))
         with torch.no_grad():  # WHY: from 0.02, what tells patches apart takes long to grow
@@ -178,8 +177,7 @@ def train_chain(names: tuple[str, ...], folder: Path, seed: int) -> None:
 def pretrain(folder: Path, seed: int = 0) -> None:
     """Train the four specialists into <folder>/<name>.safetensors, and print what they know."""
     chains = [("siglip", "languagebind"), ("dinov2", "vivit")]
-    # WHY: two processes of one thread do 1.4 times the work of one with two. Spawned, not forked:
-    # the caller may already run torch's threads.
+    # WHY: two processes of one thread do 1.4 times the work of one with two; torch must not fork.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
         list(pool.map(train_chain, chains, [folder] * 2, [seed] * 2))
     for name in RECIPES:

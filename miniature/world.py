@@ -48,7 +48,6 @@ REVERSED = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
 ACTIONS = (*REVERSED, "stays", "shakes", "blinks", "pulses")  # the last four have no direction
 NUMBERS, PLACES = ("one", "two", "three"), ("left", "right", "top", "bottom", "centre")
 
-
 # One object: its looks, and in pixels, y down, the centre around which it acts and its radius.
 Thing = namedtuple("Thing", "colour shape texture x y radius")
 # Things from back to front, which of them acts, how, how many pixels far, from where in its period.
@@ -161,8 +160,7 @@ def choose_options(kind: str, answer: str, answers: tuple[str, ...], rng: Genera
 
 
 def training_files(scenes: list[Scene], asked: list[list], seed: int) -> dict[str, list[dict]]:
-    """Video-LLaVA's format: stage 1, captions, and stage 2, open questions, up to eight a clip; the
-    last of those that fit, what happens, is always one of them."""
+    """Video-LLaVA's: captions, and up to eight open questions a clip, what happens among them."""
     rng, files = default_rng(seed), {"stage1": [], "stage2": []}
     for number, (scene, (*others, last)) in enumerate(zip(scenes, asked, strict=True)):
         told = [f"a {a.texture} {a.colour} {a.shape}" for a in scene.things]
@@ -195,9 +193,8 @@ def evaluation_files(asked: list[list], seed: int) -> dict[str, list[dict]]:
 def write_world(folder: Path, clips: dict[str, int], kind: str = "") -> None:
     """Write clips, questions and tokenizer into a new folder. clips: split -> how many.
 
-    kind "shuffled": the next clip is shown instead of the one that is asked about. "two_kinds": odd
-    clips are grey and asked only what happens, even ones have their frames out of order and are
-    asked the rest, so which encoder is right depends on the clip, and can be seen.
+    kind "shuffled": the next clip is shown instead. "two_kinds": odd clips are grey and asked only
+    what happens, even ones have their frames out of order and are asked the rest.
     """
     texts = []
     for split, count in clips.items():

@@ -61,10 +61,32 @@ def test_seeds_that_disagree_make_the_error_large():
     assert claims.compare(runs, "a") == pytest.approx((0.5, 0.5))
 
 
+def test_a_row_of_one_seed_varies_as_those_of_several_do():
+    """One run says nothing of seeds, so what MERV minus two other rows does counts for all."""
+    runs = {
+        ("MERV", 0): "1 1 1 1",
+        ("MERV", 1): "1 1 1 1",
+        ("a", 0): "1 1 1 0",
+        ("a", 1): "1 1 0 0",
+    }
+    runs |= {("b", 0): "1 0 0 0", ("b", 1): "1 0 1 0", ("once", 0): "0 0 0 0"}
+    pooled = (0.25**2 / 2) ** 0.5  # of two accuracies that are 0.25 apart, in both rows
+    assert claims.compare(answers(runs), "MERV", "once") == pytest.approx((1, pooled))
+    assert claims.compare(answers(runs), "once", most=1)[1] == pytest.approx(
+        pooled * (2 / 3) ** 0.5
+    )
+
+
+def test_of_many_seeds_as_many_count_as_asked_for():
+    """Tables of one seed show the first one in every row."""
+    runs = answers({("a", 0): "1 1 1 1", ("a", 1): "0 0 0 0"})
+    assert claims.compare(runs, "a", most=1)[0] == 1
+
+
 def test_only_seeds_that_both_rows_have_are_compared():
     """Another seed has other encoders: its difference would be theirs."""
-    runs = answers({("a", 0): "1 1 0", ("a", 1): "0 0 0", ("b", 0): "1 1 0"})
-    assert claims.compare(runs, "a", "b") == (0, 0)
+    runs = answers({("MERV", 0): "1 1 0", ("MERV", 1): "0 0 0", ("a", 0): "1 1 0"})
+    assert claims.compare(runs, "MERV", "a") == (0, 0)
 
 
 @pytest.mark.parametrize(
