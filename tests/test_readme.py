@@ -6,6 +6,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+
+import merv
+from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -68,3 +72,16 @@ def test_both_commands_come_first_and_stand_alone():
     first, second = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)[:2]
     assert "venv" in first and "torchrun train.py" in first
     assert "venv" in second and "pytest" in second
+
+
+def test_the_mixer_that_the_readme_adds_is_one(monkeypatch):
+    """Another mixer is a class: this one cannot tell how large an encoder's tokens are."""
+    monkeypatch.setitem(merv.MIXERS, "one-size", None)  # and take it out afterwards
+    block = re.search(r"```python\n(from torch.*?)```", README, re.DOTALL)[1]
+    exec(block, {"__name__": "readme"})
+    mixer, x = merv.MIXERS["one-size"](12), torch.randn(2, 4, 7, 12)
+    torch.nn.init.normal_(mixer.query)
+    larger = x * torch.tensor([1, 10, 1, 0.1])[:, None, None]
+    torch.testing.assert_close(mixer(larger), mixer(x), rtol=1e-3, atol=1e-4)
+    options = re.search(r"train\.main\((\[.*?\])\)", block)[1]
+    assert merv.parse_options(TrainConfig, eval(options), "").mixer == "one-size"
