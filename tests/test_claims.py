@@ -62,19 +62,14 @@ def test_seeds_that_disagree_make_the_error_large():
 
 
 def test_a_row_of_one_seed_varies_as_those_of_several_do():
-    """One run says nothing of seeds, so what MERV minus two other rows does counts for all."""
-    runs = {
-        ("MERV", 0): "1 1 1 1",
-        ("MERV", 1): "1 1 1 1",
-        ("a", 0): "1 1 1 0",
-        ("a", 1): "1 1 0 0",
-    }
-    runs |= {("b", 0): "1 0 0 0", ("b", 1): "1 0 1 0", ("once", 0): "0 0 0 0"}
-    pooled = (0.25**2 / 2) ** 0.5  # of two accuracies that are 0.25 apart, in both rows
-    assert claims.compare(answers(runs), "MERV", "once") == pytest.approx((1, pooled))
-    assert claims.compare(answers(runs), "once", most=1)[1] == pytest.approx(
-        pooled * (2 / 3) ** 0.5
-    )
+    """It cannot say how much seeds differ: a and b do by 0.25 each, and MERV not at all."""
+    marks = {"MERV": ("1111", "1111"), "a": ("1110", "1100"), "b": ("1000", "1010"), "c": ("0000",)}
+    runs = {(row, seed): " ".join(m) for row, both in marks.items() for seed, m in enumerate(both)}
+    variance = 0.25**2 / 2  # of two numbers that are 0.25 apart
+    difference = claims.compare(answers(runs), "MERV", "c")
+    assert difference == pytest.approx((1, variance**0.5))  # a's and b's, from MERV
+    alone = claims.compare(answers(runs), "c")
+    assert alone == pytest.approx((0, (2 * variance / 3) ** 0.5))  # all three rows'
 
 
 def test_of_many_seeds_as_many_count_as_asked_for():
