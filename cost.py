@@ -20,9 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import Batch
-from encoders import ENCODERS, FAMILIES, UserError
+from encoders import ENCODERS, FAMILIES
 from llama import LLAMAS, Llama
 from merv import FOUR, MERV, PROJECTORS, MERVConfig
+from support.errors import UserError
 
 # ------------------------------------------------------------------------------- a training run
 

@@ -14,163 +14,28 @@ Read before: encoders.py (what each encoder wants), llama.py (the tokenizer). Re
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import re
 import sys
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
-from encoders import EncoderConfig, UserError, save_tensors
+from encoders import EncoderConfig
 from llama import Tokenizer
-
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-DAMAGED = ("the file is damaged, cut off or of another kind.", "download or convert it again.")
-
-
-class DataError(UserError):
-    """A dataset, a row of it or a conversation that is not as it should be."""
-
-
-class VideoError(DataError):
-    """A video that is missing, cannot be decoded, or has no frames where they are wanted."""
-
-
-def sample_indices(total, num_frames, fps=None, start=None, end=None, end_frame=None) -> list[int]:
-    """Numbers of `num_frames` frames spread evenly over a clip, first and last included.
-
-    start, end: seconds, the whole clip by default. end_frame: the last frame allowed (Perception
-    Test). 300 frames, 4 wanted -> [0, 99, 199, 299]. Repeats frames if there are too few.
-    """
-    last = float(total - 1)
-    first = 0.0 if start is None else min(max(0.0, start * fps), last)
-    if end_frame is not None:
-        last = min(last, end_frame)
-    elif end is not None:
-        last = min(last, end * fps - 1)
-    return np.linspace(first, max(first, last), num_frames).astype(int).tolist()
-
-
-def load_video(
-    path: str | Path, num_frames: int, start=None, end=None, end_frame=None, fps=None
-) -> Tensor:
-    """Evenly sampled RGB frames: uint8 (T, 3, H, W) with T = num_frames.
-
-    path: anything PyAV decodes (mp4, avi, mkv, webm, gif ...), a folder of numbered images, or a
-    still image, which is a video of identical frames. start, end, end_frame: see sample_indices.
-    fps: frames per second, where the file does not say: in a folder. Raises VideoError.
-    """
-    path, seconds = Path(path), start is not None or end is not None
-    if start is not None and end is not None and end <= start:
-        what = f"{path}: the clip from {start} s to {end} s is empty."
-        raise VideoError(what, "its end is not after its start.", "swap or correct the times.")
-
-    def pick(total: int, rate: float) -> list[int]:
-        if seconds and not rate:
-            what = f"{path}: does not say its frame rate."
-            raise VideoError(what, "times in seconds need one.", "pass fps, such as 3 for VLEP.")
-        return sample_indices(total, num_frames, rate, start, end, end_frame)
-
-    if path.is_dir():
-        frames = _load_folder(path, pick, fps)
-    elif not path.is_file():
-        raise VideoError(f"{path}: no such video.", "nothing has that name.", "check the path.")
-    elif path.suffix.lower() in IMAGE_SUFFIXES:
-        frames = [_load_image(path)]
-    else:
-        try:
-            frames = _load_container(path, pick)
-        except av.FFmpegError as error:
-            raise VideoError(f"{path}: cannot be decoded: {error.strerror}.", *DAMAGED) from error
-    if len({frame.shape for frame in frames}) > 1:
-        what = f"{path}: has frames of different sizes."
-        raise VideoError(what, "a video has frames of one size.", "resize them alike.")
-    video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-    return video.expand(num_frames, -1, -1, -1)  # a still: one frame becomes all
-
-
-def _load_container(path: Path, pick: Callable[[int, float], list[int]]) -> list[np.ndarray]:
-    """RGB frames (H, W, 3) of a video file; reads all packets but decodes only what it must."""
-    with av.open(str(path), metadata_errors="replace") as container:  # titles in any encoding
-        if not container.streams.video:
-            raise VideoError(f"{path}: has no video stream.", *DAMAGED)
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        packets = [
-            (p.pts, p.is_keyframe, p.is_corrupt)  # not the packet: it holds its compressed data
-            for p in container.demux(stream)
-            if p.size and not p.is_discard
-        ]
-        if not packets or any(corrupt for _, _, corrupt in packets):
-            raise VideoError(f"{path}: has no frames, or incomplete ones.", *DAMAGED)
-        indices = pick(len(packets), float(stream.average_rate or stream.guessed_rate or 0))
-        times, wanted = [pts for pts, _, _ in packets], set(indices)
-        # WHY: only these two seek by the time a frame is shown; others (AVI, TS, FLV) by the time
-        # it is decoded, which lands behind the frame where the two differ.
-        seekable = {"mov", "matroska"} & set(container.format.name.split(","))
-        if not seekable or None in times or len(set(times)) < len(times):
-            container.seek(0)
-            frames = enumerate(container.decode(stream))  # no usable times: count
-            decoded = {i: _to_rgb(frame) for i, frame in frames if i in wanted}
-        else:
-            order = sorted(times)  # packets come in decoding order, frames are shown by time
-            keyframes = sorted(pts for pts, is_key, _ in packets if is_key) or order[:1]
-            decoded = _decode_at(container, stream, {i: order[i] for i in indices}, keyframes)
-        if missing := wanted - set(decoded):
-            raise VideoError(f"{path}: frame {min(missing)} cannot be decoded.", *DAMAGED)
-        return [decoded[index] for index in indices]
-
-
-def _decode_at(container, stream, times: dict[int, int], keyframes: list[int]) -> dict:
-    """Frames by number, given their times; jumps to a key frame where that skips something."""
-    decoded, position, frames = {}, None, iter(())
-    for index, time in sorted(times.items()):
-        keyframe = keyframes[max(0, bisect_right(keyframes, time) - 1)]
-        if position is None or keyframe > position:
-            container.seek(keyframe, stream=stream)
-            frames = container.decode(stream)
-        for frame in frames:
-            position = frame.pts
-            if position == time:
-                decoded[index] = _to_rgb(frame)
-                break
-    return decoded
-
-
-def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """(H, W, 3), upright if the camera lay on its side. One thread: starting more costs more."""
-    return np.rot90(frame.to_ndarray(format="rgb24", threads=1), frame.rotation // 90)
-
-
-def _load_image(path: Path) -> np.ndarray:
-    try:
-        return np.array(Image.open(path).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path}: is no readable image: {error}.", *DAMAGED) from error
-
-
-def _load_folder(path: Path, pick: Callable[[int, float], list[int]], fps) -> list[np.ndarray]:
-    """RGB frames of a folder of numbered images: 2.jpg comes before 10.jpg."""
-    files = [f for f in path.iterdir() if f.suffix.lower() in IMAGE_SUFFIXES]
-    files.sort(key=lambda f: [int(n) for n in re.findall(r"\d+", f.stem)])
-    if not files:
-        raise VideoError(f"{path}: no images.", "a folder holds numbered ones.", "check the path.")
-    return [_load_image(files[index]) for index in pick(len(files), fps)]
+from support.cli import progress
+from support.errors import DataError, UserError
+from support.features import FeatureCache
+from support.video import IMAGE_SUFFIXES, load_video
 
 
 def preprocess(frames: Tensor, config: EncoderConfig) -> Tensor:
@@ -279,17 +144,6 @@ def tokenize(turns: list[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[list[
     return input_ids, labels
 
 
-def mcq_prompt(question: str, options: list[str]) -> str:
-    """The multiple-choice prompt of the paper's evaluation."""
-    letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
-    choices = [f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)]
-    return (
-        f"{question} Select the correct answer from the following options. Write your answer as "
-        f"only one of {', '.join(letters)} and nothing else.\n\n    " + "\n".join(choices)
-        # QUIRK: the four blanks before the first option are the released prompt's (ledger K10).
-    )
-
-
 # ------------------------------------------------------------------------------------ training data
 
 
@@ -325,39 +179,6 @@ class Batch:
     def num_labels(self) -> int:
         """How many positions the loss is taken on."""
         return self.labelled.shape[1]
-
-
-@dataclass
-class FeatureCache:
-    """Pooled features of clips on disk, so that frozen encoders run once per clip, not per epoch.
-
-    An entry is named by hashes of the file's bytes, the encoder's weights and preprocessing and the
-    pooled size, so a stale one is never found.
-    """
-
-    folder: str | Path
-    fingerprints: dict[str, str]  # encoder -> hash
-
-    def paths(self, file: Path) -> dict[str, Path]:
-        """encoder -> where its features of one file lie, or would lie."""
-        content = hashlib.sha256()
-        for part in sorted(file.iterdir()) if file.is_dir() else [file]:
-            content.update(part.read_bytes())
-        name = content.hexdigest()
-        entry = f"{name[:2]}/{name}.safetensors"
-        return {e: Path(self.folder, h, entry) for e, h in self.fingerprints.items()}
-
-    def get(self, file: Path) -> dict[str, Tensor] | None:
-        """encoder -> (t, h, w, d_e), or None if any, or the file itself, is missing."""
-        paths = self.paths(file) if file.exists() else {}
-        if paths and all(path.exists() for path in paths.values()):
-            return {encoder: load_file(path)["features"] for encoder, path in paths.items()}
-
-    def put(self, file: Path, features: dict[str, Tensor]) -> None:
-        """Store encoder -> (t, h, w, d_e) in bfloat16."""
-        paths = self.paths(file)
-        for encoder, tensor in features.items():
-            save_tensors({"features": tensor.bfloat16().cpu().contiguous()}, paths[encoder])
 
 
 TRIES = 8  # rows that are read, at most, to find one that can be used
@@ -529,12 +350,6 @@ class GroupedBatchSampler(Sampler[list[int]]):
         for batch in self.global_batches():
             mine = batch[self.rank :: self.world_size]
             yield from np.reshape(mine, (-1, self.micro_batch)).tolist()
-
-
-def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
-    """Go through `items` with a bar and the time left on stderr; in a log a line every 10 s."""
-    every = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(items, what, total, mininterval=every, ascii=" #", dynamic_ncols=True)
 
 
 def check(dataset: ConversationDataset, workers: int) -> int:

@@ -15,184 +15,35 @@ Read before: merv.py. Read next: train.py.
 
 from __future__ import annotations
 
-import base64
-import csv
 import hashlib
-import io
 import json
-import math
 import os
-import random
 import re
 import sys
-import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 
-import jinja2
 import torch
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import HfHubHTTPError
-from PIL import Image
 from torch.utils.data import DataLoader
 
-import merv
-from data import IMAGE_SUFFIXES, VideoError, load_pixels, load_video, mcq_prompt, progress
-from encoders import ENCODERS, UserError
-from merv import MERV, choose, option, parse_options
+from data import load_pixels
+from encoders import ENCODERS
+from merv import MERV
+from support import cli
+from support.benchmarks import BENCHMARKS, FPS, LETTERS, Question, list_videos, load_questions
+from support.cli import option, parse_options, progress
+from support.errors import UserError, VideoError
+from support.files import Journal, write_file
+from support.judge import JUDGE_PROMPT, ask_judge, parse_verdict
+from support.report import write_report
+from support.runs import latest_run
 
-LETTERS = "ABCDEFGHIJ"  # of options
 MCQ_RULES = ("parse", "released", "likelihood")
-FPS = 3.0  # of videos that are folders of frames, as VLEP and TVQA come
-TEMPORAL = {  # appendix B.2.2: played backwards, each looks like another class
-    "Approaching something with your camera", "Moving away from something with your camera",
-    "Moving something away from the camera", "Moving something towards the camera",
-    "Pulling something from left to right", "Pulling something from right to left",
-    "Pushing something from left to right", "Pushing something from right to left",
-    *(f"Turning the camera {where} while filming something" for where in
-      ("downwards", "upwards", "left", "right")),
-}  # fmt: skip
-
-
-@dataclass
-class Question:
-    """One question, what is expected, and later what came out."""
-
-    id: str
-    video: str  # stem of its file
-    text: str  # without the options
-    expected: str  # the words, or the letter
-    kind: str = ""  # the row of the table it counts in; "": its first word, a WH-word (figure 5)
-    options: tuple[str, ...] = ()  # of multiple choice
-    cut: tuple = (None, None, None)  # start and end in seconds; the last frame that may be seen
-    answer: str = ""
-    weights: tuple[float, ...] = ()  # mixing weights, in the order of the encoders
-    failure: str = ""  # why there is no answer
-    correct: bool = False
-    f1: float = 0.0  # of the words, where the answer is open
-    verdict: str = ""  # a judge's: "yes", "no", "unparsable" or "no reply"; its mark, 0 to 5, below
-    mark: int = 0
-
-    def __post_init__(self):
-        self.id, self.kind = str(self.id), self.kind or self.first_word
-
-    @property
-    def prompt(self) -> str:
-        """What the model is asked."""
-        return mcq_prompt(self.text, list(self.options)) if self.options else self.text
-
-    @property
-    def first_word(self) -> str:
-        """ "What's there?" -> "what"."""
-        return re.match(r"\W*(\w*)", self.text)[1].lower()
-
-
-def read_pairs(folder: Path, questions: str = "test_q.json", answers: str = "test_a.json"):
-    """Most sets, as Video-LLaVA and the paper's authors ship them: two lists, joined by id."""
-    by_id = {a["question_id"]: a for a in json.loads((folder / answers).read_text())}
-    for q in json.loads((folder / questions).read_text()):
-        a, options = by_id[q["question_id"]], tuple(q.get("options", ()))
-        right = LETTERS[a["answer_id"]] if options else str(a["answer"])
-        asked, kind = (q["question_id"], q["video_name"], q["question"]), str(a.get("type", ""))
-        cut = tuple(q.get(key) for key in ("start", "end", "end_frame"))
-        yield Question(*asked, right, kind, options, cut)
-
-
-def read_perception(folder: Path) -> Iterator[Question]:
-    """Perception Test; a positive number among the cuts is the last frame to be seen."""
-    cuts = json.loads((folder / "cut_frame_mapping_valid.json").read_text())
-    for video, found in json.loads((folder / "mc_question_valid.json").read_text()).items():
-        cut = (None, None, cuts[video] if cuts.get(video, -1) > 0 else None)
-        for q in found["mc_question"]:
-            right, asked = LETTERS[q["answer_id"]], (f"{video}_{q['id']}", video, q["question"])
-            yield Question(*asked, right, q["area"], tuple(q["options"]), cut)
-
-
-def read_nextqa(folder: Path) -> Iterator[Question]:
-    """NExT-QA, multiple choice. A type's first letter: causal, temporal or descriptive."""
-    for q in csv.DictReader(io.StringIO((folder / "val.csv").read_text())):
-        kind = {"C": "causal", "T": "temporal", "D": "descriptive"}[q["type"][0]]
-        right, options = LETTERS[int(q["answer"])], tuple(q[f"a{i}"] for i in range(5))
-        yield Question(f"{q['video']}_{q['qid']}", q["video"], q["question"], right, kind, options)
-
-
-def read_vlep(folder: Path) -> Iterator[Question]:
-    """VLEP: which of two events is likelier to follow what happens from ts[0] to ts[1]?"""
-    for q in map(json.loads, (folder / "vlep_dev_release.jsonl").read_text().splitlines()):
-        asked = q["example_id"], q["vid_name"], "Which of these is more likely to happen next?"
-        right, events = LETTERS[q["answer"]], tuple(q["events"])
-        yield Question(*asked, right, "all", events, (*q["ts"], None))
-
-
-def read_tvqa(folder: Path) -> Iterator[Question]:
-    """TVQA: five answers, a stretch of the clip; "nan-nan" is the whole clip."""
-    for q in map(json.loads, (folder / "tvqa_val.jsonl").read_text().splitlines()):
-        times = (None if math.isnan(t) else t for t in map(float, q["ts"].split("-")))
-        right, options = LETTERS[int(q["answer_idx"])], tuple(q[f"a{i}"] for i in range(5))
-        yield Question(q["qid"], q["vid_name"], q["q"], right, "", options, (*times, None))
-
-
-def read_ssv2(folder: Path, num_options: int, temporal: bool = False) -> Iterator[Question]:
-    """Something-Something v2 as questions (appendix B.2): the class in words, or one of five."""
-    classes = json.loads((folder / "labels.json").read_text())
-    for row in json.loads((folder / "validation.json").read_text()):
-        name = row["template"].replace("[", "").replace("]", "")
-        asked = row["id"], row["id"], "How is the object in the video being interacted with?"
-        draw = random.Random(f"MERV {row['id']}")  # the same wrong options on every machine
-        options = [name, *draw.sample(sorted(set(classes) - {name}), num_options)]
-        draw.shuffle(options)
-        if not num_options:
-            yield Question(*asked, name, name)
-        elif name in TEMPORAL or not temporal:
-            yield Question(*asked, LETTERS[options.index(name)], name, tuple(options))
-
-
-BENCHMARKS: dict[str, Callable[[Path], Iterator[Question]]] = {
-    **dict.fromkeys(("msvd", "msrvtt", "tgif", "activitynet"), read_pairs),
-    "perception": read_perception, "nextqa": read_nextqa, "vlep": read_vlep, "tvqa": read_tvqa,
-    "ssv2-open": partial(read_ssv2, num_options=0),
-    "ssv2-mcq": partial(read_ssv2, num_options=4),
-    "ssv2-temporal": partial(read_ssv2, num_options=4, temporal=True),
-    "miniature-open": partial(read_pairs, questions="open_q.json", answers="open_a.json"),
-    "miniature-mcq": partial(read_pairs, questions="mcq_q.json", answers="mcq_a.json"),
-}  # fmt: skip
-
-
-def load_questions(name: str, folder: str | Path) -> list[Question]:
-    """The questions of a benchmark, as it was published or, if there is one, as `read_pairs`."""
-    folder, read = Path(folder), choose(BENCHMARKS, name, "benchmark")
-    if (folder / "test_q.json").exists():
-        read = read_pairs
-    try:
-        questions = list(read(folder))
-        if twice := [id for id, n in Counter(q.id for q in questions).items() if n > 1]:
-            raise ValueError(f"more than one question has the id {twice[0]}")
-        return questions
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        what, why = f"Cannot read {name} in {folder}.", f"{type(error).__name__}: {error}"
-        raise UserError(what, why, "lay it out as the README shows (Evaluate).") from error
-
-
-def list_videos(folder: Path) -> dict[str, Path]:
-    """Stem -> file, or folder of frames, in a folder and the folders in it.
-
-    WHY: names in annotations are only looked up here, so none can lead out of the folder.
-    """
-    found: dict[str, Path] = {}
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        images = any(Path(file).suffix.lower() in IMAGE_SUFFIXES for file in files)
-        if images and Path(place) != folder:
-            found[Path(place).name] = Path(place)
-        else:
-            found |= {Path(file).stem: Path(place, file) for file in sorted(files)}
-    return found
 
 
 class Clips:
@@ -285,49 +136,6 @@ def score(question: Question, rule: str) -> None:
 # -------------------------------------------------------------------------------------- answering
 
 
-class Journal:
-    """Records on disk as they come, one JSON line each: a kill loses none, a rerun repeats none.
-
-    One file a process, so that processes never write into each other's lines. settings: of the run;
-    a journal of other settings is refused, because its answers are not this run's.
-    """
-
-    def __init__(self, folder: Path, settings: dict, rank: int = 0):
-        self.file, known = folder / f"{rank}.jsonl", folder / "settings.json"
-        if known.exists() and json.loads(known.read_text()) != settings:
-            what = f"{folder} holds the answers of another run."
-            why = f"it was made with {known.read_text()}, this is {json.dumps(settings)}."
-            raise UserError(what, why, "give another --output, or delete that folder.")
-        write_file(known, json.dumps(settings))
-        write_file(self.file, "".join(whole_lines(self.file)))
-
-    def records(self) -> Iterator[dict]:
-        """Everything any process has written."""
-        for path in sorted(self.file.parent.glob("*.jsonl")):
-            yield from map(json.loads, whole_lines(path))
-
-    def append(self, record: dict) -> None:
-        """On disk when this returns."""
-        with self.file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def whole_lines(path: Path) -> list[str]:
-    """Without the last line, if a kill has cut it short or it is being written."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("\n")]
-
-
-def write_file(path: Path, text: str) -> None:
-    """A text file, complete or as it was; also if several processes write it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial_path.write_text(text)
-    partial_path.replace(path)
-
-
 def evaluate(model: MERV, name: str, folder, output, config=None) -> list[Question] | None:
     """Answer the questions of a benchmark that are not answered yet and write OUTPUT/NAME.json.
 
@@ -374,48 +182,6 @@ def evaluate(model: MERV, name: str, folder, output, config=None) -> list[Questi
 
 
 # -------------------------------------------------------------------------------------------- judge
-
-JUDGE_PROMPT = """\
-You grade answers to questions about a video. Compare the given answer with the correct one: they \
-agree if they mean the same, whatever the wording; synonyms and paraphrases count.
-
-Question: {text}
-Correct answer: {expected}
-Given answer: {answer}
-
-Reply with one JSON object and nothing else: {{"pred": "yes" or "no", "score": a whole number from \
-0 (unrelated) to 5 (the same meaning)}}. Example: {{"pred": "yes", "score": 4}}"""
-
-
-def parse_verdict(reply: str | None) -> tuple[str, int]:
-    """A judge's reply -> ("yes" or "no", 0..5), else ("unparsable" or "no reply", 0): no guess."""
-    if reply is None:
-        return "no reply", 0
-    try:
-        pred, mark = (json.loads(reply)[key] for key in ("pred", "score"))
-        fits = pred in ("yes", "no") and type(mark) is int and 0 <= mark <= 5
-    except (ValueError, TypeError, KeyError):  # no JSON, no object, or without these keys
-        fits = False
-    return (pred, mark) if fits else ("unparsable", 0)
-
-
-def ask_judge(question: Question, client: InferenceClient, config: EvalConfig) -> str | None:
-    """The raw reply, or None if there is none after some retries, each after a longer wait."""
-    messages = [{"role": "user", "content": JUDGE_PROMPT.format(**vars(question))}]
-    how = {"model": config.judge_model, "max_tokens": 64, "temperature": 0}
-    for attempt in range(config.judge_retries + 1):
-        if attempt:
-            time.sleep(min(60, 0.5 * 2**attempt) * random.uniform(0.5, 1))
-        try:
-            return client.chat_completion(messages, **how).choices[0].message.content or ""
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status < 500 and status not in (408, 429):
-                fix = "check --judge, --judge-model and the key in JUDGE_API_KEY."
-                raise UserError(f"The judge refuses: {error}", "it always would.", fix) from error
-        except Exception as error:  # time-outs, cut connections, replies that are no JSON
-            print(f"judge: {type(error).__name__}: {error}", file=sys.stderr)
-    return None
 
 
 def judge(path: Path, config: EvalConfig) -> None:
@@ -498,43 +264,6 @@ def print_table(title: str, questions: list[Question]) -> None:
 # ------------------------------------------------------------------------------------------- report
 
 
-def film_strip(question: Question, settings: dict, num_frames: int = 6) -> str:
-    """Frames of a question's clip side by side, as the address of an embedded JPEG; "" if gone."""
-    videos = list_videos(Path(settings["data"]) / "videos")
-    try:
-        frames = load_video(videos[question.video], num_frames, *question.cut, FPS)
-    except (KeyError, VideoError):
-        return ""
-    strip = Image.fromarray(torch.cat(list(frames), dim=2).permute(1, 2, 0).numpy())
-    strip.thumbnail((num_frames * 160, 120))
-    file = io.BytesIO()
-    strip.save(file, "JPEG", quality=85)
-    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def write_report(runs: list[str], output: Path) -> None:
-    """One HTML page of the stored results of some runs: no network, no script, no model needed.
-
-    report.jinja says what is shown: the analyses of the paper's section 5. Jinja escapes whatever
-    comes from annotations, models and judges.
-    """
-    results = []
-    for run in runs:
-        files = sorted(Path(run).glob("eval/*.json"))
-        if not files:
-            fix = "run `python eval.py --checkpoint RUN --benchmark NAME --data DIR` first."
-            raise UserError(f"{run} has no results.", "there is no RUN/eval/*.json.", fix)
-        for result in (json.loads(file.read_text()) for file in files):
-            questions = [Question(**q) for q in result["questions"]]
-            results.append(result | {"run": Path(run).name, "questions": questions})
-    source = Path(__file__).with_name("report.jinja").read_text()
-    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    page = jinja2.Template(source, undefined=jinja2.StrictUndefined, **options)
-    shown = {"results": results, "temporal": TEMPORAL | {"temporal"}}
-    write_file(output, page.render(shown, summarise=summarise, film_strip=film_strip))
-    print(f"report: {output}")
-
-
 @dataclass(frozen=True)
 class EvalConfig:
     """The command line of eval.py."""
@@ -567,15 +296,15 @@ def main(arguments: list[str] | None = None) -> None:
             return import_module("cost").print_efficiency()  # cost.py imports this module
         if config.check:
             sys.exit(bool(check(config.benchmark, config.data, config.workers)))
-        runs = config.runs or (str(config.checkpoint or merv.latest_run()),)
+        runs = config.runs or (str(config.checkpoint or latest_run()),)
         if config.judge:
             for path in [path for run in runs for path in sorted(Path(run).glob("eval/*.json"))]:
                 judge(path, config)
         elif config.report:
-            write_report(list(runs), Path(config.report))
+            write_report(list(runs), Path(config.report), summarise)
         else:
-            device, dtype = merv.pick_device(config.device), getattr(torch, config.dtype)
-            checkpoint = config.checkpoint or merv.latest_run()
+            device, dtype = cli.pick_device(config.device), getattr(torch, config.dtype)
+            checkpoint = config.checkpoint or latest_run()
             model = MERV.from_pretrained(checkpoint, dtype, device, config.tokenizer or None)
             base = Path(checkpoint) if Path(checkpoint).is_dir() else Path("runs") / checkpoint
             output = Path(config.output or base / "eval")

@@ -20,8 +20,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import encoders
-from encoders import CheckpointError, UserError, assign_weights, initialise
+from support import weights
+from support.errors import CheckpointError, UserError
+from support.released import (
+    CONFIG_NAMES,
+    LLAMA_NAMES,
+    LLAMA_SKIP,
+    META_CONFIG_NAMES,
+    META_FILE,
+    META_NAMES,
+    PLAIN,
+    read_meta,
+)
+from support.weights import assign_weights, initialise
 
 
 @dataclass(frozen=True)
@@ -310,36 +321,6 @@ def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generato
 
 # ------------------------------------------------------------------------------------------ weights
 
-META_FILE = "consolidated.00.pth"  # as Meta ships LLaMA-2, before conversion
-META_NAMES = {  # ours -> Meta's; "*" is the number of the layer
-    "embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output",
-    "layers.*.input_layernorm": "layers.*.attention_norm",
-    "layers.*.self_attn.q_proj": "layers.*.attention.wq",
-    "layers.*.self_attn.k_proj": "layers.*.attention.wk",
-    "layers.*.self_attn.v_proj": "layers.*.attention.wv",
-    "layers.*.self_attn.o_proj": "layers.*.attention.wo",
-    "layers.*.post_attention_layernorm": "layers.*.ffn_norm",
-    "layers.*.mlp.gate_proj": "layers.*.feed_forward.w1",
-    "layers.*.mlp.up_proj": "layers.*.feed_forward.w3",
-    "layers.*.mlp.down_proj": "layers.*.feed_forward.w2",
-}  # fmt: skip
-NAMES = {ours: f"model.{ours}" for ours in META_NAMES} | {"lm_head": "lm_head"}  # Hugging Face's
-SKIP = {"model.layers.*.self_attn.rotary_emb.inv_freq": "computed in rope()", "rope.freqs": "too"}
-CONFIG_NAMES = {  # ours -> config.json's
-    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
-    "intermediate_size": "intermediate_size", "tie_word_embeddings": "tie_word_embeddings",
-    "num_kv_heads": "num_key_value_heads", "max_positions": "max_position_embeddings",
-    "num_heads": "num_attention_heads", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-}  # fmt: skip
-META_CONFIG_NAMES = {  # ours -> params.json's, of those that it fills in
-    "hidden_size": "dim", "num_layers": "n_layers", "num_heads": "n_heads",
-    "num_kv_heads": "n_kv_heads", "norm_eps": "norm_eps",
-}  # fmt: skip
-PLAIN = {  # what config.json must say, if anything: this file computes nothing else
-    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-    "rope_type": "default", "rope_scaling": None,
-}  # fmt: skip
-
 
 def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, device="cpu") -> Llama:
     """A LLaMA with released weights, or random ones if only a configuration or its name is given.
@@ -356,35 +337,12 @@ def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, devic
     if source is None:
         initialise(model.to_empty(device="cpu"), torch.Generator().manual_seed(0))
     else:
-        skip = SKIP | ({"lm_head.weight": "tied"} if config.tie_word_embeddings else {})
-        tensors, names = encoders.read_tensors(source, (*encoders.FILES, META_FILE)), NAMES
+        skip = LLAMA_SKIP | ({"lm_head.weight": "tied"} if config.tie_word_embeddings else {})
+        tensors, names = weights.read_tensors(source, (*weights.FILES, META_FILE)), LLAMA_NAMES
         if "tok_embeddings.weight" in tensors:
             tensors, names = read_meta(source, config), META_NAMES
         assign_weights(model, tensors, names, skip, f"{config.name} from {source}", dtype)
     return model.to(device, dtype)
-
-
-def read_meta(source: str | Path, config: LlamaConfig) -> dict[str, Tensor]:
-    """Meta's shards as whole tensors, with the rows of wq and wk in our order.
-
-    WHY: Meta rotates neighbouring channels (0, 1), (2, 3) ... of a head; we, like Hugging Face,
-    rotate channel i with i + head_dim/2. Same rotations, so sorting the rows even-then-odd is all:
-    [r0 r1 r2 r3] -> [r0 r2 r1 r3].
-    """
-    source = Path(source).parent if Path(source).is_file() else source
-    rows = len(encoders.read_tensors(source, (META_FILE,))["layers.0.attention.wq.weight"])
-    files = [META_FILE.replace("00", f"{i:02d}") for i in range(config.hidden_size // rows)]
-    shards = [encoders.read_tensors(source, (file,)) for file in files]
-    tensors = {}
-    for name, first in shards[0].items():
-        if first.ndim == 2 and len(shards) > 1:  # split by input width or by output width
-            by_input = name.split(".")[-2] in ("tok_embeddings", "wo", "w2")
-            first = torch.cat([shard[name] for shard in shards], dim=1 if by_input else 0)
-        if name.endswith(("wq.weight", "wk.weight")):
-            heads = first.unflatten(0, (-1, config.head_dim // 2, 2))
-            first = heads.transpose(1, 2).flatten(0, 2)
-        tensors[name] = first
-    return tensors
 
 
 def read_config(source: str | Path) -> LlamaConfig:
@@ -392,10 +350,10 @@ def read_config(source: str | Path) -> LlamaConfig:
 
     What Meta's leaves out is read off the weights, or as in LLaMA-2 7B.
     """
-    path = encoders.find_file(source, ("config.json", "params.json"))
-    found, names, said = encoders.read_json(path), CONFIG_NAMES, {}
+    path = weights.find_file(source, ("config.json", "params.json"))
+    found, names, said = weights.read_json(path), CONFIG_NAMES, {}
     if path.name == "params.json":
-        tensors, names = encoders.read_tensors(source, (META_FILE,)), META_CONFIG_NAMES
+        tensors, names = weights.read_tensors(source, (META_FILE,)), META_CONFIG_NAMES
         shards = found["dim"] // tensors["layers.0.attention.wq.weight"].shape[0]
         said["vocab_size"] = tensors["tok_embeddings.weight"].shape[0]
         said["intermediate_size"] = tensors["layers.0.feed_forward.w1.weight"].shape[0] * shards
@@ -417,7 +375,7 @@ class Tokenizer:
     """LLaMA's SentencePiece model: text -> ids and back. BOS and </s> are never added silently."""
 
     def __init__(self, path: str | Path):
-        self.path = encoders.find_file(path, ("tokenizer.model",))
+        self.path = weights.find_file(path, ("tokenizer.model",))
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         self.vocab_size = self.pieces.vocab_size()

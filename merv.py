@@ -22,16 +22,12 @@ Read before: encoders.py, llama.py, data.py. Read next: eval.py, train.py.
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import hashlib
 import json
 import math
-import os
 import shutil
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -40,10 +36,14 @@ from torch import Tensor, nn
 
 import encoders
 from data import TEMPLATES, Batch, load_pixels, preprocess, render_prompt, tokenize
-from encoders import ENCODERS, CheckpointError, EncoderConfig, UserError, assign_weights, initialise
+from encoders import ENCODERS, EncoderConfig
 from llama import LLAMAS, KVCache, Llama, LlamaConfig, Tokenizer, load_llama
-from llama import NAMES as LLAMA_NAMES
-from llama import SKIP as LLAMA_SKIP
+from support import weights
+from support.cli import option, parse_options, pick_device
+from support.errors import CheckpointError, UserError
+from support.released import AUTHORS, AUTHORS_ENCODERS, LLAMA_SKIP, authors_tensors
+from support.runs import latest_run
+from support.weights import assign_weights, initialise
 
 Place = str | Path  # of a file or a folder, on disk or the hub
 
@@ -484,7 +484,7 @@ class MERV(nn.Module):
         partial.mkdir(parents=True)
         state = self.state_dict() if state is None else state
         trained = {k: v.contiguous() for k, v in state.items() if not k.startswith("encoders.")}
-        encoders.save_tensors(trained, partial / "model.safetensors")
+        weights.save_tensors(trained, partial / "model.safetensors")
         saved = []
         for e in self.config.encoders:
             if not e.source or Path(e.source).exists():
@@ -513,9 +513,9 @@ class MERV(nn.Module):
         folder = folder / "checkpoint" if (folder / "checkpoint").is_dir() else folder
         hub = str(name_or_folder) in AUTHORS
         place, inside = ("tyleryzhu/merv", f"{name_or_folder}/") if hub else (folder, "")
-        path = encoders.find_file(place, (inside + "config.json",))
+        path = weights.find_file(place, (inside + "config.json",))
         try:
-            raw = encoders.read_json(path)
+            raw = weights.read_json(path)
             ours = "merv" in raw
             config = MERVConfig.from_dict(raw["merv"]) if ours else authors_config(folder.name, raw)
             with torch.device("meta"):  # a skeleton: all its parts come from files
@@ -525,12 +525,12 @@ class MERV(nn.Module):
             why = "it is another model's or another version's, or of a run that has not ended."
             raise CheckpointError(what, why, fix) from error
         if ours:
-            tensors, names = encoders.read_tensors(place, ("model.safetensors",)), None
+            tensors, names = weights.read_tensors(place, ("model.safetensors",)), None
         else:
-            parts = encoders.read_tensors(place, (inside + "checkpoints/latest-checkpoint.pt",))
+            parts = weights.read_tensors(place, (inside + "checkpoints/latest-checkpoint.pt",))
             tensors, names = authors_tensors(config, parts["model"])
         home = folder if (folder / "tokenizer.model").is_file() else config.llm.source
-        model.tokenizer = Tokenizer(tokenizer or encoders.find_file(home, ("tokenizer.model",)))
+        model.tokenizer = Tokenizer(tokenizer or weights.find_file(home, ("tokenizer.model",)))
         assign_weights(model, tensors, names, LLAMA_SKIP, str(name_or_folder), dtype)
         for e in config.encoders:
             # A copied encoder is this folder's own: "" makes the next save_pretrained copy it too.
@@ -557,14 +557,6 @@ class MERV(nn.Module):
 
 # ------------------------------------------------------------------------- the authors' checkpoints
 
-AUTHORS = ("merv-frozen", "merv-full", *(f"{name}-single" for name in FOUR))  # at tyleryzhu/merv
-AUTHORS_ENCODERS = {  # their names -> ours
-    "languagebind-video-noclass": "languagebind",
-    "dinov2-video-all-tokens": "dinov2",
-    "vivit-google-b-all-no-cls-16frames": "vivit",
-    "siglip-vit-b16-224px-all-no-cls": "siglip",
-}
-
 
 def authors_config(name: str, found: dict) -> MERVConfig:
     """Our configuration for the authors' config.json."""
@@ -582,39 +574,6 @@ def authors_config(name: str, found: dict) -> MERVConfig:
     what = f"{name}/config.json asks for {tokens} visual tokens from the encoders {backbones}."
     why = f"known are {', '.join(AUTHORS_ENCODERS)}, pooled or with all their patches."
     raise CheckpointError(what, why, "give a run of train.py or a released MERV.")
-
-
-def authors_tensors(config: MERVConfig, parts: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The authors' tensors, and our name -> theirs. Older files say `projector` and `adapter`."""
-    tensors = {k.removeprefix("llm."): v for k, v in parts["llm_backbone"].items()}
-    for key, tensor in parts.get("projectors", parts.get("projector", {})).items():
-        tensors["projectors." + (key if key[0].isdigit() else f"0.{key}")] = tensor
-    fusion = parts.get("feature_fusion", parts.get("adapter", {}))
-    needless = len(config.encoders) == 1 and not fusion  # the softmax over one is 1 in any case
-    tensors["query"] = torch.zeros(config.llm.hidden_size) if needless else fold_query(fusion)
-    names = {f"llm.{ours}": theirs for ours, theirs in LLAMA_NAMES.items()}
-    names |= {"mixer.query": "query"}
-    for index, encoder in enumerate(config.encoders):
-        names[f"projectors.{encoder.name}.linear"] = f"projectors.{index}.projector.projector"
-    return tensors, names
-
-
-@torch.no_grad()
-def fold_query(fusion: dict[str, Tensor]) -> Tensor:
-    """The authors' fusion module as one query (d,): Q_eff = W_k' (W_q Q + b_q) sqrt(d / d_inner).
-
-    QUIRK: 44 million parameters, of which inference sees one vector (ledger K5). Their score is
-    (W_q Q + b_q) . (W_k x + b_k) / sqrt(d_inner). W_k moves over to the query; b_k adds the same to
-    every encoder's score and cancels in the softmax. Values and output projection are never used.
-    """
-    inner, d = fusion.get("attention.k_proj_weight", torch.empty(1, 1)).shape
-    with torch.device("meta"):
-        attention = nn.MultiheadAttention(inner, 1, kdim=d, vdim=d)
-        theirs = nn.ParameterDict({"Q": torch.empty(1, inner)})
-        theirs.attention = attention
-    assign_weights(theirs, fusion, None, {}, "the fusion module", torch.float64)
-    query = attention.q_proj_weight @ theirs.Q[0] + attention.in_proj_bias[:inner]
-    return attention.k_proj_weight.mT @ query * math.sqrt(d / inner)
 
 
 def drawn_clip(num_frames: int = 32, height: int = 72, width: int = 128) -> Tensor:
@@ -648,57 +607,6 @@ def trace() -> None:
     bos = model.llm.embed_tokens(torch.tensor([[1]]))
     logits = model.llm(inputs_embeds=torch.cat([bos, visual], dim=1))
     show("[BOS] + visual -> LLaMA -> logits (b, s, vocab)", logits)
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto": CUDA or MPS, else the CPU. Each process has its own GPU."""
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        name = found.type if found else "cpu"
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
-
-
-def latest_run(folder: Place = "runs") -> Path:
-    """The run whose checkpoint was written last."""
-    runs = sorted(Path(folder).glob("*/checkpoint/config.json"), key=lambda f: f.stat().st_mtime)
-    if not runs:
-        fix = "run `torchrun train.py` first, or name a checkpoint with --checkpoint."
-        raise CheckpointError(f"No trained run under {folder}/.", "none was trained here.", fix)
-    return runs[-1].parent.parent
-
-
-def option(default: object, text: str, choices: Iterable[str] | None = None):
-    """A field of a dataclass that is a command line."""
-    return field(default=default, metadata={"help": text, "choices": choices})
-
-
-def parse_options(cls: type, arguments: list[str] | None, description: str):
-    """Fill the dataclass `cls` from the command line: --field-name VALUE for each field.
-
-    Flags are --name and --no-name; a tuple takes what has no name. Typing errors are explained.
-    """
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=style)
-    for f in fields(cls):
-        name = "--" + f.name.replace("_", "-")
-        how = {"type": type(f.default), "choices": f.metadata["choices"]}
-        if isinstance(f.default, bool):
-            how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(f.default, tuple):
-            name, how = f.name, {"nargs": "*"}
-        parser.add_argument(name, default=f.default, help=f.metadata["help"], **how)
-    values, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1) or ["--help"]
-        parser.error(f"unknown option {unknown[0]}; did you mean {near[0]}?")
-    return cls(**vars(values))
-
-
-def choose(table: dict, name: str, what: str):
-    """The entry of a table of presets."""
-    if name not in table:
-        raise UserError(f"No {what} {name}.", "there is none.", f"choose of {', '.join(table)}.")
-    return table[name]
 
 
 @dataclass(frozen=True)

@@ -16,27 +16,20 @@ Read before: merv.py, eval.py. Read next: miniature/.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import resource
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from itertools import accumulate, count
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint import state_dict as sharded
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -47,13 +40,26 @@ import data
 import eval
 import merv
 import miniature
-from data import progress
-from encoders import ENCODERS, UserError
-from merv import MERV, MERVS, MIXERS, PROJECTORS, choose, option, parse_options
+from encoders import ENCODERS
+from merv import MERV, MERVS, MIXERS, PROJECTORS
 from miniature import specialists
+from support import errors, features, report
+from support.cli import choose, leave, option, parse_options, progress
+from support.errors import UserError
+from support.runs import (
+    Run,
+    draw_loss,
+    fail,
+    load_state,
+    log,
+    open_run,
+    peak_memory,
+    report_bad,
+    resumed,
+    save_state,
+)
 
 MINIATURE = Path("data/miniature")  # where the default data and encoders are made
-TRAINED = sharded.StateDictOptions(ignore_frozen_params=True)  # encoders come from their sources
 
 
 @dataclass(frozen=True)
@@ -119,24 +125,6 @@ class TrainConfig:
     gpu_memory: float = option(48.0, "plan: GB of each")
     tflops: float = option(60.0, "plan: what each achieves, 10^12 operations a second")
     text_tokens: int = option(512, "plan: tokens of a conversation, half of them answers")
-
-
-# What --resume may change: how a run is computed, not what. All else stays as it began.
-HOW = {"resume", "micro_batch", "workers", "activation_checkpointing", "replicas"}
-HOW |= {"place_encoders", "save_every", "keep", "max_bad", "evaluate", "device"}
-
-
-@dataclass
-class Run:
-    """A run while it is under way."""
-
-    config: TrainConfig
-    folder: Path
-    done: int  # steps, over all stages, of the save that it goes on from; 0: from the start
-    bad: int  # rows that could not be used so far, over all processes
-    seen: int = 0  # rows so far
-    stop: bool = False  # SIGTERM came
-    board: object = None  # TensorBoard's writer
 
 
 # --------------------------------------------------------------------------------- processes, model
@@ -262,7 +250,7 @@ def decode(files: list[Path], encoders: list) -> tuple[list[Path], dict]:
     """The files that can be decoded, and encoder -> their clips; the others' rows will say so."""
     usable, clips = [], []
     for file in files:
-        with suppress(data.DataError):
+        with suppress(errors.DataError):
             clips.append(data.load_pixels(file, encoders))
             usable.append(file)
     return usable, data.stack(clips)
@@ -367,138 +355,6 @@ def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, bef
 # -------------------------------------------------------------------------------- what a run leaves
 
 
-def save_state(model: MERV, optimizers: list, run: Run, number: int) -> None:
-    """saves/NUMBER: the shards of every process after so many steps, complete or not there.
-
-    FIX: the authors save the optimizer state of rank 0 only (ledger F6). Data order and learning
-    rate follow from the number, and nothing is random, so nothing else is needed.
-    WHY: not in the background. At 7B on 8 GPUs it is 10 GB each, some seconds every 500 steps.
-    """
-    folder = run.folder / "saves" / f"{number:08d}"
-    partial = folder.with_suffix(".partial")
-    weights, moments = sharded.get_state_dict(model, optimizers, options=TRAINED)
-    dcp.save({"model": weights, "optimizers": moments}, checkpoint_id=partial)
-    dist.barrier()
-    if dist.get_rank() == 0:
-        partial.rename(folder)
-        saved = sorted(f for f in folder.parent.iterdir() if not f.suffix)
-        for old in saved[: -run.config.keep] if run.config.keep else []:
-            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # never half a save
-    dist.barrier()
-
-
-def load_state(model: MERV, optimizers: list, run: Run) -> None:
-    """All as it was after step run.done, however many processes saved it."""
-    weights, moments = sharded.get_state_dict(model, optimizers, options=TRAINED)
-    state = {"model": weights, "optimizers": moments}  # the weights are the model's own tensors
-    dcp.load(state, checkpoint_id=run.folder / "saves" / f"{run.done:08d}")
-    sharded.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=TRAINED)
-
-
-def open_run(config: TrainConfig) -> Run:
-    """On rank 0: the folder of a new run or, in that of one under way, all as at its last save.
-
-    Under way is --resume's run, or one that the same options and code began and did not end: a
-    command given again goes on, by hand as by torchrun --max-restarts.
-    """
-    here = Path(__file__).parent
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(here.glob("*.py"))))
-    git = {"shell": True, "cwd": here, "capture_output": True, "text": True}
-    commit = subprocess.run("git describe --always --dirty", **git).stdout.strip()
-    saved = {"code": code.hexdigest()[:16], "commit": commit, "torch": torch.__version__}
-    saved |= asdict(config)
-    for number in count(1):
-        folder = Path(config.resume or f"runs/{config.name}{f'-{number}' * (number > 1)}")
-        file, ended = folder / "config.json", (folder / "checkpoint").exists()
-        began = json.loads(file.read_text()) | {"commit": commit} if file.exists() else None
-        if config.resume or not folder.exists() or (began == saved and not ended):
-            break
-    if not began:
-        eval.write_file(file, json.dumps(saved, indent=2))
-    for rest in (folder / "saves").glob("*.partial"):
-        shutil.rmtree(rest)
-    done, lines = max((int(f.name) for f in (folder / "saves").glob("*")), default=0), []
-    for file in (folder / "metrics.jsonl", folder / "bad_examples.jsonl"):
-        lines = [x for x in eval.whole_lines(file) if json.loads(x)["step"] <= done]
-        eval.write_file(file, "".join(lines))
-    print(f"{folder}, from step {done}: {json.dumps(asdict(config))}")
-    return Run(config, folder, done, bad=len(lines))
-
-
-def resumed(config: TrainConfig) -> TrainConfig:
-    """The options that the run to resume began with, and the HOW of this command line."""
-    file = Path(config.resume) / "config.json"
-    if not file.is_file():
-        raise UserError(f"No run at {config.resume}.", f"{file} is missing.", "check the path.")
-    saved, now = json.loads(file.read_text()), asdict(config)
-    began = {f.name: saved[f.name] for f in fields(config)}
-    given = {f.name for f in fields(config) if now[f.name] not in (f.default, began[f.name])}
-    if odd := sorted(given - HOW):
-        what, why = f"--{odd[0]} {now[odd[0]]} contradicts {file}.", "a run goes on as it began."
-        raise UserError(what, why, f"leave that out; what may change is {', '.join(sorted(HOW))}.")
-    return TrainConfig(**began | {name: now[name] for name in given})
-
-
-def log(run: Run, metrics: dict) -> None:
-    """One line of metrics.jsonl; its numbers to TensorBoard too, if that is installed."""
-    with (run.folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
-    for name in metrics.keys() - {"step", "weights"} if run.board else ():
-        run.board.add_scalar(name, metrics[name], metrics["step"])
-
-
-def draw_loss(folder: Path) -> None:
-    """loss.svg: the loss of every step, grey, and its running average, red."""
-    losses = [json.loads(line)["loss"] for line in eval.whole_lines(folder / "metrics.jsonl")]
-    average, curves = accumulate(losses, lambda mean, loss: 0.95 * mean + 0.05 * loss), []
-    for values, colour in ((losses, "#bbb"), (average, "#c33")):
-        scaled = (200 - 180 * value / max(losses) for value in values)
-        points = " ".join(f"{600 * i / len(losses):.1f},{y:.1f}" for i, y in enumerate(scaled))
-        curves.append(f'<polyline fill="none" stroke="{colour}" points="{points}"/>')
-    axes = f"loss: {max(losses):.2f} nats a token at the top, 0 at the bottom; {len(losses)} steps"
-    frame = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 200">'
-    text = f'<text x="4" y="14" font-family="sans-serif" font-size="12" fill="#888">{axes}</text>'
-    eval.write_file(folder / "loss.svg", "\n".join([frame, *curves, text, "</svg>\n"]))
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most that was held at once, in GB: of the GPU, else by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def report_bad(mine: list[dict], total: int, run: Run, step: int) -> None:
-    """Write the rows of a step that could not be used to a file; stop if they become too many.
-
-    FIX: the authors replace them silently (ledger F4).
-    """
-    records = [None] * dist.get_world_size()
-    dist.all_gather_object(records, [{"step": step, **row} for row in mine])
-    file = run.folder / "bad_examples.jsonl"
-    if dist.get_rank() == 0:
-        with file.open("a") as lines:
-            lines.writelines(json.dumps(row) + "\n" for rows in records for row in rows)
-    run.bad += total
-    if run.bad >= 10 and run.bad > run.config.max_bad * run.seen:
-        what = f"{run.bad} of the {run.seen} rows so far could not be used."
-        why = f"with more than --max-bad {run.config.max_bad} of them, this is another data set."
-        raise UserError(what, why, f"repair the rows that {file} lists.")
-
-
-def fail(model: MERV, batches: list, rows: list[dict], folder: Path, what: str) -> None:
-    """Write what reproduces this step to a folder (weights, batches, rows), then raise."""
-    dcp.save(sharded.get_model_state_dict(model, options=TRAINED), checkpoint_id=folder)
-    step = {"batches": [vars(batch) for batch in batches], "rows": rows}
-    torch.save(step, folder / f"rank-{dist.get_rank()}.pt")
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, [row.get("id") for row in rows])
-    why = f"the cause is among the rows with these ids, a list for each rank: {everyone}."
-    fix = f"see {folder} (weights, batches, rows); a smaller --lr may help."
-    raise UserError(f"{folder.name}: {what}.", why, fix)
-
-
 # ------------------------------------------------------------------------------------ the whole run
 
 
@@ -538,7 +394,7 @@ def train(config: TrainConfig) -> Run:
     model = MERV.create(model_config, tokenizer, config.seed)
     llm, encoders, cache, stages = model_config.llm, list(model.config.encoders), None, []
     if config.cache_features != "none":
-        cache = data.FeatureCache(config.cache_features, model.fingerprints())
+        cache = features.FeatureCache(config.cache_features, model.fingerprints())
     for stage in RECIPES[config.recipe]:
         lr = config.lr or (stage.miniature_lr if small else stage.lr)
         size, files = config.global_batch or (32 if small else stage.global_batch), []
@@ -565,17 +421,6 @@ def train(config: TrainConfig) -> Run:
     return run
 
 
-def leave(status: int = 0) -> None:
-    """End this process.
-
-    WHY: DTensor's caches keep the process group, so gloo's threads outlive its destruction. One
-    that drops a tensor while Python takes itself down aborts ("terminate called without an active
-    exception", pytorch issue 190489). All files are closed here, so nothing need be taken down.
-    """
-    sys.stdout.flush()
-    os._exit(status)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """`train.py`: train, then score the miniature."""
     config = parse_options(TrainConfig, arguments, "Train MERV.")
@@ -590,7 +435,7 @@ def main(arguments: list[str] | None = None) -> None:
             answered = eval.evaluate(model, name, MINIATURE / "test", run.folder / "eval")
             if answered:  # by all processes, each its share
                 eval.print_table(name, answered)
-                eval.write_report([str(run.folder)], run.folder / "report.html")
+                report.write_report([str(run.folder)], run.folder / "report.html", eval.summarise)
                 clip = MINIATURE / "test" / "videos" / "clip_000000.mp4"
                 print(f'ask it: python merv.py {clip} "What happens?"')
     except UserError as error:

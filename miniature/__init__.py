@@ -8,6 +8,7 @@ from pathlib import Path
 
 import encoders
 from miniature import specialists, world
+from support import errors
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def prepare(folder: str | Path = "data/miniature", seed: int = 0) -> Path:
     made_by, digest = folder / "made_by.txt", hashlib.sha256(code).hexdigest()
     if folder.exists() and not made_by.exists():
         why = "it was not made by miniature.prepare, which would replace it."
-        raise encoders.UserError(f"{folder} is in the way.", why, "remove it, or run elsewhere.")
+        raise errors.UserError(f"{folder} is in the way.", why, "remove it, or run elsewhere.")
     if not folder.exists() or made_by.read_text() != digest:
         with new_folder(folder) as partial:
             world.write_world(partial, world.CLIPS)

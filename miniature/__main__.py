@@ -21,10 +21,11 @@ import jinja2
 import numpy as np
 
 import miniature
-from data import progress
-from encoders import UserError
-from eval import Question, write_file
 from miniature.world import CLIPS, REVERSED, write_world
+from support.benchmarks import Question
+from support.cli import progress
+from support.errors import UserError
+from support.files import write_file
 from train import MINIATURE
 
 ROOT, RUNS = Path(__file__).parents[1], Path("runs/claims")

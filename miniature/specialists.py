@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from data import progress
-from encoders import ENCODERS, FAMILIES, Encoder, initialise, load_encoder, save_encoder
+from encoders import ENCODERS, FAMILIES, Encoder, load_encoder, save_encoder
 from miniature import world
 from miniature.world import COLOURS, FIRST_SEED, NUM_FRAMES, SHAPES
+from support.cli import progress
+from support.weights import initialise
 
 FAST_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()  # a CPU without it is faster in float32
 VERBS = dict.fromkeys(world.ACTIONS, "moves") | {"stays": "rests"}  # what captions tell of actions

@@ -16,7 +16,7 @@ import numpy as np
 import sentencepiece
 from numpy.random import Generator, default_rng
 
-from data import progress
+from support.cli import progress
 
 VOCAB_SIZE = 640  # of the tokenizer: 256 bytes, the letters and the world's words
 SIZE, NUM_FRAMES, FPS = 32, 8, 8  # H = W in pixels, T, frames per second

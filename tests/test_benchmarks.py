@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 import eval
-from data import load_video
 from merv import FOUR, MERVS
 from miniature.world import write_world
+from support import benchmarks
+from support.video import load_video
 
 ROOT = Path(__file__).parent.parent
 MCQ_QUESTION = {
@@ -98,7 +99,7 @@ def test_a_benchmark_is_read_as_it_was_published(name, tmp_path, videos):
     files, expected = SAMPLES[name]
     name = name.removesuffix("-as-pairs")
     folder = lay_out(tmp_path, files, videos)
-    questions = eval.load_questions(name, folder)
+    questions = benchmarks.load_questions(name, folder)
     found = [(q.video, q.expected, q.kind, q.cut) for q in questions]
     assert found == [(v, e, k, cut or (None, None, None)) for v, e, k, cut in expected]
     encoders = MERVS["miniature"].encoders
@@ -113,7 +114,7 @@ def test_times_in_a_folder_of_frames_are_counted_at_its_rate(tmp_path, videos):
     """VLEP's frames come 3 a second: from 0.5 s to 2 s are frames 1 to 5, not the whole folder."""
     files, _ = SAMPLES["vlep"]
     folder = lay_out(tmp_path, files, videos)
-    question = eval.load_questions("vlep", folder)[0]
+    question = benchmarks.load_questions("vlep", folder)[0]
     start, end, _ = question.cut
     frames = load_video(folder / "videos" / question.video, 5, start, end, fps=3)
     every = load_video(folder / "videos" / question.video, 8)
@@ -138,16 +139,16 @@ SSV2 = {
 def test_something_something_becomes_questions(tmp_path, videos):
     """In words; as five options, four wrong and the same every time; the 12 temporal classes."""
     folder = lay_out(tmp_path, SSV2, videos)
-    assert len(eval.TEMPORAL) == 12
-    words = eval.load_questions("ssv2-open", folder)
+    assert len(benchmarks.TEMPORAL) == 12
+    words = benchmarks.load_questions("ssv2-open", folder)
     assert [q.expected for q in words] == [CLASSES[0], CLASSES[4]] and not words[0].options
-    choices = eval.load_questions("ssv2-mcq", folder)
+    choices = benchmarks.load_questions("ssv2-mcq", folder)
     for question, answer in zip(choices, words, strict=True):
         assert len(set(question.options)) == 5 and set(question.options) <= set(CLASSES)
         assert question.options[ord(question.expected) - ord("A")] == answer.expected
-    assert choices == eval.load_questions("ssv2-mcq", folder)
-    assert [q.video for q in eval.load_questions("ssv2-temporal", folder)] == ["clip_a"]
-    assert eval.load_questions("ssv2-temporal", folder)[0].options == choices[0].options
+    assert choices == benchmarks.load_questions("ssv2-mcq", folder)
+    assert [q.video for q in benchmarks.load_questions("ssv2-temporal", folder)] == ["clip_a"]
+    assert benchmarks.load_questions("ssv2-temporal", folder)[0].options == choices[0].options
 
 
 def test_check_lists_what_is_missing_before_anything_runs(tmp_path, videos):

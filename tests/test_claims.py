@@ -15,9 +15,11 @@ import pytest
 import eval
 import miniature
 from encoders import load_encoder, save_encoder
-from merv import FOUR, parse_options
+from merv import FOUR
 from miniature import __main__ as claims
 from miniature.world import REVERSED, write_world
+from support import benchmarks
+from support.cli import parse_options
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +30,7 @@ def answers(right: dict[tuple[str, int], str]) -> dict:
     made = {}
     for run, marks in right.items():
         made[run] = [
-            eval.Question(f"{clip}{number}", f"clip_{clip}", "What?", "", correct=mark == "1")
+            benchmarks.Question(f"{clip}{number}", f"clip_{clip}", "What?", "", correct=mark == "1")
             for clip, group in enumerate(marks.split())
             for number, mark in enumerate(group)
         ]
@@ -105,7 +107,9 @@ def test_a_claim_holds_three_standard_errors_away(difference, error, bounds, exp
 
 def test_subsets_are_kinds_first_words_and_the_direction_of_time():
     """Temporal is what would be answered otherwise if the clip were played backwards."""
-    question = eval.Question("1", "clip", "What happens?", next(iter(REVERSED)), "what happens")
+    question = benchmarks.Question(
+        "1", "clip", "What happens?", next(iter(REVERSED)), "what happens"
+    )
     for subset in ("all", "temporal", "what happens", "what", "What happens?"):
         assert claims.inside(question, subset), subset
     assert not claims.inside(question, "where")
@@ -160,7 +164,7 @@ def scripts(place, monkeypatch):
             (Path("runs") / options["--name"] / "checkpoint").mkdir(parents=True)
             return subprocess.CompletedProcess(script, 0, "", "")
         folder = Path(options["--checkpoint"])
-        questions = eval.load_questions("miniature-open", options["--data"])
+        questions = benchmarks.load_questions("miniature-open", options["--data"])
         roll = random.Random(folder.name)
         for question in questions:
             good = roll.random() < (0.9 if folder.name.startswith("MERV-") else 0.5)

@@ -31,22 +31,20 @@ from data import (
     IGNORE,
     TEMPLATES,
     ConversationDataset,
-    DataError,
     Example,
-    FeatureCache,
     GroupedBatchSampler,
-    VideoError,
     collate,
     load_pixels,
-    load_video,
-    mcq_prompt,
     preprocess,
     render_prompt,
-    sample_indices,
     tokenize,
 )
 from encoders import ENCODERS
 from llama import Tokenizer
+from support.benchmarks import mcq_prompt
+from support.errors import DataError, VideoError
+from support.features import FeatureCache
+from support.video import load_video, sample_indices
 
 # ------------------------------------------------------------------------------------ making videos
 

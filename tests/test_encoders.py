@@ -22,24 +22,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import encoders
-from encoders import (
-    ENCODERS,
-    FAMILIES,
-    FILES,
-    NAMES,
-    PREFIXES,
-    CheckpointError,
-    Encoder,
-    EncoderConfig,
-    UserError,
-    find_file,
-    load_encoder,
-    read_tensors,
-    released_names,
-    resize_positions,
-    save_encoder,
-    save_tensors,
-)
+from encoders import ENCODERS, FAMILIES, Encoder, EncoderConfig, load_encoder, save_encoder
+from support import weights
+from support.errors import CheckpointError, UserError
+from support.released import NAMES, PREFIXES, resize_positions
+from support.weights import FILES, find_file, read_tensors, released_names, save_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -893,7 +880,7 @@ def hub_that_raises(error_class, monkeypatch) -> list[tuple]:
             error = error_class("no")
         raise error
 
-    monkeypatch.setattr(encoders.huggingface_hub, "hf_hub_download", download)
+    monkeypatch.setattr(weights.huggingface_hub, "hf_hub_download", download)
     return calls
 
 
@@ -934,7 +921,7 @@ def test_an_interrupted_save_leaves_the_old_file_whole(tmp_path, monkeypatch):
         where.write_bytes(b"half a file")
         raise OSError("disk full")
 
-    monkeypatch.setattr(encoders, "save_file", half)
+    monkeypatch.setattr(weights, "save_file", half)
     with pytest.raises(OSError, match="disk full"):
         save_tensors({"x": torch.zeros(3)}, path)
     assert torch.equal(load_file(path)["x"], torch.ones(3))

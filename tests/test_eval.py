@@ -11,10 +11,11 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval
-from encoders import UserError
 from llama import LLAMAS
 from merv import MERV, MERVS
 from miniature.world import write_world
+from support import benchmarks
+from support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -95,7 +96,7 @@ def test_videos_that_cannot_be_read_are_failed_answers(world, model, tmp_path):
 
 def test_accuracy_counts_by_kind():
     """Two kinds, one of them with a failure: a failure is a wrong answer."""
-    base = eval.Question("1", "v", "What colour?", "red", "colour", answer="Red.")
+    base = benchmarks.Question("1", "v", "What colour?", "red", "colour", answer="Red.")
     questions = [
         base,
         replace(base, answer="blue"),
@@ -113,7 +114,7 @@ def test_accuracy_counts_by_kind():
 
 def test_multiple_choice_is_asked_with_its_options_and_judged_by_the_letter(world):
     """The expected answer is the letter of answer_id, and the prompt shows every option."""
-    for question in eval.load_questions("miniature-mcq", world / "test"):
+    for question in benchmarks.load_questions("miniature-mcq", world / "test"):
         assert question.options[ord(question.expected) - ord("A")] in question.prompt
         assert all(option in question.prompt for option in question.options)
         assert "nothing else." in question.prompt
@@ -121,7 +122,7 @@ def test_multiple_choice_is_asked_with_its_options_and_judged_by_the_letter(worl
 
 def test_all_kinds_are_asked(world):
     """Each clip is asked every kind of question that it allows."""
-    kinds = {q.kind for q in eval.load_questions("miniature-open", world / "test")}
+    kinds = {q.kind for q in benchmarks.load_questions("miniature-open", world / "test")}
     assert kinds >= {"colour", "shape", "texture", "how many"}
     assert kinds & {"temporal", "what happens"}
 
@@ -130,7 +131,7 @@ def test_all_kinds_are_asked(world):
 def test_a_video_name_cannot_leave_the_folder(world, name):
     """Annotations are data: a path in one must not open files elsewhere."""
     (world / "test" / "secret.mp4").write_bytes(b"")
-    question = eval.Question("1", name, "Who?", "me")
+    question = benchmarks.Question("1", name, "Who?", "me")
     clips = eval.Clips([question], world / "test", [])
     assert "has no video" in clips[0][2]
 
@@ -140,7 +141,7 @@ def test_videos_are_found_by_stem_whatever_the_extension(tmp_path):
     for name in ("a.webm", "ab.mp4", "v[1].gif", "1150/6233408665.mp4", "frames/1.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = eval.list_videos(tmp_path)
+    found = benchmarks.list_videos(tmp_path)
     names = {stem: path.name for stem, path in found.items()}
     assert names == {
         "a": "a.webm", "ab": "ab.mp4", "v[1]": "v[1].gif", "6233408665": "6233408665.mp4",
@@ -151,16 +152,16 @@ def test_videos_are_found_by_stem_whatever_the_extension(tmp_path):
 def test_a_broken_question_file_is_explained(tmp_path):
     """Missing files, answers that lack a question, an id twice: the error says which."""
     with pytest.raises(UserError, match="No such file"):
-        eval.load_questions("msvd", tmp_path)
+        benchmarks.load_questions("msvd", tmp_path)
     (tmp_path / "test_q.json").write_text(
         json.dumps([{"question_id": 1, "video_name": "v", "question": "Who?"}] * 2)
     )
     (tmp_path / "test_a.json").write_text("[]")
     with pytest.raises(UserError, match="KeyError"):
-        eval.load_questions("msvd", tmp_path)
+        benchmarks.load_questions("msvd", tmp_path)
     (tmp_path / "test_a.json").write_text('[{"question_id": 1, "answer": "me"}]')
     with pytest.raises(UserError, match="more than one question has the id 1"):
-        eval.load_questions("msvd", tmp_path)
+        benchmarks.load_questions("msvd", tmp_path)
 
 
 def test_the_command_writes_every_answer(world, model, tmp_path):
@@ -284,7 +285,7 @@ def test_all_questions_of_a_video_cost_little_more_than_one(world, model):
 
 def test_the_authors_rule_takes_the_first_character():
     """For comparison with published numbers: --mcq-rule released (ledger F9)."""
-    both = eval.Question("1", "v", "Which?", "B", options=("red", "blue"), answer="Both")
+    both = benchmarks.Question("1", "v", "Which?", "B", options=("red", "blue"), answer="Both")
     told = replace(both, answer="The answer is B.")
     for question, parsed, released in ((both, False, True), (told, True, False)):
         eval.score(question, "parse")

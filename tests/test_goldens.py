@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data import preprocess
-from encoders import ENCODERS, EncoderConfig, load_encoder, resize_positions
+from encoders import ENCODERS, EncoderConfig, load_encoder
+from support.released import resize_positions
 
 GOLDENS = REPOSITORY / "tests" / "goldens"
 BOTH = pytest.mark.parametrize("name", ["dinov2", "siglip"])

@@ -24,8 +24,10 @@ from hub_server import Fault, Hub, commit
 from safetensors.torch import load_file, save
 from torch import nn
 
-from encoders import ENCODERS, FILES, CheckpointError, EncoderConfig, load_encoder, save_encoder
+from encoders import ENCODERS, EncoderConfig, load_encoder, save_encoder
 from llama import LLAMAS, load_llama
+from support.errors import CheckpointError
+from support.weights import FILES
 
 pytestmark = pytest.mark.slow
 

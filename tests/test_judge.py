@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 
 import eval
-from encoders import UserError
+from support import benchmarks
+from support import judge as judging
+from support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-QUESTION = eval.Question("0", "v", "What colour?", "red", "colour")
+QUESTION = benchmarks.Question("0", "v", "What colour?", "red", "colour")
 
 
 class Endpoint(ThreadingHTTPServer):
@@ -111,7 +113,7 @@ def judge(path: Path, server: Endpoint, retries: int = 6) -> dict:
 )
 def test_a_verdict_is_json_or_nothing(reply, verdict):
     """Never evaluated as code, never guessed at, and never "no" because it cannot be read."""
-    assert eval.parse_verdict(reply) == verdict
+    assert judging.parse_verdict(reply) == verdict
 
 
 def test_failures_and_throttling_are_asked_again(endpoint, tmp_path, monkeypatch):

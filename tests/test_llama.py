@@ -18,10 +18,8 @@ from conftest import unit_scale
 from safetensors.torch import save_file
 from torch import Tensor
 
-from encoders import CheckpointError, UserError, released_names
 from llama import (
     LLAMAS,
-    NAMES,
     KVCache,
     Llama,
     LlamaConfig,
@@ -30,11 +28,14 @@ from llama import (
     Tokenizer,
     load_llama,
     read_config,
-    read_meta,
     rope,
     rotate,
     sample,
 )
+from support.errors import CheckpointError, UserError
+from support.released import LLAMA_NAMES as NAMES
+from support.released import read_meta
+from support.weights import released_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,7 +14,8 @@ import torch
 import merv
 from encoders import load_encoder, save_encoder
 from llama import LLAMAS, Llama, LlamaConfig
-from merv import AUTHORS_ENCODERS, FOUR, MERV
+from merv import FOUR, MERV
+from support.released import AUTHORS_ENCODERS
 
 pytestmark = pytest.mark.slow
 LLAMA = replace(

@@ -29,22 +29,14 @@ from test_data import decode_everything, numbered_frames, talk, train_tokenizer,
 from torch import Tensor, nn
 
 import merv
-from data import (
-    IGNORE,
-    TEMPLATES,
-    Batch,
-    Example,
-    FeatureCache,
-    collate,
-    load_video,
-    preprocess,
-    render_prompt,
-    sample_indices,
-    tokenize,
-)
-from encoders import ENCODERS, CheckpointError
+from data import IGNORE, TEMPLATES, Batch, Example, collate, preprocess, render_prompt, tokenize
+from encoders import ENCODERS
 from llama import LLAMAS, Tokenizer
 from merv import FOUR, MERV, MERVS, MIXERS, CrossAttentionMixer, MERVConfig, PooledProjector
+from support import cli
+from support.errors import CheckpointError
+from support.features import FeatureCache
+from support.video import load_video, sample_indices
 
 # -------------------------------------------------------------------------------------- a tiny MERV
 
@@ -1070,11 +1062,11 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
     """Eight that evaluate a 7B would not fit on the first one."""
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: torch.device("cuda"))
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert merv.pick_device() == torch.device("cuda:0")
+    assert cli.pick_device() == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert merv.pick_device() == merv.pick_device("cuda") == torch.device("cuda:3")
-    assert merv.pick_device("cuda:1") == torch.device("cuda:1")
-    assert merv.pick_device("cpu") == torch.device("cpu")
+    assert cli.pick_device() == cli.pick_device("cuda") == torch.device("cuda:3")
+    assert cli.pick_device("cuda:1") == torch.device("cuda:1")
+    assert cli.pick_device("cpu") == torch.device("cpu")
 
 
 def test_a_question_on_the_command_line_is_answered(model, saved, clip, capsys):

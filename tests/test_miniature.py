@@ -8,13 +8,12 @@ import pytest
 import torch
 from numpy.random import default_rng
 
-import encoders
-import eval
 import miniature
-from data import load_video
 from encoders import ENCODERS, load_encoder, save_encoder
 from miniature import specialists, world
 from miniature.world import CLIPS, PAIRS, REVERSED, draw_clip, write_world
+from support import benchmarks, errors
+from support.video import load_video
 
 TINY = {"train": 12, "val": 3, "test": 3}
 
@@ -157,7 +156,7 @@ def test_objects_hide_parts_of_each_other():
 def test_files_are_what_eval_reads(folder):
     """Open questions and multiple choice; 3 to 5 options, and the right one among them once."""
     for name in ("miniature-open", "miniature-mcq"):
-        questions = eval.load_questions(name, folder / "test")
+        questions = benchmarks.load_questions(name, folder / "test")
         assert len({q.video for q in questions}) == 3
         assert {q.kind for q in questions} >= {"colour", "shape", "texture", "how many"}
         for question in questions:
@@ -314,6 +313,6 @@ def test_prepare_refuses_a_foreign_folder(tmp_path):
     """It would replace what somebody else put there."""
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("all of it")
-    with pytest.raises(encoders.UserError, match="in the way"):
+    with pytest.raises(errors.UserError, match="in the way"):
         miniature.prepare(tmp_path / "mine")
     assert (tmp_path / "mine" / "thesis.tex").exists()

@@ -66,7 +66,7 @@ with FlopCounterMode(display=False) as counter:
     model(batch)[0].backward()
 counted = counter.get_total_flops() / b / 1e12
 print(json.dumps([planned, peak, sum(work.values()), counted]))
-train.leave()
+cli.leave()
 """
 
 

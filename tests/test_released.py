@@ -11,9 +11,12 @@ from torch import nn
 
 import encoders
 import merv
-from encoders import CheckpointError, load_encoder, save_encoder
+from encoders import load_encoder, save_encoder
 from llama import LLAMAS, Llama, load_llama
-from merv import AUTHORS_ENCODERS, FOUR, MERV, CrossAttentionMixer, fold_query
+from merv import FOUR, MERV, CrossAttentionMixer
+from support import released
+from support.errors import CheckpointError
+from support.released import AUTHORS_ENCODERS, fold_query
 
 D, INNER, LAYERS = 64, 48, 2
 
@@ -191,7 +194,7 @@ def test_the_manifest_of_the_authors_fits_the_full_size_model(shared_folder):
     }
     found = {"model": {"video_backbone_ids": list(AUTHORS_ENCODERS)}}
     config = merv.authors_config("merv-frozen", found)
-    tensors, names = merv.authors_tensors(config, parts)
+    tensors, names = released.authors_tensors(config, parts)
     with torch.device("meta"):
         model = MERV(config, [nn.Module() for _ in FOUR], Llama(config.llm), None)
     merv.assign_weights(model, tensors, names, merv.LLAMA_SKIP, "manifest", torch.bfloat16)

@@ -18,8 +18,9 @@ import pytest
 from PIL import Image
 
 import eval
-from encoders import UserError
 from miniature.world import write_world
+from support import benchmarks, report
+from support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 EVIL = "<script>alert(1)</script>{{ 7 * 7 }}\"'>"
@@ -33,7 +34,7 @@ def runs(tmp_path_factory):
     data = folder / "world" / "test"
     for index, run in enumerate(("first", "second")):
         for name in ("miniature-open", "miniature-mcq"):
-            questions = eval.load_questions(name, data)
+            questions = benchmarks.load_questions(name, data)
             for number, question in enumerate(questions):
                 good = (number + index) % 3 == 0
                 question.answer = question.expected if good else EVIL
@@ -96,14 +97,14 @@ def test_strips_are_frames_of_the_clips(page):
 
 def test_a_single_run_has_a_report_too(runs):
     """No second run to compare with, no difference to show."""
-    eval.write_report([str(runs / "first")], runs / "one.html")
+    report.write_report([str(runs / "first")], runs / "one.html", eval.summarise)
     assert "(figure 6)" not in (runs / "one.html").read_text()
 
 
 def test_a_run_without_results_is_explained(tmp_path):
     """Nothing is written then."""
     with pytest.raises(UserError, match="has no results"):
-        eval.write_report([str(tmp_path)], tmp_path / "report.html")
+        report.write_report([str(tmp_path)], tmp_path / "report.html", eval.summarise)
     assert not list(tmp_path.iterdir())
 
 

@@ -14,11 +14,13 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from data import TEMPLATES, Batch, ConversationDataset, FeatureCache, load_video
+from data import TEMPLATES, Batch, ConversationDataset
 from encoders import ENCODERS, load_encoder, save_encoder
 from llama import Tokenizer
 from merv import FOUR, MERV, MERVS
 from miniature.world import write_world
+from support.features import FeatureCache
+from support.video import load_video
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -298,7 +300,7 @@ def spoil(examples):
     return batch
 data.collate = spoil
 train.main(sys.argv[1:])
-train.leave()
+cli.leave()
 """
 
 
