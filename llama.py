@@ -1,11 +1,16 @@
-"""LLaMA-2: a decoder that reads embeddings and says what comes next (arXiv:2302.13971, 2307.09288).
+"""LLaMA-2: the language model that reads the visual tokens and the question, and writes the answer.
 
-In:   token ids (b, s), or embeddings (b, s, d): MERV hands over visual tokens as embeddings
-Out:  logits (b, s, vocab), or answers as lists of token ids
+In:   token ids (b, s), or embeddings (b, s, d): MERV passes its visual tokens as embeddings
+Out:  logits (b, s, vocab), or generated answers as lists of token ids
 
-Rows of one batch may differ in length. They are padded on the right, and no padding mask is needed
-anywhere: a query sees positions up to its own, so what stands to the right of a row is never seen.
-Read before: encoders.py (how released weights are read). Read next: data.py.
+Shapes: b sequences (rows) in a batch, s tokens in each, d = hidden_size channels in each token;
+heads = num_heads query heads and kv_heads = num_kv_heads key-value heads of head_dim channels.
+
+Rows may differ in length: shorter ones are padded on the right. Attention is causal, so no token
+attends to the padding on its right, and no padding mask is needed.
+
+Papers: LLaMA (arXiv:2302.13971), LLaMA-2 (arXiv:2307.09288).
+Read before: encoders.py. Read next: data.py.
 """
 
 from __future__ import annotations
@@ -34,55 +39,62 @@ from support.released import (
 )
 from support.weights import assign_weights, initialise
 
+# ------------------------------------------------------------------------------------------- config
+
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """The shape of one model of the family; the defaults are LLaMA-2 7B."""
+    """The architecture of one LLaMA model. The defaults are those of LLaMA-2 7B."""
 
     name: str
-    source: str = ""  # where the weights are: a hub id or a folder
+    source: str = ""  # where the weights come from: a hub id or a folder
     vocab_size: int = 32000
-    hidden_size: int = 4096  # d
+    hidden_size: int = 4096  # d, the width of the residual stream
     intermediate_size: int = 11008  # width inside the MLP
     num_layers: int = 32
-    num_heads: int = 32
-    num_kv_heads: int = 32  # fewer than num_heads: grouped-query attention
-    max_positions: int = 4096
-    rope_theta: float = 10000.0
-    rope_bf16: bool = False  # ledger K1: round RoPE's frequencies to bfloat16
+    num_heads: int = 32  # query heads
+    num_kv_heads: int = 32  # key-value heads; fewer than num_heads is grouped-query attention
+    max_positions: int = 4096  # longest sequence the model was trained on
+    rope_theta: float = 10000.0  # base of RoPE's frequencies
+    rope_bf16: bool = False  # round RoPE's frequencies to bfloat16 (ledger K1)
     norm_eps: float = 1e-5
-    tie_word_embeddings: bool = False
-    template: str = "base"  # which prompt it was trained with: data.TEMPLATES
+    tie_word_embeddings: bool = False  # use the embedding matrix as the output head too
+    template: str = "base"  # the prompt format it was trained with, a key of data.TEMPLATES
 
     @property
     def head_dim(self) -> int:
+        """Channels of one attention head: 4096 / 32 = 128 in LLaMA-2 7B."""
         return self.hidden_size // self.num_heads
 
 
 _13B = dict(hidden_size=5120, intermediate_size=13824, num_layers=40, num_heads=40, num_kv_heads=40)
-LLAMAS: dict[str, LlamaConfig] = {
-    config.name: config
-    for config in [
-        LlamaConfig("llama2-7b", "meta-llama/Llama-2-7b-hf"),
-        LlamaConfig("llama2-13b", "meta-llama/Llama-2-13b-hf", **_13B),
-        LlamaConfig("llama2-7b-chat", "meta-llama/Llama-2-7b-chat-hf", template="llama2_chat"),
-        LlamaConfig("vicuna-7b", "lmsys/vicuna-7b-v1.5", template="vicuna"),
-        LlamaConfig("vicuna-13b", "lmsys/vicuna-13b-v1.5", template="vicuna", **_13B),
-        LlamaConfig(
-            "tinyllama-1.1b", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
-            hidden_size=2048, intermediate_size=5632, num_layers=22, num_kv_heads=4,
-            max_positions=2048,
-        ),
-        LlamaConfig(
-            "miniature", vocab_size=640, hidden_size=128, intermediate_size=256, num_layers=2,
-            num_heads=4, num_kv_heads=4, max_positions=1024,
-        ),
-    ]
-}  # fmt: skip
+
+_PRESETS = [  # the sizes are those of config.json in each repository
+    LlamaConfig("llama2-7b", "meta-llama/Llama-2-7b-hf"),
+    LlamaConfig("llama2-13b", "meta-llama/Llama-2-13b-hf", **_13B),
+    LlamaConfig("llama2-7b-chat", "meta-llama/Llama-2-7b-chat-hf", template="llama2_chat"),
+    LlamaConfig("vicuna-7b", "lmsys/vicuna-7b-v1.5", template="vicuna"),
+    LlamaConfig("vicuna-13b", "lmsys/vicuna-13b-v1.5", template="vicuna", **_13B),
+    LlamaConfig(
+        "tinyllama-1.1b", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T",
+        hidden_size=2048, intermediate_size=5632, num_layers=22, num_kv_heads=4, max_positions=2048,
+    ),
+    LlamaConfig(
+        "miniature", vocab_size=640, hidden_size=128, intermediate_size=256, num_layers=2,
+        num_heads=4, num_kv_heads=4, max_positions=1024,
+    ),
+]  # fmt: skip
+LLAMAS: dict[str, LlamaConfig] = {config.name: config for config in _PRESETS}
+
+
+# -------------------------------------------------------------------------------------------- model
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, with the mean of squares in float32 whatever the dtype of x."""
+    """Root-mean-square norm (arXiv:1910.07467): x / sqrt(mean(x^2) + eps) * weight.
+
+    F.rms_norm is one kernel on a GPU, and sums the squares in float32 if x is bfloat16 or float16.
+    """
 
     def __init__(self, hidden_size: int, eps: float):
         super().__init__()
@@ -90,105 +102,76 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def rope(positions: Tensor, config: LlamaConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every rotation angle: positions (b, s) -> two of (b, 1, s, head_dim)."""
-    exponent = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
-    frequencies = config.rope_theta ** -exponent.float()
+class RotaryTable:
+    """Rotary position embedding (RoPE, arXiv:2104.09864): the cosine and sine of each angle.
+
+    Both tables are float32, of shape (s, head_dim), or (b, 1, s, head_dim) if positions differ
+    between rows. The first half of `sin` is negated, as `rotate` needs it.
+
+    WHY a plain class: FSDP casts the floating-point tensors among a layer's arguments to bfloat16,
+    also inside tuples and dataclasses, which would leave 3 digits of each cosine. It does not look
+    inside other objects, so these tables stay in float32.
+    """
+
+    def __init__(self, cos: Tensor, sin: Tensor):
+        self.cos = cos
+        self.sin = sin
+
+    def at(self, positions: Tensor) -> RotaryTable:
+        """Look up positions (b, s) in a table of (length, head_dim)."""
+        return RotaryTable(self.cos[positions][:, None], self.sin[positions][:, None])
+
+
+def rope(positions: Tensor, config: LlamaConfig) -> RotaryTable:
+    """Compute the rotary table of positions (s,): angle = position * theta^(-2i / head_dim)."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device) / config.head_dim
+    frequencies = config.rope_theta**-exponents  # (head_dim / 2), radians per position
     if config.rope_bf16:
         # QUIRK: the authors cast the model, and this table with it, to bfloat16 (ledger K1).
         frequencies = frequencies.bfloat16().float()
-    angles = positions[:, None, :, None].float() * frequencies
-    angles = torch.cat([angles, angles], dim=-1)
-    return angles.cos(), angles.sin()
+    angles = positions[:, None].float() * frequencies
+    cos, sin = angles.cos(), angles.sin()
+    return RotaryTable(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn channel pairs (i, i + head_dim/2) of x (b, heads, s, head_dim) by their angles."""
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
-    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+def rotate(x: Tensor, rotary: RotaryTable) -> Tensor:
+    """Rotate each channel pair (i, i + head_dim/2) of x (b, heads, s, head_dim) by its angle.
 
-
-class KVCache:
-    """Keys and values of what has been read, so that each token passes through the model once.
-
-    Rows differ in length, up to max_length. A row's token number p lies in slot p all the same:
-    [a b c] and [d e] padded to 3 lie in slots 0..2, and the next token of the second row overwrites
-    its padding in slot 2. So one rule serves as mask: a query in slot p sees slots 0..p.
-    FIX: the authors drop the mask when decoding, so rows see each other's padding (ledger F3).
-
-    prefix: a cache of one row that all rows of this one begin with (BOS and the video), shared.
+    With head_dim 4, the pairs are (x0, x2) and (x1, x3):
+        [x0 x1 x2 x3] * [c0 c1 c0 c1] + [x2 x3 x0 x1] * [-s0 -s1 s0 s1]
+    The products are float32 even if x is bfloat16, because the tables are float32.
     """
-
-    def __init__(self, config: LlamaConfig, batch_size, max_length, dtype, device, prefix=None):
-        self.prefix = prefix
-        self.prefix_length = prefix.used if prefix else 0
-        total = self.prefix_length + max_length
-        if total > config.max_positions:
-            what = f"{config.name} was asked for {total} positions, has {config.max_positions}."
-            fix = "a shorter question, fewer visual tokens, or a smaller max_new_tokens."
-            raise UserError(what, "it was trained on no more.", fix)
-        shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
-        self.keys, self.values = torch.zeros(2, *shape, dtype=dtype, device=device)
-        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)
-        self.used = 0  # slots in use: the longest row
-
-    def advance(self, s: int, lengths: Tensor | None) -> Tensor:
-        """Make room for s more tokens a row, lengths (b,) of them real; their positions (b, s)."""
-        self.slots = self.lengths[:, None] + torch.arange(s, device=self.lengths.device)
-        self.lengths = self.lengths + (s if lengths is None else lengths)
-        self.used += s
-        seen = torch.arange(self.used, device=self.slots.device)
-        self.visible = seen <= self.slots[:, None, :, None]  # (b, 1, s, used)
-        return self.prefix_length + self.slots
-
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v (b, kv_heads, s, c), then attend with q (b, heads, s, c) to all so far."""
-        where = self.slots[:, None, :, None].expand_as(k)
-        self.keys[layer].scatter_(2, where, k)
-        self.values[layer].scatter_(2, where, v)
-        if self.prefix is None and self.used == q.shape[2]:  # nothing before
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        k, v = self.keys[layer, :, :, : self.used], self.values[layer, :, :, : self.used]
-        if self.prefix is None:
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.visible, enable_gqa=True)
-        # WHY: expanding the prefix to b rows would copy it: 0.5 GB a question at 7B. Instead all
-        # rows' queries meet the one copy, and one softmax runs over both parts.
-        prefix_k = self.prefix.keys[layer, 0, :, : self.prefix_length]
-        prefix_v = self.prefix.values[layer, 0, :, : self.prefix_length]
-        grouped = q.unflatten(1, (k.shape[1], -1)) / math.sqrt(q.shape[-1])  # (b, g, r, s, c)
-        own = torch.einsum("bgrsc,bgmc->bgrsm", grouped, k)
-        own = own.masked_fill(~self.visible[:, :, None], -math.inf)
-        scores = torch.cat([torch.einsum("bgrsc,gpc->bgrsp", grouped, prefix_k), own], dim=-1)
-        weights = scores.float().softmax(-1).to(v.dtype)
-        from_prefix, from_own = weights.split([self.prefix_length, self.used], dim=-1)
-        y = torch.einsum("bgrsp,gpc->bgrsc", from_prefix, prefix_v)
-        return (y + torch.einsum("bgrsm,bgmc->bgrsc", from_own, v)).flatten(1, 2)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return (x * rotary.cos + swapped * rotary.sin).to(x.dtype)
 
 
 class SelfAttention(nn.Module):
-    """Causal attention with rotary positions; key-value heads may be shared by groups of heads."""
+    """Causal self-attention. In grouped-query attention several query heads share one kv head."""
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
-        self.layer = layer  # where its keys and values lie in the cache
-        d, kv_width = config.hidden_size, config.num_kv_heads * config.head_dim
+        self.layer = layer  # index of this layer in the KV cache
         self.head_dim = config.head_dim
+        d = config.hidden_size
+        kv_width = config.num_kv_heads * config.head_dim
         self.q_proj = nn.Linear(d, d, bias=False)
         self.k_proj = nn.Linear(d, kv_width, bias=False)
         self.v_proj = nn.Linear(d, kv_width, bias=False)
         self.o_proj = nn.Linear(d, d, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)  # (b, heads, s, head_dim)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(b, s, heads * head_dim) -> (b, heads, s, head_dim)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, rotary: RotaryTable, cache: KVCache | None) -> Tensor:
+        q = self.split_heads(self.q_proj(x))  # (b, heads, s, head_dim)
+        k = self.split_heads(self.k_proj(x))  # (b, kv_heads, s, head_dim)
+        v = self.split_heads(self.v_proj(x))
+        # WHY: decoding speed is limited by the number of kernels; q and k share those of rotate.
+        q, k = rotate(torch.cat([q, k], dim=1), rotary).split([q.shape[1], k.shape[1]], dim=1)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
@@ -197,11 +180,12 @@ class SelfAttention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """The gated MLP (arXiv:2002.05202): down(silu(gate(x)) * up(x))."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
-        d, inner = config.hidden_size, config.intermediate_size
+        d = config.hidden_size
+        inner = config.intermediate_size
         self.gate_proj = nn.Linear(d, inner, bias=False)
         self.up_proj = nn.Linear(d, inner, bias=False)
         self.down_proj = nn.Linear(inner, d, bias=False)
@@ -211,7 +195,7 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Pre-norm attention, then pre-norm MLP: (b, s, d) -> (b, s, d)."""
+    """Attention, then the MLP, each with a norm before it and a residual connection around both."""
 
     def __init__(self, config: LlamaConfig, layer: int):
         super().__init__()
@@ -220,13 +204,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x: Tensor, rotary: RotaryTable, cache: KVCache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class Llama(nn.Module):
-    """Embedding, decoder layers, norm, and the head that gives logits."""
+    """The decoder: token embedding, layers, final norm, and the head that computes logits."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -239,45 +223,50 @@ class Llama(nn.Module):
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def forward(self, input_ids=None, inputs_embeds=None, cache=None, lengths=None) -> Tensor:
-        """Logits (b, s, vocab) for ids (b, s) or embeddings (b, s, d); see `hidden_states`."""
+        """Logits (b, s, vocab); the arguments are those of `hidden_states`."""
         return self.logits(self.hidden_states(input_ids, inputs_embeds, cache, lengths))
 
     def hidden_states(self, input_ids=None, inputs_embeds=None, cache=None, lengths=None) -> Tensor:
-        """The normed output of the last layer (b, s, d).
+        """The output of the final norm (b, s, d) for ids (b, s) or embeddings (b, s, d).
 
-        cache: the KVCache that these tokens follow and are added to. lengths (b,): how many of the
-        s tokens of each row are real, the rest being padding on the right (default: all).
+        cache: a KVCache with the tokens before these; it is extended by these.
+        lengths (b,): the number of real tokens in each row, the rest being padding (default: s).
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         s = x.shape[1]
-        positions = cache.advance(s, lengths) if cache else torch.arange(s, device=x.device)[None]
-        cos, sin = rope(positions, self.config)
+        if cache is None:
+            rotary = rope(torch.arange(s, device=x.device), self.config)
+        else:
+            rotary = cache.advance(s, lengths)
+        recompute = self.activation_checkpointing and self.training and cache is None
         for layer in self.layers:
-            if self.activation_checkpointing and self.training and cache is None:
-                x = checkpoint(layer, x, cos, sin, None, use_reentrant=False)
+            if recompute:
+                x = checkpoint(layer, x, rotary, None, use_reentrant=False)
             else:
-                x = layer(x, cos, sin, cache)
+                x = layer(x, rotary, cache)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., d) -> (..., vocab)."""
-        tied = self.config.tie_word_embeddings
-        return F.linear(hidden, self.embed_tokens.weight if tied else self.lm_head.weight)
+        """Scores of each token of the vocabulary: (..., d) -> (..., vocab)."""
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(hidden, head.weight)
 
     def loss(self, hidden: Tensor, targets: Tensor, chunk: int = 1024) -> Tensor:
-        """Sum of cross-entropies of hidden (k, d) against targets (k,), in nats.
+        """The summed cross-entropy, in nats, of k hidden states (k, d) and their targets (k,).
 
-        FIX: only at labelled positions, in chunks that are recomputed in the backward pass, so that
-        only (chunk, vocab) logits ever exist. The authors make logits for every position, 32000
-        wide in float32, which is more than all other activations together (ledger F14).
+        FIX: the authors compute float32 logits at every position, 32000 numbers each, which take
+        more memory than all other activations together (ledger F14). Here only positions with a
+        label are passed in, and chunks of them are recomputed in the backward pass, so that only
+        (chunk, vocab) logits exist at a time.
         """
 
-        def one(hidden: Tensor, targets: Tensor) -> Tensor:
+        def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")
 
-        total = hidden.sum() * 0.0  # also without a label there is a gradient, of zeros
-        for part in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-            total = total + checkpoint(one, *part, use_reentrant=False)
+        total = hidden.sum() * 0.0  # so that a batch without labels has a gradient too, of zeros
+        chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        for some_hidden, some_targets in chunks:
+            total = total + checkpoint(chunk_loss, some_hidden, some_targets, use_reentrant=False)
         return total
 
     @torch.no_grad()
@@ -285,38 +274,162 @@ class Llama(nn.Module):
         self, input_ids=None, inputs_embeds=None, lengths=None, prefix: KVCache | None = None,
         max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None, eos_id=2,
     ) -> list[list[int]]:  # fmt: skip
-        """Continue each row until </s> or max_new_tokens; the new ids of each row, without </s>.
+        """Continue each row until </s> or max_new_tokens. Returns the new ids, without </s>.
 
-        input_ids (b, s) or inputs_embeds (b, s, d); lengths (b,): real tokens of each right-padded
-        row; prefix: what all rows follow. temperature 0 is greedy; otherwise `generator` draws from
-        the smallest set of ids with probability top_p.
+        input_ids (b, s) or inputs_embeds (b, s, d), padded on the right; lengths (b,): the number
+        of real tokens in each row; prefix: the cache of the tokens before every row. Temperature 0
+        decodes greedily; otherwise ids are drawn with `generator`, see `sample`.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         b, s, _ = x.shape
-        lengths = torch.full((b,), s, device=x.device) if lengths is None else lengths.to(x.device)
+        lengths = torch.full((b,), s) if lengths is None else lengths
+        lengths = lengths.to(x.device)
         cache = KVCache(self.config, b, s + max_new_tokens, x.dtype, x.device, prefix)
         hidden = self.hidden_states(inputs_embeds=x, cache=cache, lengths=lengths)
-        hidden = hidden[torch.arange(b, device=x.device), lengths - 1]
-        answers = torch.zeros(b, 0, dtype=torch.long, device=x.device)
+        rows = torch.arange(b, device=x.device)
+        last = hidden[rows, lengths - 1]  # (b, d), at the last real token of each row
+        answers = torch.full((b, max_new_tokens), eos_id, device=x.device)
+        finished = torch.zeros(b, dtype=torch.bool, device=x.device)
         for step in range(max_new_tokens):
-            next_ids = sample(self.logits(hidden), temperature, top_p, generator)[:, None]
-            answers = torch.cat([answers, next_ids], dim=1)
-            if step == max_new_tokens - 1 or (answers == eos_id).any(1).all():
+            next_ids = sample(self.logits(last), temperature, top_p, generator)
+            answers[:, step] = next_ids
+            finished |= next_ids == eos_id
+            if step == max_new_tokens - 1 or finished.all():
                 break
-            hidden = self.hidden_states(input_ids=next_ids, cache=cache)[:, 0]
-        return [row[: row.index(eos_id)] if eos_id in row else row for row in answers.tolist()]
+            last = self.hidden_states(next_ids[:, None], cache=cache)[:, 0]
+        return [ids_before(eos_id, row) for row in answers.tolist()]
+
+
+# ----------------------------------------------------------------------------------------- KV cache
+
+
+class KVCache:
+    """The keys and values of earlier tokens, so that each token passes through the model once.
+
+    Every row has its own slots. All rows may also follow one shared prefix, such as BOS and the
+    visual tokens of a video; its keys and values are computed and stored once:
+
+        position   0   1   2   3      4   5   6
+        prefix    BOS  v   v   v                     stored once
+        row 0                         a   b   c      slots 0, 1, 2
+        row 1                         d   e   .      slots 0, 1; "." is padding
+
+    The next token of row 1 overwrites its padding in slot 2. So a slot number is also the token's
+    place in its row, and one rule masks everything: the token in slot i attends to the prefix and
+    to slots 0..i of its row.
+    FIX: the authors drop the mask when decoding, so rows attend to padding (ledger F3).
+
+    max_length: number of slots; prefix: a cache of one row, which is read and never changed.
+    """
+
+    def __init__(self, config: LlamaConfig, batch_size, max_length, dtype, device, prefix=None):
+        self.prefix = prefix
+        self.prefix_length = 0 if prefix is None else prefix.used
+        total = self.prefix_length + max_length
+        if total > config.max_positions:
+            raise UserError(
+                f"{config.name} reads at most {config.max_positions} tokens, not {total}.",
+                "it was trained on sequences up to that length and fails on longer ones.",
+                "shorten the question, use fewer visual tokens, or lower max_new_tokens.",
+            )
+        shape = (config.num_layers, batch_size, config.num_kv_heads, max_length, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.lengths = torch.zeros(batch_size, dtype=torch.long, device=device)  # tokens per row
+        self.used = 0  # slots in use, padding included
+        self.rotary = rope(torch.arange(total, device=device), config)
+
+    def advance(self, s: int, lengths: Tensor | None) -> RotaryTable:
+        """Reserve slots for the next s tokens of each row and return their rotary table.
+
+        lengths (b,): the number of real tokens among the s of each row (default: all of them).
+        """
+        device = self.lengths.device
+        self.slots = self.lengths[:, None] + torch.arange(s, device=device)  # (b, s)
+        self.lengths = self.lengths + (s if lengths is None else lengths)
+        self.used += s
+        self.mask = None  # stands for plain causal attention, if these are the first tokens
+        if self.used > s or self.prefix is not None:
+            # Added to the scores: 0 where a token may look, else -inf; (b, 1, s, prefix + used).
+            visible = torch.arange(self.used, device=device) <= self.slots[:, None, :, None]
+            mask = torch.where(visible, 0.0, -math.inf).to(self.keys.dtype)
+            self.mask = F.pad(mask, (self.prefix_length, 0))  # every token sees the whole prefix
+        return self.rotary.at(self.prefix_length + self.slots)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k and v (b, kv_heads, s, head_dim) of a layer, then attend to all tokens so far.
+
+        q and the result are (b, heads, s, head_dim).
+        """
+        slots = self.slots[:, None, :, None].expand_as(k)
+        self.keys[layer].scatter_(2, slots, k)
+        self.values[layer].scatter_(2, slots, v)
+        if self.mask is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        k = self.keys[layer, :, :, : self.used]
+        v = self.values[layer, :, :, : self.used]
+        if self.prefix is None:
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask, enable_gqa=True)
+        return self.attend_with_prefix(layer, q, k, v)
+
+    def attend_with_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One softmax over the prefix's keys and the row's own k (b, kv_heads, used, head_dim).
+
+        The scores are computed in two parts, because the prefix's keys have no batch dimension:
+        they are (kv_heads, prefix, head_dim).
+        """
+        b, _, s, head_dim = q.shape
+        kv_heads = k.shape[1]
+        prefix_k = self.prefix.keys[layer, 0, :, : self.prefix_length]
+        prefix_v = self.prefix.values[layer, 0, :, : self.prefix_length]
+        # The queries of a group of heads that share a kv head become the rows of one matrix.
+        queries = q.reshape(b, kv_heads, -1, head_dim)  # (b, kv_heads, group * s, head_dim)
+        queries = queries / math.sqrt(head_dim)
+        scores = torch.cat([matmul_shared(queries, prefix_k.mT), queries @ k.mT], dim=-1)
+        scores = scores.unflatten(2, (-1, s)) + self.mask[:, None]
+        attention = scores.softmax(-1).flatten(2, 3)  # (b, kv_heads, group * s, prefix + used)
+        on_prefix, on_own = attention.split([self.prefix_length, self.used], dim=-1)
+        y = matmul_shared(on_prefix, prefix_v) + on_own @ v  # (b, kv_heads, group * s, head_dim)
+        return y.reshape(q.shape)
+
+
+def matmul_shared(x: Tensor, shared: Tensor) -> Tensor:
+    """Multiply each row of a batch by the same matrices: (b, h, m, n) @ (h, n, o) -> (b, h, m, o).
+
+    WHY: `x @ shared` copies `shared` b times: at 7B and over all layers, 0.5 GB for each question
+    and step. Here the rows are stacked on top of each other: (h, b * m, n) @ (h, n, o).
+    """
+    stacked = x.transpose(0, 1).flatten(1, 2)
+    return (stacked @ shared).unflatten(1, (len(x), -1)).transpose(0, 1)
+
+
+# --------------------------------------------------------------------------------------- generation
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generator | None) -> Tensor:
-    """One id a row (b,) from logits (b, vocab): the likeliest at temperature 0, else nucleus."""
+    """Choose one id for each row (b,) from logits (b, vocab).
+
+    Temperature 0 takes the most likely id. Otherwise draw from the nucleus (arXiv:1904.09751): the
+    smallest set of most likely ids whose probabilities add up to top_p.
+    """
     if temperature == 0:
         return logits.argmax(-1)
-    probabilities, ids = (logits.float() / temperature).softmax(-1).sort(descending=True)
-    # Keep an id if the likelier ones together have not reached top_p yet; the first always stays.
-    dropped = probabilities.cumsum(-1) - probabilities >= top_p
-    dropped[..., 0] = False
+    probabilities = (logits.float() / temperature).softmax(-1)
+    probabilities, ids = probabilities.sort(descending=True)
+    # An id is dropped if the more likely ids before it already reach top_p.
+    sum_before = probabilities.cumsum(-1) - probabilities
+    dropped = sum_before >= top_p
+    dropped[..., 0] = False  # the most likely id always stays
     probabilities[dropped] = 0
-    return ids.gather(-1, torch.multinomial(probabilities, 1, generator=rng)).squeeze(-1)
+    drawn = torch.multinomial(probabilities, 1, generator=rng)
+    return ids.gather(-1, drawn).squeeze(-1)
+
+
+def ids_before(eos_id: int, ids: list[int]) -> list[int]:
+    """The ids before the first </s>: (2, [5, 7, 2, 9]) -> [5, 7]."""
+    if eos_id not in ids:
+        return ids
+    return ids[: ids.index(eos_id)]
 
 
 # ------------------------------------------------------------------------------------------ weights
@@ -371,19 +484,26 @@ def read_config(source: str | Path) -> LlamaConfig:
     return LlamaConfig(like.name, str(source), template=like.template, **said)
 
 
+# ---------------------------------------------------------------------------------------- tokenizer
+
+
 class Tokenizer:
-    """LLaMA's SentencePiece model: text -> ids and back. BOS and </s> are never added silently."""
+    """LLaMA's SentencePiece tokenizer. It never adds BOS or </s>: data.tokenize does.
+
+    path: a tokenizer.model file, or a folder or hub id that has one.
+    """
 
     def __init__(self, path: str | Path):
         self.path = weights.find_file(path, ("tokenizer.model",))
         self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
+        self.bos_id = self.pieces.bos_id()
+        self.eos_id = self.pieces.eos_id()
         self.vocab_size = self.pieces.vocab_size()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text on its own: SentencePiece marks its beginning like that of a word."""
+        """Text -> ids. SentencePiece treats the start of the text as the start of a word."""
         return self.pieces.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ids."""
+        """Ids -> text."""
         return self.pieces.decode(ids)
