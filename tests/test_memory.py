@@ -1,4 +1,4 @@
-"""Loading a checkpoint takes the memory of the model, not of the checkpoint (ledger F11)."""
+"""Loading a checkpoint takes as much memory as the model, not as the checkpoint (ledger F11)."""
 
 import json
 import subprocess
@@ -29,49 +29,17 @@ LLAMA = replace(
 )
 
 
-def anonymous_memory() -> int:
-    """Resident bytes of this process that are not pages of a file (Linux)."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon"):
-            return int(line.split()[1]) * 1024
-    raise OSError("no RssAnon in /proc/self/status")
-
-
-def use_small_model(llama: LlamaConfig) -> None:
-    """Let the authors' names stand for miniature encoders and a small LLaMA, in this process."""
-    merv.LLAMAS["llama2-7b"] = llama
-    for name in FOUR:
-        merv.ENCODERS[name] = replace(merv.ENCODERS[f"miniature-{name}"], name=name)
-
-
-def measure(folder: str, tokenizer: str) -> None:
-    """Load in bfloat16 and print the model's bytes and the peak of anonymous memory on top."""
-    use_small_model(LLAMA)
-    MERV.create(merv.MERVS["miniature"], None)  # what libraries take at first use
-    before, peak, done = anonymous_memory(), 0, threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.is_set():
-            peak = max(peak, anonymous_memory())
-            time.sleep(0.002)
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    sources = {name: Path(folder) / f"{name}.safetensors" for name in FOUR}
-    model = MERV.from_pretrained(folder, torch.bfloat16, tokenizer=tokenizer, sources=sources)
-    done.set()
-    watcher.join()
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    print(json.dumps({"model": size, "peak": peak - before}))
-
-
 def test_loading_peaks_at_the_size_of_the_model(tmp_path, shared_folder):
-    """A float32 checkpoint of 660 MB becomes 330 MB of bfloat16: at most 1.1 times that is used."""
+    """A float32 checkpoint of 660 MB becomes a bfloat16 model of 330 MB.
+
+    Loading allocates at most 1.1 times the model: pages mapped from the file do not count, as the
+    system can drop them. A new process loads it, so that nothing else is measured.
+    """
     torch.manual_seed(0)
     language = {f"llm.model.{k}": v for k, v in Llama(LLAMA).state_dict().items()}
     language["llm.lm_head.weight"] = language.pop("llm.model.lm_head.weight")
-    d, inner, projectors = LLAMA.hidden_size, 768, {}
+    d, inner = LLAMA.hidden_size, 768
+    projectors = {}
     for index in range(4):
         projectors[f"{index}.projector.projector.weight"] = torch.randn(d, 96)
         projectors[f"{index}.projector.projector.bias"] = torch.randn(d)
@@ -96,3 +64,41 @@ def test_loading_peaks_at_the_size_of_the_model(tmp_path, shared_folder):
     found = json.loads(done.stdout)
     assert found["model"] > 300e6
     assert found["peak"] < 1.1 * found["model"], found
+
+
+def anonymous_memory() -> int:
+    """Bytes of memory of this process that are not pages of a file (Linux)."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+    raise OSError("no RssAnon in /proc/self/status")
+
+
+def use_small_model(llama: LlamaConfig) -> None:
+    """Replace the released encoders and LLaMA by small ones under the same names."""
+    merv.LLAMAS["llama2-7b"] = llama
+    for name in FOUR:
+        merv.ENCODERS[name] = replace(merv.ENCODERS[f"miniature-{name}"], name=name)
+
+
+def measure(folder: str, tokenizer: str) -> None:
+    """Load in bfloat16; print the size of the model and the peak of allocated memory, in bytes."""
+    use_small_model(LLAMA)
+    MERV.create(merv.MERVS["miniature"], None)  # libraries allocate memory at their first use
+    before = peak = anonymous_memory()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, anonymous_memory())
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    sources = {name: Path(folder) / f"{name}.safetensors" for name in FOUR}
+    model = MERV.from_pretrained(folder, torch.bfloat16, tokenizer=tokenizer, sources=sources)
+    done.set()
+    watcher.join()
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    print(json.dumps({"model": size, "peak": peak - before}))

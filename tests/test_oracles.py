@@ -189,9 +189,34 @@ def test_dinov2_with_registers_at_full_width_equals_transformers_before_its_last
     assert_equal_to_rounding(encoder(frames)[0], expected[:, 5:].unflatten(1, (16, 16)))
 
 
+@torch.no_grad()
+def test_llama_at_the_width_of_7b_equals_transformers(llamas):
+    ours, theirs = llamas
+    ids = torch.randint(1000, (1, 100), generator=torch.Generator().manual_seed(1))
+    assert_equal_to_rounding(ours(ids), theirs(ids).logits)
+
+
+@torch.no_grad()
+def test_llama_at_the_width_of_7b_equals_transformers_far_into_a_video(llamas):
+    """Token by token after 1100 others, about as many as a video and a question have.
+
+    There RoPE's angles have grown to 1100 rad, of which float32 is exact to 6e-5 rad. That is why
+    the tolerance is larger.
+    """
+    ours, theirs = llamas
+    ids = torch.randint(1000, (1, 1103), generator=torch.Generator().manual_seed(2))
+    cache = KVCache(ours.config, 1, 1103, torch.float32, "cpu")
+    embeddings = ours.embed_tokens(ids)
+    expected = theirs(inputs_embeds=embeddings).logits
+    hidden = ours.hidden_states(inputs_embeds=embeddings[:, :1100], cache=cache)
+    pieces = [ours.logits(hidden)]
+    pieces += [ours(ids[:, p : p + 1], cache=cache) for p in range(1100, 1103)]
+    assert_equal_to_rounding(torch.cat(pieces, dim=1), expected, 3e-5)
+
+
 @pytest.fixture(scope="module")
 def llamas() -> tuple[Llama, transformers.LlamaForCausalLM]:
-    """Ours and theirs with one layer of LLaMA-2 7B, 32 heads, sharing the one copy of weights."""
+    """Ours and theirs: one layer of LLaMA-2 7B with 32 heads, sharing one copy of the weights."""
     config = replace(LLAMAS["llama2-7b"], vocab_size=1000, num_layers=1)
     theirs = oracle(
         transformers.LlamaForCausalLM,
@@ -205,25 +230,3 @@ def llamas() -> tuple[Llama, transformers.LlamaForCausalLM]:
     state = {name.removeprefix("model."): x for name, x in theirs.state_dict().items()}
     ours.load_state_dict(state, strict=True, assign=True)
     return ours.eval(), theirs
-
-
-@torch.no_grad()
-def test_llama_at_the_width_of_7b_equals_transformers(llamas):
-    ours, theirs = llamas
-    ids = torch.randint(1000, (1, 100), generator=torch.Generator().manual_seed(1))
-    assert_equal_to_rounding(ours(ids), theirs(ids).logits)
-
-
-@torch.no_grad()
-def test_llama_at_the_width_of_7b_equals_transformers_far_into_a_video(llamas):
-    """Token by token after 1100 others, about as many as MERV's visual tokens and a question: that
-    far RoPE's angles have grown to 1100 rad, which float32 knows to 6e-5: hence the tolerance."""
-    ours, theirs = llamas
-    ids = torch.randint(1000, (1, 1103), generator=torch.Generator().manual_seed(2))
-    cache = KVCache(ours.config, 1, 1103, torch.float32, "cpu")
-    embeddings = ours.embed_tokens(ids)
-    expected = theirs(inputs_embeds=embeddings).logits
-    hidden = ours.hidden_states(inputs_embeds=embeddings[:, :1100], cache=cache)
-    pieces = [ours.logits(hidden)]
-    pieces += [ours(ids[:, p : p + 1], cache=cache) for p in range(1100, 1103)]
-    assert_equal_to_rounding(torch.cat(pieces, dim=1), expected, 3e-5)
