@@ -1,13 +1,11 @@
-"""LLaMA-2: the language model that reads the visual tokens and the question, and writes the answer.
+"""LLaMA-2, the language model that reads visual tokens and a question and writes the answer.
 
 In:   token ids (b, s), or embeddings (b, s, d): MERV passes its visual tokens as embeddings
 Out:  logits (b, s, vocab), or generated answers as lists of token ids
 
-Shapes: b sequences (rows) in a batch, s tokens in each, d = hidden_size channels in each token;
-heads = num_heads query heads and kv_heads = num_kv_heads key-value heads of head_dim channels.
-
-Rows may differ in length: shorter ones are padded on the right. Attention is causal, so no token
-attends to the padding on its right, and no padding mask is needed.
+b is the number of sequences (rows) in a batch, s of tokens in each, and d the width of a token.
+Shorter rows are padded on the right. Attention is causal, so no token attends to the padding on its
+right, and no padding mask is needed.
 
 Papers: LLaMA (arXiv:2302.13971), LLaMA-2 (arXiv:2307.09288).
 Read before: encoders.py. Read next: data.py.
@@ -108,8 +106,8 @@ class RMSNorm(nn.Module):
 class RotaryTable:
     """Rotary position embedding (RoPE, arXiv:2104.09864): the cosine and sine of each angle.
 
-    Both tables are float32, of shape (s, head_dim), or (b, 1, s, head_dim) if positions differ
-    between rows. The first half of `sin` is negated, as `rotate` needs it.
+    Both are float32, (s, head_dim), or (b, 1, s, head_dim) where rows differ in their positions.
+    The first half of `sin` is negated, as `rotate` needs it.
 
     WHY a plain class: FSDP casts the floating-point tensors among a layer's arguments to bfloat16,
     also inside tuples and dataclasses, which would leave 3 digits of each cosine. It does not look
@@ -133,16 +131,17 @@ def rope(positions: Tensor, config: LlamaConfig) -> RotaryTable:
         # QUIRK: the authors cast the model, and this table with it, to bfloat16 (ledger K1).
         frequencies = frequencies.bfloat16().float()
     angles = positions[:, None].float() * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return RotaryTable(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
+    cos = torch.cat([angles.cos(), angles.cos()], dim=-1)
+    sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)
+    return RotaryTable(cos, sin)
 
 
 def rotate(x: Tensor, rotary: RotaryTable) -> Tensor:
     """Rotate each channel pair (i, i + head_dim/2) of x (b, heads, s, head_dim) by its angle.
 
-    With head_dim 4, the pairs are (x0, x2) and (x1, x3):
+    With head_dim 4, the pairs are (x0, x2) and (x1, x3), and the result is
         [x0 x1 x2 x3] * [c0 c1 c0 c1] + [x2 x3 x0 x1] * [-s0 -s1 s0 s1]
-    The products are float32 even if x is bfloat16, because the tables are float32.
+    computed in float32 even if x is bfloat16, because the tables are float32.
     """
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return (x * rotary.cos + swapped * rotary.sin).to(x.dtype)
@@ -170,8 +169,9 @@ class SelfAttention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # (b, heads, s, head_dim)
         k = self.split_heads(self.k_proj(x))  # (b, kv_heads, s, head_dim)
         v = self.split_heads(self.v_proj(x))
-        # WHY: decoding speed is limited by the number of kernels; q and k share those of rotate.
-        q, k = rotate(torch.cat([q, k], dim=1), rotary).split([q.shape[1], k.shape[1]], dim=1)
+        # WHY: decoding speed is limited by the number of kernels, so q and k share those of rotate.
+        rotated = rotate(torch.cat([q, k], dim=1), rotary)
+        q, k = rotated.split([q.shape[1], k.shape[1]], dim=1)
         if cache is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
         else:
@@ -264,9 +264,8 @@ class Llama(nn.Module):
             return F.cross_entropy(self.logits(hidden).float(), targets, reduction="sum")
 
         total = hidden.sum() * 0.0  # so that a batch without labels has a gradient too, of zeros
-        chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        for some_hidden, some_targets in chunks:
-            total = total + checkpoint(chunk_loss, some_hidden, some_targets, use_reentrant=False)
+        for part in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            total = total + checkpoint(chunk_loss, *part, use_reentrant=False)
         return total
 
     @torch.no_grad()
@@ -314,9 +313,8 @@ class KVCache:
         row 0                         a   b   c      slots 0, 1, 2
         row 1                         d   e   .      slots 0, 1; "." is padding
 
-    The next token of row 1 overwrites its padding in slot 2. So a slot number is also the token's
-    place in its row, and one rule masks everything: the token in slot i attends to the prefix and
-    to slots 0..i of its row.
+    The next token of row 1 overwrites the padding in slot 2. So slots are in the order of tokens,
+    and one mask is always right: slot i of a row attends to the prefix and to slots 0..i.
     FIX: the authors drop the mask when decoding, so rows attend to padding (ledger F3).
 
     max_length: number of slots; prefix: a cache of one row, which is read and never changed.
@@ -340,10 +338,8 @@ class KVCache:
         self.rotary = rope(torch.arange(total, device=device), config)
 
     def advance(self, s: int, lengths: Tensor | None) -> RotaryTable:
-        """Reserve slots for the next s tokens of each row and return their rotary table.
-
-        lengths (b,): the number of real tokens among the s of each row (default: all of them).
-        """
+        """Reserve slots for the next s tokens of each row, of which lengths (b,) are real tokens
+        (default: all). Return the rotary table of their positions."""
         device = self.lengths.device
         self.slots = self.lengths[:, None] + torch.arange(s, device=device)  # (b, s)
         self.lengths = self.lengths + (s if lengths is None else lengths)
@@ -357,10 +353,7 @@ class KVCache:
         return self.rotary.at(self.prefix_length + self.slots)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store k and v (b, kv_heads, s, head_dim) of a layer, then attend to all tokens so far.
-
-        q and the result are (b, heads, s, head_dim).
-        """
+        """Store k and v (b, kv_heads, s, head_dim), then attend with q to all tokens so far."""
         slots = self.slots[:, None, :, None].expand_as(k)
         self.keys[layer].scatter_(2, slots, k)
         self.values[layer].scatter_(2, slots, v)
@@ -373,11 +366,8 @@ class KVCache:
         return self.attend_with_prefix(layer, q, k, v)
 
     def attend_with_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One softmax over the prefix's keys and the row's own k (b, kv_heads, used, head_dim).
-
-        The scores are computed in two parts, because the prefix's keys have no batch dimension:
-        they are (kv_heads, prefix, head_dim).
-        """
+        """One softmax over the keys of the prefix (kv_heads, prefix, head_dim), which all rows
+        share, and over each row's own keys k (b, kv_heads, used, head_dim)."""
         b, _, s, head_dim = q.shape
         kv_heads = k.shape[1]
         prefix_k = self.prefix.keys[layer, 0, :, : self.prefix_length]
@@ -416,8 +406,7 @@ def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generato
         return logits.argmax(-1)
     probabilities = (logits.float() / temperature).softmax(-1)
     probabilities, ids = probabilities.sort(descending=True)
-    # An id is dropped if the more likely ids before it already reach top_p.
-    sum_before = probabilities.cumsum(-1) - probabilities
+    sum_before = probabilities.cumsum(-1) - probabilities  # of all ids that are more likely
     dropped = sum_before >= top_p
     dropped[..., 0] = False  # the most likely id always stays
     probabilities[dropped] = 0
@@ -427,9 +416,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, rng: torch.Generato
 
 def ids_before(eos_id: int, ids: list[int]) -> list[int]:
     """The ids before the first </s>: (2, [5, 7, 2, 9]) -> [5, 7]."""
-    if eos_id not in ids:
-        return ids
-    return ids[: ids.index(eos_id)]
+    if eos_id in ids:
+        return ids[: ids.index(eos_id)]
+    return ids
 
 
 # ------------------------------------------------------------------------------------------ weights
