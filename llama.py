@@ -23,19 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from support import weights
-from support.errors import CheckpointError, UserError
-from support.released import (
-    CONFIG_NAMES,
-    LLAMA_NAMES,
-    LLAMA_SKIP,
-    META_CONFIG_NAMES,
-    META_FILE,
-    META_NAMES,
-    PLAIN,
-    read_meta,
-)
-from support.weights import assign_weights, initialise
+from support import released, weights
+from support.errors import UserError
 
 # ------------------------------------------------------------------------------------------- config
 
@@ -425,52 +414,46 @@ def ids_before(eos_id: int, ids: list[int]) -> list[int]:
 
 
 def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, device="cpu") -> Llama:
-    """A LLaMA with released weights, or random ones if only a configuration or its name is given.
+    """Load a LLaMA, or build one with random weights if there is only a config or a preset's name.
 
-    A folder or hub id, first or as `source`, has config.json and weights in Hugging Face format, or
-    Meta's own params.json and consolidated.*.pth. Raises CheckpointError if they do not fit.
+    A folder or hub id, given first or as `source`, has config.json and weights in Hugging Face
+    format, or Meta's params.json and consolidated.*.pth. Raises CheckpointError if they do not fit.
     """
     config = LLAMAS.get(str(config_or_name_or_folder), config_or_name_or_folder)
-    if not isinstance(config, LlamaConfig):
+    if not isinstance(config, LlamaConfig):  # a folder or hub id
         source = config if source is None else source
         config = read_config(config)
     with torch.device("meta"):
         model = Llama(config)
     if source is None:
-        initialise(model.to_empty(device="cpu"), torch.Generator().manual_seed(0))
-    else:
-        skip = LLAMA_SKIP | ({"lm_head.weight": "tied"} if config.tie_word_embeddings else {})
-        tensors, names = weights.read_tensors(source, (*weights.FILES, META_FILE)), LLAMA_NAMES
-        if "tok_embeddings.weight" in tensors:
-            tensors, names = read_meta(source, config), META_NAMES
-        assign_weights(model, tensors, names, skip, f"{config.name} from {source}", dtype)
+        model.to_empty(device="cpu")
+        weights.initialise(model, torch.Generator().manual_seed(0))
+        return model.to(device, dtype)
+    names = released.LLAMA_HF
+    tensors = weights.read_tensors(source, (*weights.FILES, released.META_FILE))
+    if "tok_embeddings.weight" in tensors:  # Meta's name for embed_tokens
+        names = released.LLAMA_META
+        tensors = released.read_meta(source, config.hidden_size, config.head_dim)
+    skip = dict(released.LLAMA_SKIP)
+    if config.tie_word_embeddings:
+        skip["lm_head.weight"] = "the head is the embedding matrix"
+    weights.assign_weights(model, tensors, names, skip, f"{config.name} from {source}", dtype)
     return model.to(device, dtype)
 
 
 def read_config(source: str | Path) -> LlamaConfig:
-    """The configuration of a folder or hub id, by Hugging Face's config.json or Meta's params.json.
+    """Read the configuration of a folder or hub id from its config.json, or Meta's params.json.
 
-    What Meta's leaves out is read off the weights, or as in LLaMA-2 7B.
+    Neither file has the prompt template: it is that of the preset with the same hub id or name.
     """
-    path = weights.find_file(source, ("config.json", "params.json"))
-    found, names, said = weights.read_json(path), CONFIG_NAMES, {}
-    if path.name == "params.json":
-        tensors, names = weights.read_tensors(source, (META_FILE,)), META_CONFIG_NAMES
-        shards = found["dim"] // tensors["layers.0.attention.wq.weight"].shape[0]
-        said["vocab_size"] = tensors["tok_embeddings.weight"].shape[0]
-        said["intermediate_size"] = tensors["layers.0.feed_forward.w1.weight"].shape[0] * shards
-    else:
-        found = {"model_type": None, **found, **(found.get("rope_parameters") or {})}
-        if odd := [f"{k} = {found[k]!r}" for k, v in PLAIN.items() if found.get(k, v) != v]:
-            what = f"{source} is no plain LLaMA: {', '.join(odd)}."
-            why = "this file has the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only."
-            raise CheckpointError(what, why, "choose one of those.")
-    said |= {ours: found[theirs] for ours, theirs in names.items() if found.get(theirs) is not None}
-    said = {"num_kv_heads": said["num_heads"]} | said
-    name, hub_id = Path(source).name, str(source).partition("@")[0]  # pinned: the same model
-    known = (c for c in LLAMAS.values() if c.source == hub_id or c.name == name)
-    like = next(known, LlamaConfig(name))
-    return LlamaConfig(like.name, str(source), template=like.template, **said)
+    hub_id = str(source).partition("@")[0]  # without the revision of "owner/name@revision"
+    like = LlamaConfig(Path(source).name)
+    for preset in LLAMAS.values():
+        if preset.source == hub_id or preset.name == like.name:
+            like = preset
+            break
+    settings = released.llama_settings(source)
+    return LlamaConfig(like.name, str(source), template=like.template, **settings)
 
 
 # ---------------------------------------------------------------------------------------- tokenizer

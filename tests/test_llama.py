@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import llama
 from llama import LLAMAS, KVCache, Llama, RMSNorm, SwiGLU, load_llama, rope, rotate
-from support.released import LLAMA_NAMES as NAMES
+from support.released import LLAMA_HF
 from support.weights import released_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,7 +72,7 @@ def test_the_7b_preset_has_the_names_and_shapes_of_the_release(shared_folder):
     with torch.device("meta"):
         model = Llama(LLAMAS["llama2-7b"])
     ours = {
-        released_names(key, NAMES)[0]: list(tensor.shape)
+        released_names(key, LLAMA_HF)[0]: list(tensor.shape)
         for key, tensor in model.state_dict().items()
     }
     assert ours == {key: shape for key, (shape, _) in manifest.items()}

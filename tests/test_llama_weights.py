@@ -13,8 +13,7 @@ from torch import Tensor
 
 from llama import LLAMAS, Llama, load_llama, read_config, rope, rotate
 from support.errors import CheckpointError
-from support.released import LLAMA_NAMES as NAMES
-from support.released import read_meta
+from support.released import LLAMA_HF, read_meta
 from support.weights import released_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -194,7 +193,7 @@ def test_rotating_neighbours_as_meta_does_equals_rotating_halves_of_reordered_ro
 
     q, k = rotated_neighbours(wq).movedim(1, 0), rotated_neighbours(wk).movedim(1, 0)
     expected = (q @ k.mH).real
-    ours = read_meta(tmp_path, config)
+    ours = read_meta(tmp_path, d, head_dim)
     q, k = (rotated_halves(w) for w in ours.values())
     scores = q @ k.mT
     assert (scores - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -218,7 +217,7 @@ def hf_config(**changes) -> dict:
 
 def released(model: Llama) -> dict[str, Tensor]:
     """The tensors under Hugging Face's names."""
-    return {released_names(key, NAMES)[0]: x.clone() for key, x in model.state_dict().items()}
+    return {released_names(key, LLAMA_HF)[0]: x.clone() for key, x in model.state_dict().items()}
 
 
 def write(folder, tensors: dict[str, Tensor], form: str, **changes) -> None:
