@@ -1,31 +1,24 @@
 """The default data and encoders, made from nothing. Read world.py, then specialists.py."""
 
-import hashlib
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import encoders
 from miniature import specialists, world
-from support import errors
+from support import dataset_writer, drawing, errors
+from support.dataset_writer import digest_files, new_folder
 
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which gets its name when it is complete."""
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    yield partial
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+MAKERS = (world, drawing, dataset_writer, specialists, encoders)  # the code that decides the result
 
 
 def prepare(folder: str | Path = "data/miniature", seed: int = 0) -> Path:
-    """The world and encoders-<seed>/, made if missing or by other code; one process at a time."""
+    """Make the world and encoders-<seed>/ where they are missing; only one process may do it.
+
+    A folder that other code has made is replaced. One that this function has not made at all is
+    an error, because replacing it would delete somebody's files.
+    """
     folder = Path(folder)
-    code = b"".join(Path(module.__file__).read_bytes() for module in (world, specialists, encoders))
-    made_by, digest = folder / "made_by.txt", hashlib.sha256(code).hexdigest()
+    made_by = folder / "made_by.txt"
+    digest = digest_files(module.__file__ for module in MAKERS)
     if folder.exists() and not made_by.exists():
         why = "it was not made by miniature.prepare, which would replace it."
         raise errors.UserError(f"{folder} is in the way.", why, "remove it, or run elsewhere.")
@@ -33,7 +26,8 @@ def prepare(folder: str | Path = "data/miniature", seed: int = 0) -> Path:
         with new_folder(folder) as partial:
             world.write_world(partial, world.CLIPS)
             (partial / made_by.name).write_text(digest)
-    if not (models := folder / f"encoders-{seed}").exists():
+    models = folder / f"encoders-{seed}"
+    if not models.exists():
         with new_folder(models) as partial:
             specialists.pretrain(partial, seed)
     return folder

@@ -1,226 +1,266 @@
-"""A small video world: clips with known content, and the questions that ask about it.
+"""A small video world: short clips whose content is known, and questions about them.
 
-One to three objects, each of its own colour and shape and with a texture, lie anywhere on a noisy
-background and may hide parts of each other. One of them, the actor, does something for 8 frames.
-Ten actions come in pairs, each the other played backwards, so no single frame tells which of the
-two it is; four more have no direction. All follows from a clip's number. Read next: specialists.py.
+A clip shows one to three objects on a noisy background. They have different colours and different
+shapes, lie anywhere and may partly hide each other. One of them, the actor, performs an action for
+8 frames. Ten actions form five pairs; each is the other played backwards, so no single frame shows
+which of the two it is. Four more actions have no direction of time.
+
+The seed of a clip decides everything about it. Read next: specialists.py.
 """
 
 import json
-from collections import namedtuple
-from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import av
 import numpy as np
-import sentencepiece
 from numpy.random import Generator, default_rng
 
+from data import TEMPLATES, render_prompt
+from support import dataset_writer
 from support.cli import progress
+from support.dataset_writer import Fact
+from support.drawing import draw_background, draw_shape
 
-VOCAB_SIZE = 640  # of the tokenizer: 256 bytes, the letters and the world's words
-SIZE, NUM_FRAMES, FPS = 32, 8, 8  # H = W in pixels, T, frames per second
-CLIP = "videos/clip_{:06d}.mp4"  # where it is written
-CLIPS = {"train": 3000, "val": 200, "test": 600}  # whatever is chosen is chosen on val
-# Clip n of a split is drawn from seed FIRST_SEED[split] + n: no two splits share a clip.
-FIRST_SEED = {name: i * 10**6 for i, name in enumerate(("train", "val", "test", "probe", "more"))}
-COLOURS = {
+SIZE = 32  # height and width of a frame in pixels
+NUM_FRAMES = 8  # of a clip
+FPS = 8  # frames per second
+CLIPS = {"train": 3000, "val": 200, "test": 600}  # sizes and rates were chosen on val
+VOCAB_SIZE = 640  # of the tokenizer: 256 bytes, the letters, and the words of the world
+
+# Clip n of a split has the seed FIRST_SEED[split] + n, so no two splits share a clip.
+FIRST_SEED = {
+    "train": 0,
+    "val": 1_000_000,
+    "test": 2_000_000,
+    "probe": 3_000_000,  # to measure what the specialists' features contain
+    "pretraining": 4_000_000,  # of the specialists
+}
+
+COLOURS = {  # red, green and blue in [0, 1]
     "red": (0.95, 0.15, 0.15), "green": (0.15, 0.8, 0.2), "blue": (0.2, 0.3, 1.0),
     "yellow": (0.95, 0.9, 0.15), "pink": (1.0, 0.45, 0.85), "white": (1.0, 1.0, 1.0),
 }  # fmt: skip
-SHAPES = {  # signed distance in pixels of (x, y), y down, to the outline of radius r
-    "circle": lambda x, y, r: np.hypot(x, y) - r,
-    "square": lambda x, y, r: np.maximum(abs(x), abs(y)) - 0.85 * r,
-    "triangle": lambda x, y, r: np.maximum(y, 0.866 * abs(x) - 0.5 * y) - 0.6 * r,
-    "cross": lambda x, y, r: np.fmax(np.fmin(abs(x), abs(y)) - r / 3, np.fmax(abs(x), abs(y)) - r),
-    "ring": lambda x, y, r: abs(np.hypot(x, y) - 0.75 * r) - 0.25 * r,
-}  # fmt: skip
-TEXTURES = {  # brightness at (x, y), pixels from the object's centre
-    "plain": lambda x, y: 1 + 0 * (x + y),
-    "striped": lambda x, y: np.where((y + 0 * x) % 4 < 2, 1, 0.3),
-    "shaded": lambda x, y: np.clip(0.7 + 0.08 * x + 0 * y, 0.35, 1),
-}
-PAIRS = (  # each the other one played backwards
-    ("moves left", "moves right"), ("moves up", "moves down"), ("grows", "shrinks"),
-    ("appears", "fades"), ("orbits clockwise", "orbits counterclockwise"),
-)  # fmt: skip
-REVERSED = {a: b for pair in PAIRS for a, b in (pair, pair[::-1])}
-ACTIONS = (*REVERSED, "stays", "shakes", "blinks", "pulses")  # the last four have no direction
-NUMBERS, PLACES = ("one", "two", "three"), ("left", "right", "top", "bottom", "centre")
+SHAPES = ("circle", "square", "triangle", "cross", "ring")
+TEXTURES = ("plain", "striped", "shaded")
+PAIRS = (  # each action is the other one played backwards
+    ("moves left", "moves right"),
+    ("moves up", "moves down"),
+    ("grows", "shrinks"),
+    ("appears", "fades"),
+    ("orbits clockwise", "orbits counterclockwise"),
+)
+REVERSED = {}  # an action -> the same action played backwards
+for _forward, _backward in PAIRS:
+    REVERSED[_forward] = _backward
+    REVERSED[_backward] = _forward
+ACTIONS = (*REVERSED, "stays", "shakes", "blinks", "pulses")
+NUMBERS = ("one", "two", "three")
+PLACES = ("left", "right", "top", "bottom", "centre")
 
-# One object: its looks, and in pixels, y down, the centre around which it acts and its radius.
-Thing = namedtuple("Thing", "colour shape texture x y radius")
-# Things from back to front, which of them acts, how, how many pixels far, from where in its period.
-Scene = namedtuple("Scene", "things actor action travel phase")
+
+@dataclass(frozen=True)
+class Thing:
+    """One object."""
+
+    colour: str  # one of COLOURS
+    shape: str  # one of SHAPES
+    texture: str  # one of TEXTURES
+    x: float  # its centre in pixels from the left edge; an actor moves around it
+    y: float  # likewise, from the top edge
+    radius: float  # in pixels
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows."""
+
+    things: tuple[Thing, ...]  # from back to front
+    actor: int  # which of them acts
+    action: str  # one of ACTIONS
+    travel: float  # how far a moving actor goes, in pixels
+    phase: float  # where in its period a repeated action starts, in [0, 1)
 
 
 def sample_scene(rng: Generator, count: int | None = None) -> Scene:
-    """Objects of distinct colours and shapes; at most about half of one is behind another."""
+    """Draw a scene with `count` objects; None: one, two or three."""
     count = count or rng.integers(1, 4)
-    actor, action, travel = int(rng.integers(count)), str(rng.choice(ACTIONS)), rng.uniform(7, 10)
+    actor = int(rng.integers(count))
+    action = str(rng.choice(ACTIONS))
+    travel = rng.uniform(7, 10)
     radius = rng.uniform(5, 6.2, count)
-    reach = radius + (np.arange(count) == actor) * (travel / 2 if "moves" in action else 2)
-    gap = np.zeros(1)
-    while gap.min() < 9:  # until every centre has its room
+    reach = radius.copy()  # how close to the edge of the frame a centre may lie
+    reach[actor] += travel / 2 if "moves" in action else 2
+    nearest = 0
+    while nearest < 9:  # pixels between centres: at most about half of an object is hidden
         x, y = rng.uniform(reach, SIZE - reach, (2, count))
-        gap = np.hypot(x - x[:, None], y - y[:, None]) + SIZE * np.eye(count)
-    colours, shapes = (rng.permutation(list(names)).tolist() for names in (COLOURS, SHAPES))
-    textures, numbers = rng.choice(list(TEXTURES), count).tolist(), np.stack([x, y, radius]).T
-    looks = zip(colours, shapes, textures, numbers.tolist(), strict=False)
-    things = tuple(Thing(*names, *where) for *names, where in looks)
-    return Scene(things, actor, action, travel, rng.random())
+        distances = np.hypot(x - x[:, None], y - y[:, None])
+        np.fill_diagonal(distances, SIZE)
+        nearest = distances.min()
+    colours = rng.permutation(list(COLOURS)).tolist()
+    shapes = rng.permutation(SHAPES).tolist()
+    textures = rng.choice(TEXTURES, count).tolist()
+    looks = zip(colours, shapes, textures, x, y, radius, strict=False)  # the first `count` of each
+    return Scene(tuple(Thing(*look) for look in looks), actor, action, travel, rng.random())
 
 
-def motion(scene: Scene) -> list[np.ndarray]:
-    """How the actor changes: x + iy in pixels, factor of its radius, opacity; (T,) each."""
-    frame, t = np.arange(NUM_FRAMES), np.linspace(0, 1, NUM_FRAMES)
-    turned = np.exp(2j * np.pi * scene.phase)
-    forward = {
-        "moves left": (scene.travel * (0.5 - t), 1, 1),
-        "moves up": (1j * scene.travel * (0.5 - t), 1, 1),
-        "grows": (0, 0.4 + 0.6 * t, 1),
-        "appears": (0, 1, t),
-        "orbits clockwise": (scene.travel / 3 * turned * np.exp(1.6j * np.pi * t), 1, 1),  # y: down
-        "stays": (0, 1, 1),
-        "shakes": (1.5 * turned * (-1) ** frame, 1, 1),
-        "blinks": (0, 1, (frame + int(4 * scene.phase)) // 2 % 2),
-        "pulses": (0, 0.75 + 0.25 * (turned * np.exp(4j * np.pi * t)).real, 1),
-    }
-    backwards = scene.action not in forward
-    states = forward[REVERSED[scene.action] if backwards else scene.action]
-    states = [np.broadcast_to(state, NUM_FRAMES) for state in states]
-    return [state[::-1] if backwards else state for state in states]
+def motion(scene: Scene) -> np.ndarray:
+    """How the actor differs from its Thing in each frame, float (4, T).
+
+    The rows are x and y in pixels, a factor of the radius, and the opacity.
+    """
+    frame = np.arange(NUM_FRAMES)
+    t = np.linspace(0, 1, NUM_FRAMES)
+    x, y = np.zeros((2, NUM_FRAMES))
+    size, opacity = np.ones((2, NUM_FRAMES))
+    # A point (x, y) as the complex number x + iy: a factor exp(i * angle) turns it around (0, 0),
+    # clockwise as seen on the screen, because y points down.
+    start = np.exp(2j * np.pi * scene.phase)
+    backward = scene.action in [second for _, second in PAIRS]
+    match REVERSED[scene.action] if backward else scene.action:
+        case "moves left":
+            x = scene.travel * (0.5 - t)
+        case "moves up":
+            y = scene.travel * (0.5 - t)
+        case "grows":
+            size = 0.4 + 0.6 * t
+        case "appears":
+            opacity = t
+        case "orbits clockwise":
+            orbit = scene.travel / 3 * start * np.exp(1.6j * np.pi * t)
+            x, y = orbit.real, orbit.imag
+        case "shakes":
+            shake = 1.5 * start * (-1) ** frame
+            x, y = shake.real, shake.imag
+        case "blinks":
+            opacity = (frame + int(4 * scene.phase)) // 2 % 2
+        case "pulses":
+            size = 0.75 + 0.25 * (start * np.exp(4j * np.pi * t)).real
+    states = np.stack([x, y, size, opacity])
+    return states[:, ::-1] if backward else states
 
 
 def draw_clip(seed: int, count: int | None = None) -> tuple[Scene, np.ndarray]:
-    """Scene and film, uint8 (T, 3, H, W), number `seed`. count: of its objects."""
+    """Draw a clip: its scene, and its frames as uint8 (T, 3, H, W). count: how many objects."""
     rng = default_rng(seed)
-    scene, pixel = sample_scene(rng, count), np.arange(SIZE) + 0.5
-    coarse, at = 0.35 + 0.08 * rng.standard_normal((3, 4, 4)), np.linspace(0, 3, SIZE)
-    linear = np.maximum(0, 1 - abs(at[:, None] - np.arange(4)))  # (H, 4): interpolates
-    frames = np.repeat((linear @ coarse @ linear.T)[None], NUM_FRAMES, 0)
+    scene = sample_scene(rng, count)
+    frames = draw_background(NUM_FRAMES, SIZE, rng)
     for index, a in enumerate(scene.things):
-        states = motion(scene if index == scene.actor else scene._replace(action="stays"))
-        offset, size, opacity = (state[:, None, None] for state in states)
-        x = pixel - a.x - offset.real  # (T, 1, W)
-        y = pixel[:, None] - a.y - offset.imag  # (T, H, 1)
-        cover = np.clip(0.5 - SHAPES[a.shape](x, y, a.radius * size), 0, 1) * opacity
-        paint = TEXTURES[a.texture](x, y)[:, None] * np.array(COLOURS[a.colour])[:, None, None]
-        frames += cover[:, None] * (paint - frames)
+        action = scene.action if index == scene.actor else "stays"
+        x, y, size, opacity = motion(replace(scene, action=action))
+        colour = COLOURS[a.colour]
+        draw_shape(frames, a.shape, a.texture, colour, a.x + x, a.y + y, a.radius * size, opacity)
     frames += 0.03 * rng.standard_normal(frames.shape)
     return scene, (255 * np.clip(frames, 0, 1)).astype(np.uint8)
 
 
-def write_clip(frames: np.ndarray, path: Path) -> None:
-    """Write a film (T, 3, H, W) as an H.264 file."""
-    with av.open(path, "w", options={"fflags": "+bitexact"}) as container:
-        options = {"crf": "18", "preset": "fast", "mbtree": "0"}
-        stream = container.add_stream("libx264", FPS, options=options)
-        # WHY: 4:2:0 would keep a quarter of the colour. One thread, no version, and no mbtree,
-        # which in so small a picture reads memory that nobody wrote: the same bytes each time.
-        stream.height, stream.width, stream.pix_fmt = SIZE, SIZE, "yuv444p"
-        stream.codec_context.thread_count = 1
-        stream.codec_context.flags |= av.codec.context.Flags.bitexact
-        for picture in np.ascontiguousarray(frames.transpose(0, 2, 3, 1)):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+def place_of(thing: Thing) -> str | None:
+    """One of PLACES; None where two of them fit, in a corner or on the border between two."""
+    right = thing.x - SIZE / 2
+    down = thing.y - SIZE / 2
+    off_centre = max(abs(right), abs(down))
+    if off_centre >= 3 and abs(abs(right) - abs(down)) <= 2:
+        return None
+    if off_centre < 4:
+        return "centre"
+    if abs(down) > abs(right):
+        return "bottom" if down > 0 else "top"
+    return "right" if right > 0 else "left"
 
 
-def ask(scene: Scene) -> Iterator[tuple[str, str, str, tuple[str, ...]]]:
-    """All questions about a clip: kind, text, answer, and what such an answer can be."""
+def left_neighbour(thing: Thing, scene: Scene, margin: float) -> str | None:
+    """The shape left of an object; None unless there is one, and all others are clearly beside."""
+    found = []
+    for other in scene.things:
+        if other is not thing and abs(other.x - thing.x) <= margin:
+            return None
+        if other.x < thing.x:
+            found.append(other.shape)
+    return found[0] if len(found) == 1 else None
+
+
+def facts(scene: Scene) -> list[Fact]:
+    """All questions about a clip that have one clear answer; the last is what happens."""
+    found = []
     for a in scene.things:
-        yield "colour", f"What colour is the {a.shape}?", a.colour, tuple(COLOURS)
-        yield "shape", f"What shape is the {a.colour} object?", a.shape, tuple(SHAPES)
-        yield "texture", f"What texture does the {a.shape} have?", a.texture, tuple(TEXTURES)
-    moves = scene.action.startswith(("moves", "orbits"))
-    still = [a for i, a in enumerate(scene.things) if i != scene.actor or not moves]
-    for a in still:
-        right, down = a.x - SIZE / 2, a.y - SIZE / 2
-        place = ("right" if right > 0 else "left", "bottom" if down > 0 else "top")
-        place = "centre" if max(abs(right), abs(down)) < 4 else place[abs(down) > abs(right)]
-        # WHY: in a corner or on a border between two places there is no clear answer.
-        if abs(abs(right) - abs(down)) > 2 or max(abs(right), abs(down)) < 3:
-            yield "where", f"Where is the {a.shape}?", place, PLACES
-        others = [(b.x - a.x, b.shape) for b in scene.things if b is not a]
-        left, margin = [shape for x, shape in others if x < 0], 2 + moves * scene.travel / 2
-        if len(left) == 1 and all(abs(x) > margin for x, _ in others):
-            yield "left of", f"Which shape is left of the {a.shape}?", left[0], tuple(SHAPES)
-    yield "how many", "How many objects are there?", NUMBERS[len(scene.things) - 1], NUMBERS
+        found += [
+            Fact("colour", f"What colour is the {a.shape}?", a.colour, tuple(COLOURS)),
+            Fact("shape", f"What shape is the {a.colour} object?", a.shape, SHAPES),
+            Fact("texture", f"What texture does the {a.shape} have?", a.texture, TEXTURES),
+        ]
+    travels = scene.action.startswith(("moves", "orbits"))
+    margin = 2 + scene.travel / 2 if travels else 2
+    for index, a in enumerate(scene.things):
+        if travels and index == scene.actor:
+            continue  # it has no fixed place
+        if place := place_of(a):
+            found.append(Fact("where", f"Where is the {a.shape}?", place, PLACES))
+        if left := left_neighbour(a, scene, margin):
+            question = f"Which shape is left of the {a.shape}?"
+            found.append(Fact("left of", question, left, SHAPES))
+    number = NUMBERS[len(scene.things) - 1]
+    found.append(Fact("how many", "How many objects are there?", number, NUMBERS))
     kind = "temporal" if scene.action in REVERSED else "what happens"
-    yield kind, "What happens?", scene.action, ACTIONS
+    found.append(Fact(kind, "What happens?", scene.action, ACTIONS))
+    return found
 
 
-def choose_options(kind: str, answer: str, answers: tuple[str, ...], rng: Generator) -> list[str]:
-    """Up to five options, shuffled; "temporal": two actions, each in both directions of time."""
-    if kind == "temporal":
-        other = rng.choice([pair for pair in PAIRS if answer not in pair])
-        return rng.permutation([answer, REVERSED[answer], *other]).tolist()
-    wrong = rng.permutation([other for other in answers if other != answer])
-    return rng.permutation([answer, *wrong[: rng.integers(3, 5)]]).tolist()
+def describe(scene: Scene) -> str:
+    """The caption of a clip, for example "There is a plain red ring that moves left."."""
+    captions = [f"a {a.texture} {a.colour} {a.shape}" for a in scene.things]
+    captions[scene.actor] += f" that {scene.action}"
+    return f"There is {' and '.join(captions)}."
 
 
-def training_files(scenes: list[Scene], asked: list[list], seed: int) -> dict[str, list[dict]]:
-    """Video-LLaVA's: captions, and up to eight open questions a clip, what happens among them."""
-    rng, files = default_rng(seed), {"stage1": [], "stage2": []}
-    for number, (scene, (*others, last)) in enumerate(zip(scenes, asked, strict=True)):
-        told = [f"a {a.texture} {a.colour} {a.shape}" for a in scene.things]
-        told[scene.actor] += f" that {scene.action}"
-        chosen = [*(others[i] for i in rng.permutation(len(others))[:7]), last]
-        turns = [text for i in rng.permutation(len(chosen)) for text in chosen[i][1:3]]
-        caption = ["Describe the video.", f"There is {' and '.join(told)}."]
-        for rows, texts in zip(files.values(), (caption, turns), strict=True):
-            said = [{"from": ("human", "gpt")[i % 2], "value": t} for i, t in enumerate(texts)]
-            said[0]["value"] = "<video>\n" + said[0]["value"]
-            name, video = f"clip_{number:06d}", CLIP.format(number)
-            rows.append({"id": name, "video": video, "conversations": said})
+def make_clip(kind: str, split: str, number: int) -> tuple[np.ndarray, str, list[Fact]]:
+    """Frames, caption and facts of a clip in a world of that kind; see `write_world`."""
+    seed = FIRST_SEED[split] + number
+    scene, frames = draw_clip(seed)
+    known = facts(scene)
+    if kind == "shuffled":
+        _, frames = draw_clip(seed + 1)
+    if kind == "two_kinds":
+        grey = number % 2 == 1
+        if grey:
+            frames = frames[:, [1, 1, 1]]  # the green channel three times
+        else:
+            frames = frames[default_rng(number).permutation(NUM_FRAMES)]
+        known = [fact for fact in known if (fact.question == "What happens?") == grey]
+    return frames, describe(scene), known
+
+
+def write_split(folder: Path, split: str, count: int, kind: str) -> dict[str, list[dict]]:
+    """Write the clips of a split and the files about them, which are returned."""
+    (folder / "videos").mkdir(parents=True)
+    captions, known = [], []
+    for number in progress(range(count), f"draw {split} clips"):
+        frames, caption, clip_facts = make_clip(kind, split, number)
+        name = dataset_writer.CLIP.format(number)
+        dataset_writer.write_video(frames, FPS, folder / f"videos/{name}.mp4")
+        captions.append(caption)
+        known.append(clip_facts)
+    if split == "train":
+        files = dataset_writer.training_files(captions, known, FIRST_SEED[split])
+    else:
+        files = dataset_writer.evaluation_files(known, PAIRS, FIRST_SEED[split])
+    for name, rows in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(rows, indent=1))
     return files
 
 
-def evaluation_files(asked: list[list], seed: int) -> dict[str, list[dict]]:
-    """For each clip one question of every kind, open-ended and as multiple choice."""
-    rng, open_q, mcq_q, known = default_rng(seed), [], [], []
-    for number, questions in enumerate(asked):
-        chosen = {questions[i][0]: questions[i] for i in rng.permutation(len(questions))}
-        for kind, text, answer, answers in sorted(chosen.values()):
-            clip, options = f"clip_{number:06d}", choose_options(kind, answer, answers, rng)
-            key = {"question_id": f"{clip}_{kind.replace(' ', '_')}"}
-            open_q.append(key | {"video_name": clip, "question": text})
-            mcq_q.append(open_q[-1] | {"options": options})
-            known.append(key | {"answer": answer, "answer_id": options.index(answer), "type": kind})
-    return {"open_q": open_q, "open_a": known, "mcq_q": mcq_q, "mcq_a": known}
+def write_world(folder: Path, clips: dict[str, int], kind: str = "plain") -> None:
+    """Write clips, questions and a tokenizer into a new folder. clips: split -> how many.
 
-
-def write_world(folder: Path, clips: dict[str, int], kind: str = "") -> None:
-    """Write clips, questions and tokenizer into a new folder. clips: split -> how many.
-
-    kind "shuffled": the next clip is shown instead. "two_kinds": odd clips are grey and asked only
-    what happens, even ones have their frames out of order and are asked the rest.
+    Two other kinds of world break the link between clips and questions on purpose:
+      shuffled   each clip is replaced by the next one, so the questions do not fit (a control)
+      two_kinds  clips with odd numbers are grey and are asked only what happens; the others have
+                 their frames in random order and are asked everything else
     """
     texts = []
     for split, count in clips.items():
-        (folder / split / "videos").mkdir(parents=True)
-        scenes, asked, seed = [], [], FIRST_SEED[split]
-        for number in progress(range(count), f"draw {split} clips"):
-            scene, frames = draw_clip(seed + number)
-            questions = list(ask(scene))
-            if kind == "shuffled":
-                frames = draw_clip(seed + number + 1)[1]
-            if kind == "two_kinds":
-                order = default_rng(number).permutation(NUM_FRAMES)
-                frames = frames[:, [1, 1, 1]] if number % 2 else frames[order]  # green as grey
-                questions = [q for q in questions if (q[1] == "What happens?") == number % 2]
-            write_clip(frames, folder / split / CLIP.format(number))
-            scenes.append(scene)
-            asked.append(questions)
-        training = split == "train"
-        files = training_files(scenes, asked, seed) if training else evaluation_files(asked, seed)
-        for name, rows in files.items():
-            (folder / split / f"{name}.json").write_text(json.dumps(rows, indent=1))
-            texts += [turn["value"] for row in rows for turn in row.get("conversations", ())]
-    # WHY: LLaMA-2's choices; what the world never says becomes bytes, so any text can be encoded.
-    with (folder / "tokenizer.model").open("wb") as model:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=model, vocab_size=VOCAB_SIZE,
-            model_type="bpe", byte_fallback=True, character_coverage=1.0, split_digits=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=2,
-        )  # fmt: skip
+        files = write_split(folder / split, split, count, kind)
+        # The tokenizer learns from the rendered prompts, as it will meet them.
+        for stage, template in (("stage1", "caption"), ("stage2", "base")):
+            for row in files.get(stage, []):
+                turns = render_prompt(row["conversations"], TEMPLATES[template])
+                texts += [text for text, _ in turns]
+    dataset_writer.write_tokenizer(texts, VOCAB_SIZE, folder / "tokenizer.model")

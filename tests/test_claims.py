@@ -1,4 +1,4 @@
-"""python -m miniature claims: no number without a run, no run twice."""
+"""`python -m miniature claims`: every number comes from a run, and no run is made twice."""
 
 import itertools
 import json
@@ -15,73 +15,61 @@ import pytest
 import eval
 import miniature
 from encoders import load_encoder, save_encoder
-from merv import FOUR
-from miniature import __main__ as claims
+from miniature import claims
+from miniature.specialists import RECIPES
 from miniature.world import REVERSED, write_world
-from support import benchmarks
+from support import benchmarks, statistics
 from support.cli import parse_options
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
 
 
-def answers(right: dict[tuple[str, int], str]) -> dict:
-    """Rows and seeds -> answers; "110 1" are those to three questions about a clip and one more."""
-    made = {}
-    for run, marks in right.items():
-        made[run] = [
-            benchmarks.Question(f"{clip}{number}", f"clip_{clip}", "What?", "", correct=mark == "1")
-            for clip, group in enumerate(marks.split())
-            for number, mark in enumerate(group)
-        ]
-    return made
-
-
 # -------------------------------------------------------------------------------------- statistics
 
 
 def test_a_row_is_compared_on_the_same_questions():
-    """The difference is paired: where both are right or both are wrong, there is no noise."""
+    """The comparison is paired: questions that both rows answer alike add no noise."""
     same = answers({("a", 0): "1 0 1 0 1 1", ("b", 0): "1 0 1 0 1 1"})
     assert claims.compare(same, "a", "b") == (0, 0)
     better = answers({("a", 0): "1 1 1 1", ("b", 0): "1 0 1 0"})
     difference, error = claims.compare(better, "a", "b")
     assert difference == 0.5
-    assert error == pytest.approx((4 * 0.25 / 3 / 4) ** 0.5)  # of the differences 0 1 0 1
+    assert error == pytest.approx((4 * 0.25 / 3 / 4) ** 0.5)  # the differences are 0 1 0 1
 
 
 def test_a_clip_counts_once_however_much_is_asked_about_it():
-    """Ten answers to one question are no more evidence than one."""
+    """Ten answers about one clip are no more evidence than one, if they are all alike."""
     once = answers({("a", 0): "1 0 1 0 1"})
     tenfold = answers({("a", 0): " ".join(10 * mark for mark in "10101")})
     assert claims.compare(tenfold, "a") == pytest.approx(claims.compare(once, "a"))
 
 
 def test_seeds_that_disagree_make_the_error_large():
-    """Two seeds, one all right and one all wrong: 50 ± 50 %, though clips do not differ at all."""
+    """One seed is all right and one all wrong: 50 ± 50 %, although clips do not differ at all."""
     runs = answers({("a", 0): "1 1 1 1", ("a", 1): "0 0 0 0"})
     assert claims.compare(runs, "a") == pytest.approx((0.5, 0.5))
 
 
-def test_a_row_of_one_seed_varies_as_those_of_several_do():
-    """It cannot say how much seeds differ: a and b do by 0.25 each, and MERV not at all."""
+def test_a_row_with_one_seed_gets_the_variance_of_the_rows_with_several():
+    """It cannot show how much seeds differ. The seeds of a and b differ by 0.25, MERV's by 0."""
     marks = {"MERV": ("1111", "1111"), "a": ("1110", "1100"), "b": ("1000", "1010"), "c": ("0000",)}
     runs = {(row, seed): " ".join(m) for row, both in marks.items() for seed, m in enumerate(both)}
-    variance = 0.25**2 / 2  # of two numbers that are 0.25 apart
+    variance = 0.25**2 / 2  # sample variance of two numbers that are 0.25 apart
     difference = claims.compare(answers(runs), "MERV", "c")
-    assert difference == pytest.approx((1, variance**0.5))  # a's and b's, from MERV
+    assert difference == pytest.approx((1, variance**0.5))  # of a and b, minus MERV
     alone = claims.compare(answers(runs), "c")
-    assert alone == pytest.approx((0, (2 * variance / 3) ** 0.5))  # all three rows'
+    assert alone == pytest.approx((0, (2 * variance / 3) ** 0.5))  # of all three rows
 
 
-def test_of_many_seeds_as_many_count_as_asked_for():
-    """Tables of one seed show the first one in every row."""
+def test_tables_of_one_seed_show_the_first_seed_in_every_row():
+    """The argument `seeds` limits how many seeds count."""
     runs = answers({("a", 0): "1 1 1 1", ("a", 1): "0 0 0 0"})
-    assert claims.compare(runs, "a", most=1)[0] == 1
+    assert claims.compare(runs, "a", seeds=1)[0] == 1
 
 
 def test_only_seeds_that_both_rows_have_are_compared():
-    """Another seed has other encoders: its difference would be theirs."""
+    """Another seed has other encoders, so the difference would mix two causes."""
     runs = answers({("MERV", 0): "1 1 0", ("MERV", 1): "0 0 0", ("a", 0): "1 1 0"})
     assert claims.compare(runs, "MERV", "a") == (0, 0)
 
@@ -95,18 +83,18 @@ def test_only_seeds_that_both_rows_have_are_compared():
         (-0.031, 0.01, {}, "does not hold"),
         (0.25, 0.01, {"low": 0.2}, "holds"),
         (0.15, 0.01, {"low": 0.2}, "does not hold"),
-        (0.0, 0.005, {"low": -0.03, "high": 0.03}, "holds"),  # two are equal, within 3 points
+        (0.0, 0.005, {"low": -0.03, "high": 0.03}, "holds"),  # equal within 3 points
         (0.0, 0.02, {"low": -0.03, "high": 0.03}, "undecided"),
         (0.1, 0.02, {"low": -0.03, "high": 0.03}, "does not hold"),
     ],
 )
 def test_a_claim_holds_three_standard_errors_away(difference, error, bounds, expected):
-    """Three errors on either side are inside the bounds, outside of them, or across one."""
-    assert claims.verdict(difference, error, **bounds) == expected
+    """The interval of three standard errors lies inside the bounds, outside, or across one."""
+    assert statistics.verdict(difference, error, **bounds) == expected
 
 
 def test_subsets_are_kinds_first_words_and_the_direction_of_time():
-    """Temporal is what would be answered otherwise if the clip were played backwards."""
+    """A question is temporal if its answer would change when the clip is reversed."""
     question = benchmarks.Question(
         "1", "clip", "What happens?", next(iter(REVERSED)), "what happens"
     )
@@ -125,6 +113,18 @@ def test_the_mixture_counts_each_clip_once():
     assert (mean, spread, other) == pytest.approx((0.4, 0.2, 0.6))
 
 
+def answers(right: dict[tuple[str, int], str]) -> dict:
+    """(row, seed) -> questions. "110 1": three questions about one clip, one about another."""
+    made = {}
+    for run, marks in right.items():
+        made[run] = [
+            benchmarks.Question(f"{clip}{number}", f"clip_{clip}", "What?", "", correct=mark == "1")
+            for clip, group in enumerate(marks.split())
+            for number, mark in enumerate(group)
+        ]
+    return made
+
+
 # ------------------------------------------------------------------------------------- the command
 
 
@@ -134,7 +134,7 @@ RUNS = tomllib.loads((ROOT / "miniature" / "claims.toml").read_text())
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a very small world in it."""
+    """A folder with a very small world."""
     folder = tmp_path_factory.mktemp("claims")
     home = folder / "data" / "miniature"
     write_world(home, SMALL)
@@ -144,7 +144,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def place(world, tmp_path, monkeypatch):
-    """An empty folder to run in, with that world and nothing to prepare."""
+    """A folder to run in, with a copy of that world; nothing has to be prepared."""
     shutil.copytree(world / "data", tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(claims, "CLIPS", SMALL)
@@ -154,7 +154,7 @@ def place(world, tmp_path, monkeypatch):
 
 @pytest.fixture
 def scripts(place, monkeypatch):
-    """The commands that are run; instead of a model, dice answer, worse for all but MERV."""
+    """The commands that were run. Dice answer instead of a model; MERV's are the best dice."""
     asked = []
 
     def dice(script, **_):
@@ -178,14 +178,14 @@ def scripts(place, monkeypatch):
 
 
 def run(*arguments: str) -> int:
-    """The command's status."""
+    """Run the command and return its exit status."""
     with pytest.raises(SystemExit) as end:
         claims.main(["claims", *arguments])
     return int(end.value.code)
 
 
 def test_everything_printed_comes_from_the_runs(place, scripts, capsys):
-    """Each row of the main table is the mean of its three stored results; no cell is left empty."""
+    """MERV's accuracy is the mean of its three stored results, and every run has its cell."""
     run()
     text = (place / "runs/claims/claims.md").read_text()
     assert text in capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_everything_printed_comes_from_the_runs(place, scripts, capsys):
     mean = sum(result["accuracy"]["all"] for result in stored) / len(stored)
     assert f"\n| MERV | {100 * mean:.1f} ± " in text
     assert len(stored) == claims.SEEDS
-    recipes = text.partition("## Recipes")[2]  # its other rows have one seed
+    recipes = text.partition("## Recipes")[2]  # here rows are of one seed
     first = json.loads(next(place.glob("runs/claims/MERV-0-*/eval/*.json")).read_text())
     assert f"\n| MERV | {100 * first['accuracy']['all']:.1f} ± " in recipes
     for name in (name for part in RUNS.values() for name in part):
@@ -206,14 +206,14 @@ def test_everything_printed_comes_from_the_runs(place, scripts, capsys):
     assert text.count("**holds**") and text.count("**undecided**")
 
 
-def test_what_is_done_is_not_repeated(place, scripts):
-    """Neither after the end nor after a kill; but what was made by other code or options is."""
+def test_finished_runs_are_reused(place, scripts):
+    """After the end and after a kill; but runs of other code or other data are made again."""
     run("--quick")
-    assert len(scripts) == 2 * 8  # eight rows are trained and asked
+    assert len(scripts) == 2 * 8  # eight rows are trained and evaluated
     run("--quick")
     assert len(scripts) == 2 * 8
     (killed,) = (place / "runs/claims").glob("ViViT-0-*")
-    shutil.rmtree(killed / "eval")  # trained, not yet asked
+    shutil.rmtree(killed / "eval")  # trained, not yet evaluated
     run("--quick")
     assert [script.split()[0].rpartition("/")[2] for script in scripts[16:]] == ["eval.py"]
     (place / "data/miniature/made_by.txt").write_text("other code")
@@ -221,16 +221,16 @@ def test_what_is_done_is_not_repeated(place, scripts):
     assert len(scripts) == 2 * 8 + 1 + 2 * 8
 
 
-def test_the_status_tells_whether_the_robust_claims_hold(place, scripts, monkeypatch):
-    """Dice favour nobody but MERV, so ViViT is not above the other single encoders."""
+def test_the_exit_status_is_1_if_a_claim_that_must_hold_does_not(place, scripts, monkeypatch):
+    """The dice favour only MERV, so ViViT is not above the other single encoders."""
     assert run("--quick") == 1
     assert "(must hold)" in (place / "runs/claims/quick.md").read_text()
-    monkeypatch.setattr(claims, "verdict", lambda *_: "holds")
+    monkeypatch.setattr(statistics, "verdict", lambda *_: "holds")
     assert run("--quick") == 0
 
 
-def test_a_run_that_fails_stops_it_and_says_why(place, monkeypatch):
-    """The end of what it printed is shown, with the command to run by hand."""
+def test_a_run_that_fails_stops_the_command_with_its_error(place, monkeypatch):
+    """The error shows the end of what the run printed, and how to run it by hand."""
 
     def broken(script, **_):
         return subprocess.CompletedProcess(script, 1, "", "the disk is full")
@@ -240,17 +240,17 @@ def test_a_run_that_fails_stops_it_and_says_why(place, monkeypatch):
         claims.main(["claims", "--quick"])
 
 
-def test_every_run_is_a_command_that_train_py_takes():
-    """An option that train.py does not know would only be found an hour later."""
+def test_train_py_knows_the_options_of_every_run():
+    """Otherwise a wrong option would be found only an hour after the start."""
     for part in RUNS.values():
         for name, options in part.items():
             assert parse_options(TrainConfig, options.split(), ""), name
 
 
 @pytest.mark.slow
-def test_a_row_is_trained_and_asked_by_the_real_scripts(place):
-    """Two steps instead of 300: a row's own options come last and count."""
-    for name in FOUR:
+def test_the_real_scripts_train_and_evaluate_a_row(place):
+    """With two steps instead of 300: the options of a row override those that all runs share."""
+    for name in RECIPES:
         encoder, file = load_encoder(f"miniature-{name}"), f"encoders-0/{name}.safetensors"
         save_encoder(encoder, place / "data/miniature" / file)
     write_world(place / "data/miniature/shuffled", SMALL, "shuffled")

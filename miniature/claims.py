@@ -1,0 +1,133 @@
+"""Check the paper's claims in miniature (paper 4 and 5) and write a page about it.
+
+    python -m miniature claims            everything: about 80 minutes on two cores
+    python -m miniature claims --quick    one seed of the main table and its controls
+
+Runs train.py and eval.py many times. claims.toml lists the runs, claims.jinja the tables and the
+claims; both were fixed before the first run. Finished runs are reused.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tomllib
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import jinja2
+
+import miniature
+from miniature.world import CLIPS, REVERSED, write_world
+from support import statistics
+from support.benchmarks import Question
+from support.cli import progress
+from support.dataset_writer import digest_files, new_folder
+from support.errors import UserError
+from support.files import write_file
+from train import MINIATURE as FOLDER
+
+ROOT = Path(__file__).parents[1]
+RUNS = Path("runs/claims")
+STEPS = 300  # of training, unless a row says otherwise
+SEEDS = 3  # of the important rows; a seed decides encoders, initial weights and order of the data
+MUST_HOLD = "(must hold)"  # marks a claim without which the miniature is broken
+
+
+def call(script: str, options: str) -> None:
+    """Run one of the repository's scripts in one thread."""
+    command = [sys.executable, f"{ROOT}/{script}", *options.split()]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if ended.returncode:
+        what = f"{script} {options} fails."
+        raise UserError(what, ended.stderr[-2000:], "run it by hand.")
+
+
+def run(row: str, options: str, seed: int) -> list[Question]:
+    """Train and evaluate a row of the tables, unless done before; the answered questions."""
+    train = f"--data {FOLDER}/train --tokenizer {FOLDER}/tokenizer.model --workers 0"
+    train += f" --seed {seed} --encoder-seed {seed} --max-steps {STEPS} --no-evaluate {options}"
+    # Other code, data or options are another run, with another digest in its name.
+    code = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("support/*.py"))]
+    digest = digest_files([*code, FOLDER / "made_by.txt"], train)
+    folder = RUNS / f"{row}-{seed}-{digest[:8]}"
+    result = folder / "eval/miniature-open.json"
+    if not (folder / "checkpoint").exists():
+        call("train.py", f"{train} --name {RUNS.name}/{folder.name}")
+    if not result.exists():
+        test = FOLDER / ("two_kinds/test" if row.startswith("split") else "test")
+        call("eval.py", f"--data {test} --workers 0 --checkpoint {folder}")
+    return [Question(**question) for question in json.loads(result.read_text())["questions"]]
+
+
+def inside(question: Question, subset: str) -> bool:
+    """Whether a question is in a subset: "all", "temporal", a kind, a first word or a question."""
+    if subset == "temporal":  # its answer changes when the clip is reversed
+        return question.expected in REVERSED
+    return subset in ("all", question.kind, question.first_word, question.text)
+
+
+def compare(answers, row, other=None, subset="all", seeds=SEEDS) -> tuple[float, float]:
+    """Accuracy of a row (minus another's) on a subset of the questions, and its standard error."""
+    keep = partial(inside, subset=subset)
+    return statistics.compare(answers, row, other, keep, seeds, reference="MERV")
+
+
+def mixture(answers: statistics.Answers, row: str, subset: str = "all") -> list:
+    """Mean and deviation over clips of each encoder's mixing weight, for the first seed."""
+    keep = partial(inside, subset=subset)
+    return statistics.mean_mixing_weights(filter(keep, answers[row, 0]))
+
+
+def render(answers: statistics.Answers, quick: bool) -> str:
+    """The page: claims.jinja, filled with the results."""
+    template = jinja2.Template(
+        Path(__file__).with_name("claims.jinja").read_text(),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    facts = {"cores": os.cpu_count(), "today": date.today(), "quick": quick}
+    return template.render(globals(), answers=answers, **facts)  # it calls functions of this file
+
+
+def make_data(seeds: int, kinds: list[str]) -> None:
+    """Draw the default world, pre-train its encoders of several seeds, and draw other worlds."""
+    for seed in range(seeds):
+        miniature.prepare(FOLDER, seed)
+    for kind in kinds:
+        if not (FOLDER / kind).exists():
+            with new_folder(FOLDER / kind) as unfinished:
+                write_world(unfinished, CLIPS, kind)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing and write the page; status 1 if a claim that must hold does not."""
+    parser = argparse.ArgumentParser(description="Check the paper's claims in miniature.")
+    parser.add_argument("what", choices=["claims"])
+    parser.add_argument("--quick", action="store_true", help="one seed, main table, controls")
+    quick = parser.parse_args(arguments).quick
+    rows = tomllib.loads(Path(__file__).with_name("claims.toml").read_text())
+    seeds = {"main": 1} if quick else {"main": SEEDS, "key": SEEDS, "more": 1}
+    jobs = []
+    for part, count in seeds.items():
+        for row, options in rows[part].items():
+            jobs += [(row, options, seed) for seed in range(count)]
+    answers = {}
+    try:
+        make_data(seeds["main"], ["shuffled"] if quick else ["shuffled", "two_kinds"])
+        with ThreadPoolExecutor(2) as pool:  # two runs at a time, in processes of one thread each
+            results = pool.map(run, *zip(*jobs, strict=True))
+            for job, questions in zip(jobs, progress(results, "claims", len(jobs)), strict=True):
+                row, _, seed = job
+                answers[row, seed] = questions
+    except UserError as error:
+        sys.exit(f"error: {error}")
+    page = render(answers, quick)
+    write_file(RUNS / ("quick.md" if quick else "claims.md"), page)
+    print(page)
+    sys.exit(1 if MUST_HOLD in page else 0)

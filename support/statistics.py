@@ -1,0 +1,119 @@
+"""Compare runs that answered the same questions: differences, standard errors, verdicts.
+
+Runs are identified by a row of a table and a seed: answers[row, seed] is a list of Questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from support.benchmarks import Question
+
+Answers = dict[tuple[str, int], list[Question]]
+STANDARD_ERRORS = 3  # between a difference and a bound, for a verdict
+
+
+def accuracy_gaps(answers: Answers, row: str, other: str | None, keep: Callable) -> np.ndarray:
+    """Whether a row is right, minus whether another one is, for each seed and question.
+
+    Returns (seeds, questions), with values -1, 0 and 1. other: None to subtract nothing. Only
+    seeds that both rows have count, because the encoders depend on the seed. keep: question ->
+    whether it counts.
+    """
+    asked = [index for index, question in enumerate(answers[row, 0]) if keep(question)]
+    gaps = []
+    for (name, seed), questions in answers.items():
+        if name != row or (other and (other, seed) not in answers):
+            continue
+        gap = right(questions, asked)
+        if other:
+            gap = gap - right(answers[other, seed], asked)
+        gaps.append(gap)
+    return np.array(gaps)
+
+
+def right(questions: list[Question], asked: list[int]) -> np.ndarray:
+    """1.0 for each right answer and 0.0 for each wrong one, of the questions at these indices."""
+    return np.array([questions[index].correct for index in asked], float)
+
+
+def compare(
+    answers: Answers,
+    row: str,
+    other: str | None,  # None: no difference, the accuracy of `row` alone
+    keep: Callable,  # question -> whether it counts
+    seeds: int,  # use at most the first so many
+    reference: str,  # the row that is subtracted when the variance between seeds is estimated
+) -> tuple[float, float]:
+    """The mean of `accuracy_gaps` and its standard error, the larger of two estimates.
+
+    Over clips: the questions about one clip depend on each other, so they are summed first. Over
+    seeds: the variance is pooled over all rows that have several seeds.
+    """
+    gaps = accuracy_gaps(answers, row, other, keep)[:seeds]
+    videos = [question.video for question in answers[row, 0] if keep(question)]
+    _, clip = np.unique(videos, return_inverse=True)
+    deviations = gaps.mean(0) - gaps.mean()
+    clip_sums = np.bincount(clip, deviations)
+    over_clips = clip_sums.std(ddof=1) * len(clip_sums) ** 0.5 / len(videos)
+
+    against = reference if other else None
+    variances = []
+    for name, seed in answers:
+        if seed == 1 and name != against:
+            accuracies = accuracy_gaps(answers, name, against, keep).mean(1)
+            variances.append(accuracies.var(ddof=1))
+    variance = np.mean(variances) if variances else 0
+    over_seeds = (variance / len(gaps)) ** 0.5
+    return gaps.mean(), max(over_clips, over_seeds)
+
+
+def verdict(difference: float, error: float, low: float = 0, high: float = 1) -> str:
+    """Whether a claim "holds": the difference is between low and high, beyond doubt.
+
+    "does not hold" means that it is outside beyond doubt; anything else is "undecided". Beyond
+    doubt is STANDARD_ERRORS standard errors away from the bound.
+    """
+    margin = STANDARD_ERRORS * error
+    if low < difference - margin and difference + margin < high:
+        return "holds"
+    if difference + margin < low or difference - margin > high:
+        return "does not hold"
+    return "undecided"
+
+
+def mean_mixing_weights(questions: Iterable[Question]) -> list[tuple[float, float]]:
+    """Mean and standard deviation over clips of each encoder's mixing weight."""
+    by_clip = {}
+    for question in questions:
+        by_clip[question.video] = question.weights
+    weights = np.array(list(by_clip.values()))  # (clips, encoders)
+    means = weights.mean(0)
+    deviations = weights.std(0)
+    return list(zip(means, deviations, strict=True))
+
+
+def linear_probe(
+    features: Tensor,  # (n, d)
+    words: list[str],  # the class of each row
+    fitted: int,  # the classifier is fitted to so many rows and tested on the others
+) -> float:
+    """Accuracy of a linear classifier: a ridge regression to one-hot labels Y.
+
+    Its predictions are X_new X^T (X X^T + 300 I)^-1 Y, with standardised features X.
+    """
+    features = (features - features.mean(0)) / features.std(0)
+    x = features[:fitted]
+    x_new = features[fitted:]
+    classes, labels = np.unique(words, return_inverse=True)
+    labels = torch.from_numpy(labels)
+    y = F.one_hot(labels[:fitted]) - 1 / len(classes)
+    kernel = x @ x.mT + 300 * torch.eye(fitted)
+    scores = x_new @ x.mT @ torch.linalg.inv(kernel) @ y
+    right = scores.argmax(1) == labels[fitted:]
+    return right.float().mean().item()
