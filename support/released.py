@@ -1,84 +1,176 @@
-"""The names inside released files: timm, Google, LanguageBind, Hugging Face, Meta, the authors."""
+"""Read released checkpoints: what each source calls the tensors and settings of our models.
+
+A table maps our names to theirs. "*" stands for the number of a block, and one of our tensors may
+be several of theirs, which are stacked by rows:
+
+    "blocks.*.mlp.up_proj": "encoder.layers.*.mlp.fc1"
+    "blocks.*.attention.qkv_proj": ("layers.*.q_proj", "layers.*.k_proj", "layers.*.v_proj")
+
+A name covers its weight and bias. `weights.released_names` applies a table, and
+`weights.assign_weights` reports every tensor that does not fit.
+"""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from support.weights import assign_weights, read_tensors
+from support.errors import CheckpointError
+from support.weights import assign_weights, find_file, read_json, read_tensors
 
-# In front of the names of a family; we write the first.
-PREFIXES = {"vit": ("", "visual.trunk."), "languagebind": ("vision_model.",), "vivit": ("vivit.",)}
+Table = dict[str, str | tuple[str, ...]]  # our name -> theirs
 
-
-BLOCKS = {"vit": "blocks.*", "languagebind": "encoder.layers.*", "vivit": "encoder.layer.*"}
-
-
-_ROWS = [  # ours, timm's ("vit"), LanguageBind's, Google's ("vivit"); "*" is a block, "" is nothing
-    ("class_token", "cls_token", "embeddings.class_embedding", "embeddings.cls_token"),
-    ("register_tokens", "reg_token", "", ""),
-    ("position_embedding", "pos_embed",
-     "embeddings.position_embedding.weight", "embeddings.position_embeddings"),
-    ("patch_embedding", "patch_embed.proj",
-     "embeddings.patch_embedding", "embeddings.patch_embeddings.projection"),
-    ("embedding_norm", "", "pre_layrnorm", ""),  # [sic]
-    ("*.temporal_embedding", "", "*.temporal_embedding", ""),
-    ("*.temporal_norm", "", "*.temporal_layer_norm1", ""),
-    ("*.temporal_attention.qkv_proj", "", "*.temporal_attn.{q,k,v}_proj", ""),
-    ("*.temporal_attention.out_proj", "", "*.temporal_attn.out_proj", ""),
-    ("*.attention_norm", "*.norm1", "*.layer_norm1", "*.layernorm_before"),
-    ("*.attention.qkv_proj", "*.attn.qkv",
-     "*.self_attn.{q,k,v}_proj", "*.attention.attention.{query,key,value}"),
-    ("*.attention.out_proj", "*.attn.proj", "*.self_attn.out_proj", "*.attention.output.dense"),
-    ("*.attention_scale", "*.ls1.gamma", "", ""),
-    ("*.mlp_norm", "*.norm2", "*.layer_norm2", "*.layernorm_after"),
-    ("*.mlp.up_proj", "*.mlp.fc1", "*.mlp.fc1", "*.intermediate.dense"),
-    ("*.mlp.down_proj", "*.mlp.fc2", "*.mlp.fc2", "*.output.dense"),
-    ("*.mlp_scale", "*.ls2.gamma", "", ""),
-    ("final_norm", "", "", "layernorm"),
-]  # fmt: skip
+# ----------------------------------------------------------------------------------------- encoders
 
 
-NAMES: dict[str, dict[str, str]] = {family: {} for family in BLOCKS}  # ours -> theirs
+@dataclass(frozen=True)
+class Names:
+    """How the checkpoints of one family of encoders name their tensors."""
+
+    table: Table = field(default_factory=dict)  # a name that is not in it is the same as ours
+    blocks: str = "blocks.*"  # what their blocks are called
+    prefixes: tuple[str, ...] = ("",)  # in front of their names; we write the first
+    skip: dict[str, str] = field(default_factory=dict)  # pattern of names not read -> why
+
+    def without_prefixes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The same tensors under the names that the table uses."""
+        bare = {}
+        for name, tensor in tensors.items():
+            for prefix in self.prefixes:
+                name = name.removeprefix(prefix)
+            bare[name] = tensor
+        return bare
 
 
-for _ours, *_theirs in _ROWS:
-    for (_family, _block), _name in zip(BLOCKS.items(), _theirs, strict=True):
-        if _name:
-            NAMES[_family][_ours.replace("*", "blocks.*")] = _name.replace("*", _block)
+OUR_NAMES = Names()  # for a family that has no released checkpoint
 
+TIMM = Names(  # DINOv2 and SigLIP: https://github.com/huggingface/pytorch-image-models
+    table={
+        "class_token": "cls_token",
+        "register_tokens": "reg_token",
+        "position_embedding": "pos_embed",
+        "patch_embedding": "patch_embed.proj",
+        "blocks.*.attention_norm": "blocks.*.norm1",
+        "blocks.*.attention.qkv_proj": "blocks.*.attn.qkv",
+        "blocks.*.attention.out_proj": "blocks.*.attn.proj",
+        "blocks.*.attention_scale": "blocks.*.ls1.gamma",
+        "blocks.*.mlp_norm": "blocks.*.norm2",
+        "blocks.*.mlp.up_proj": "blocks.*.mlp.fc1",
+        "blocks.*.mlp.down_proj": "blocks.*.mlp.fc2",
+        "blocks.*.mlp_scale": "blocks.*.ls2.gamma",
+    },
+    prefixes=("", "visual.trunk."),  # the second: SigLIP as open_clip saves it
+    skip={
+        "norm.*": "features are taken before the final norm",
+        "attn_pool.*": "SigLIP's head pools an image to one vector; MERV needs the grid",
+        "text*": "the text tower",
+        "logit_*": "used in the contrastive loss only",
+    },
+)
 
-SKIP = {  # left unread -> why
-    "norm.*": "DINOv2's and SigLIP's features are taken before the final norm",
-    "attn_pool.*": "SigLIP's head pools an image to one vector; MERV wants the grid",
-    "post_layernorm.*": "norms LanguageBind's class token for the contrastive loss",
-    "*_projection.weight": "the contrastive loss",
-    "logit_*": "the contrastive loss",
-    "text*": "the text tower",
-    "pooler.*": "ViViT's pooled class token",
-    "classifier.*": "ViViT's Kinetics-400 classifier",
-}
+LANGUAGEBIND = Names(  # https://huggingface.co/LanguageBind/LanguageBind_Video_merge
+    table={
+        "class_token": "embeddings.class_embedding",
+        "position_embedding": "embeddings.position_embedding.weight",
+        "patch_embedding": "embeddings.patch_embedding",
+        "embedding_norm": "pre_layrnorm",  # [sic]
+        "blocks.*.temporal_embedding": "encoder.layers.*.temporal_embedding",
+        "blocks.*.temporal_norm": "encoder.layers.*.temporal_layer_norm1",
+        "blocks.*.temporal_attention.qkv_proj": (
+            "encoder.layers.*.temporal_attn.q_proj",
+            "encoder.layers.*.temporal_attn.k_proj",
+            "encoder.layers.*.temporal_attn.v_proj",
+        ),
+        "blocks.*.temporal_attention.out_proj": "encoder.layers.*.temporal_attn.out_proj",
+        "blocks.*.attention_norm": "encoder.layers.*.layer_norm1",
+        "blocks.*.attention.qkv_proj": (
+            "encoder.layers.*.self_attn.q_proj",
+            "encoder.layers.*.self_attn.k_proj",
+            "encoder.layers.*.self_attn.v_proj",
+        ),
+        "blocks.*.attention.out_proj": "encoder.layers.*.self_attn.out_proj",
+        "blocks.*.mlp_norm": "encoder.layers.*.layer_norm2",
+        "blocks.*.mlp.up_proj": "encoder.layers.*.mlp.fc1",
+        "blocks.*.mlp.down_proj": "encoder.layers.*.mlp.fc2",
+    },
+    blocks="encoder.layers.*",
+    prefixes=("vision_model.",),
+    skip={
+        "post_layernorm.*": "norms the class token for the contrastive loss",
+        "*_projection.weight": "used in the contrastive loss only",
+        "logit_*": "used in the contrastive loss only",
+        "text*": "the text tower",
+    },
+)
+
+GOOGLE_VIVIT = Names(  # https://huggingface.co/google/vivit-b-16x2-kinetics400
+    table={
+        "class_token": "embeddings.cls_token",
+        "position_embedding": "embeddings.position_embeddings",
+        "patch_embedding": "embeddings.patch_embeddings.projection",
+        "blocks.*.attention_norm": "encoder.layer.*.layernorm_before",
+        "blocks.*.attention.qkv_proj": (
+            "encoder.layer.*.attention.attention.query",
+            "encoder.layer.*.attention.attention.key",
+            "encoder.layer.*.attention.attention.value",
+        ),
+        "blocks.*.attention.out_proj": "encoder.layer.*.attention.output.dense",
+        "blocks.*.mlp_norm": "encoder.layer.*.layernorm_after",
+        "blocks.*.mlp.up_proj": "encoder.layer.*.intermediate.dense",
+        "blocks.*.mlp.down_proj": "encoder.layer.*.output.dense",
+        "final_norm": "layernorm",
+    },
+    blocks="encoder.layer.*",
+    prefixes=("vivit.",),
+    skip={
+        "pooler.*": "pools the class token for classification",
+        "classifier.*": "classifies the 400 actions of Kinetics-400",
+    },
+)
 
 
 def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
-    """(1, side*side, d_e) learned for a square grid -> (1, h*w, d_e). DINOv2: 37x37 -> 16x16."""
-    side = round(positions.shape[1] ** 0.5) if positions.ndim == 3 else 0
-    if not side or (side, side) == (h, w) or side * side != positions.shape[1]:
-        return positions  # right already, or no square grid: assign_weights will name it
-    grid = positions.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    """Resize position embeddings of a square grid: (1, side*side, d_e) -> (1, h*w, d_e).
+
+    DINOv2 is released for 518 pixels, so 37x37 positions become 16x16. Bicubic with antialiasing,
+    in float32, as timm does. Any other shape is returned as it is; `assign_weights` reports it.
+    """
+    if positions.ndim != 3:
+        return positions
+    side = math.isqrt(positions.shape[1])
+    if side == 0 or side * side != positions.shape[1] or (side, side) == (h, w):
+        return positions
+    grid = positions.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, d_e, side, side)
     grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True, align_corners=False)
     return grid.flatten(2).mT
 
 
-META_FILE = "consolidated.00.pth"  # as Meta ships LLaMA-2, before conversion
+# -------------------------------------------------------------------------------------------- LLaMA
 
+LLAMA_HF: Table = {  # Hugging Face's format, also Vicuna and TinyLlama
+    "embed_tokens": "model.embed_tokens",
+    "norm": "model.norm",
+    "lm_head": "lm_head",
+    "layers.*.input_layernorm": "model.layers.*.input_layernorm",
+    "layers.*.self_attn.q_proj": "model.layers.*.self_attn.q_proj",
+    "layers.*.self_attn.k_proj": "model.layers.*.self_attn.k_proj",
+    "layers.*.self_attn.v_proj": "model.layers.*.self_attn.v_proj",
+    "layers.*.self_attn.o_proj": "model.layers.*.self_attn.o_proj",
+    "layers.*.post_attention_layernorm": "model.layers.*.post_attention_layernorm",
+    "layers.*.mlp.gate_proj": "model.layers.*.mlp.gate_proj",
+    "layers.*.mlp.up_proj": "model.layers.*.mlp.up_proj",
+    "layers.*.mlp.down_proj": "model.layers.*.mlp.down_proj",
+}
 
-META_NAMES = {  # ours -> Meta's; "*" is the number of the layer
-    "embed_tokens": "tok_embeddings", "norm": "norm", "lm_head": "output",
+LLAMA_META: Table = {  # Meta's own format
+    "embed_tokens": "tok_embeddings",
+    "norm": "norm",
+    "lm_head": "output",
     "layers.*.input_layernorm": "layers.*.attention_norm",
     "layers.*.self_attn.q_proj": "layers.*.attention.wq",
     "layers.*.self_attn.k_proj": "layers.*.attention.wk",
@@ -88,71 +180,140 @@ META_NAMES = {  # ours -> Meta's; "*" is the number of the layer
     "layers.*.mlp.gate_proj": "layers.*.feed_forward.w1",
     "layers.*.mlp.up_proj": "layers.*.feed_forward.w3",
     "layers.*.mlp.down_proj": "layers.*.feed_forward.w2",
-}  # fmt: skip
+}
 
+LLAMA_SKIP = {  # pattern of names not read -> why
+    "model.layers.*.self_attn.rotary_emb.inv_freq": "llama.rope computes these frequencies",
+    "rope.freqs": "llama.rope computes these frequencies",
+}
 
-LLAMA_NAMES = {ours: f"model.{ours}" for ours in META_NAMES} | {
-    "lm_head": "lm_head"
-}  # Hugging Face's
+META_FILE = "consolidated.00.pth"  # the first, or only, shard of Meta's format
 
+LLAMA_HF_SETTINGS = {  # field of LlamaConfig -> key of Hugging Face's config.json
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "max_positions": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "tie_word_embeddings": "tie_word_embeddings",
+}
 
-LLAMA_SKIP = {
-    "model.layers.*.self_attn.rotary_emb.inv_freq": "computed in rope()",
-    "rope.freqs": "too",
+LLAMA_META_SETTINGS = {  # field of LlamaConfig -> key of Meta's params.json
+    "hidden_size": "dim",
+    "num_layers": "n_layers",
+    "num_heads": "n_heads",
+    "num_kv_heads": "n_kv_heads",
+    "norm_eps": "norm_eps",
+}
+
+LLAMA_REQUIRED = {  # keys of config.json and the only value that llama.py computes
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "rope_type": "default",
+    "rope_scaling": None,
 }
 
 
-CONFIG_NAMES = {  # ours -> config.json's
-    "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_layers": "num_hidden_layers",
-    "intermediate_size": "intermediate_size", "tie_word_embeddings": "tie_word_embeddings",
-    "num_kv_heads": "num_key_value_heads", "max_positions": "max_position_embeddings",
-    "num_heads": "num_attention_heads", "rope_theta": "rope_theta", "norm_eps": "rms_norm_eps",
-}  # fmt: skip
+def llama_settings(source: str | Path) -> dict[str, object]:
+    """The fields of LlamaConfig that a folder or hub id states in config.json or params.json.
 
-
-META_CONFIG_NAMES = {  # ours -> params.json's, of those that it fills in
-    "hidden_size": "dim", "num_layers": "n_layers", "num_heads": "n_heads",
-    "num_kv_heads": "n_kv_heads", "norm_eps": "norm_eps",
-}  # fmt: skip
-
-
-PLAIN = {  # what config.json must say, if anything: this file computes nothing else
-    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-    "rope_type": "default", "rope_scaling": None,
-}  # fmt: skip
-
-
-def read_meta(source: str | Path, config: object) -> dict[str, Tensor]:
-    """Meta's shards as whole tensors, with the rows of wq and wk in our order.
-
-    WHY: Meta rotates neighbouring channels (0, 1), (2, 3) ... of a head; we, like Hugging Face,
-    rotate channel i with i + head_dim/2. Same rotations, so sorting the rows even-then-odd is all:
-    [r0 r1 r2 r3] -> [r0 r2 r1 r3].
+    Fields that are not stated are left out. Raises CheckpointError if the architecture is not
+    plain LLaMA.
     """
-    source = Path(source).parent if Path(source).is_file() else source
-    rows = len(read_tensors(source, (META_FILE,))["layers.0.attention.wq.weight"])
-    files = [META_FILE.replace("00", f"{i:02d}") for i in range(config.hidden_size // rows)]
-    shards = [read_tensors(source, (file,)) for file in files]
+    path = find_file(source, ("config.json", "params.json"))
+    stated = read_json(path)
+    if path.name == "params.json":
+        settings = fields_of(stated, LLAMA_META_SETTINGS) | meta_sizes(source, stated["dim"])
+    else:
+        stated |= stated.get("rope_parameters") or {}  # where newer files put rope_theta
+        require_plain_llama(source, stated)
+        settings = fields_of(stated, LLAMA_HF_SETTINGS)
+    settings.setdefault("num_kv_heads", settings["num_heads"])  # no grouped-query attention
+    return settings
+
+
+def fields_of(stated: dict, keys: dict[str, str]) -> dict[str, object]:
+    """Rename the settings of a file: our field -> its value, where the file states one."""
+    fields = {}
+    for ours, theirs in keys.items():
+        if stated.get(theirs) is not None:
+            fields[ours] = stated[theirs]
+    return fields
+
+
+def require_plain_llama(source: str | Path, stated: dict) -> None:
+    """Raise CheckpointError if config.json describes another architecture than llama.py has."""
+    different = []
+    for key, required in LLAMA_REQUIRED.items():
+        # Only model_type must be stated; a file leaves the others out if they have these values.
+        default = None if key == "model_type" else required
+        value = stated.get(key, default)
+        if value != required:
+            different.append(f"{key} = {value!r}")
+    if different:
+        raise CheckpointError(
+            f"{source} is no plain LLaMA: {', '.join(different)}.",
+            "llama.py implements the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only.",
+            "choose one of those models.",
+        )
+
+
+def meta_sizes(source: str | Path, hidden_size: int) -> dict[str, object]:
+    """The sizes that params.json leaves out, read from the shapes of the first shard."""
+    first = read_tensors(source, (META_FILE,))
+    shards = hidden_size // first["layers.0.attention.wq.weight"].shape[0]  # wq is split by rows
+    return {
+        "vocab_size": first["tok_embeddings.weight"].shape[0],
+        "intermediate_size": first["layers.0.feed_forward.w1.weight"].shape[0] * shards,
+    }
+
+
+def read_meta(source: str | Path, hidden_size: int, head_dim: int) -> dict[str, Tensor]:
+    """Join the shards of Meta's format, with the rows of wq and wk in our order.
+
+    WHY: Meta rotates neighbouring channels (0, 1), (2, 3) ... of a head. We, like Hugging Face,
+    rotate channel i with channel i + head_dim/2. Taking first the even and then the odd rows of
+    each head turns one into the other: [r0 r1 r2 r3] -> [r0 r2 r1 r3].
+    """
+    folder = source
+    if Path(source).is_file():
+        folder = Path(source).parent
+    first = read_tensors(folder, (META_FILE,))
+    count = hidden_size // len(first["layers.0.attention.wq.weight"])  # wq is split by rows
+    shards = [first]
+    for index in range(1, count):
+        shards.append(read_tensors(folder, (f"consolidated.{index:02d}.pth",)))
     tensors = {}
-    for name, first in shards[0].items():
-        if first.ndim == 2 and len(shards) > 1:  # split by input width or by output width
-            by_input = name.split(".")[-2] in ("tok_embeddings", "wo", "w2")
-            first = torch.cat([shard[name] for shard in shards], dim=1 if by_input else 0)
+    for name, tensor in first.items():
+        if tensor.ndim == 2 and count > 1:
+            # These three are split by columns, all other matrices by rows; vectors are copies.
+            by_columns = name.split(".")[-2] in ("tok_embeddings", "wo", "w2")
+            tensor = torch.cat([shard[name] for shard in shards], dim=1 if by_columns else 0)
         if name.endswith(("wq.weight", "wk.weight")):
-            heads = first.unflatten(0, (-1, config.head_dim // 2, 2))
-            first = heads.transpose(1, 2).flatten(0, 2)
-        tensors[name] = first
+            pairs = tensor.unflatten(0, (-1, head_dim // 2, 2))  # (heads, head_dim/2, 2, d)
+            tensor = pairs.transpose(1, 2).flatten(0, 2)
+        tensors[name] = tensor
     return tensors
 
 
-AUTHORS = (
+# ------------------------------------------------------------------------- the authors' checkpoints
+
+AUTHORS = (  # their checkpoints: https://huggingface.co/tyleryzhu/merv
     "merv-frozen",
     "merv-full",
-    *(f"{name}-single" for name in ("languagebind", "dinov2", "vivit", "siglip")),
-)  # at tyleryzhu/merv
+    "languagebind-single",
+    "dinov2-single",
+    "vivit-single",
+    "siglip-single",
+)
 
-
-AUTHORS_ENCODERS = {  # their names -> ours
+AUTHORS_ENCODERS = {  # their name of an encoder -> ours
     "languagebind-video-noclass": "languagebind",
     "dinov2-video-all-tokens": "dinov2",
     "vivit-google-b-all-no-cls-16frames": "vivit",
@@ -160,34 +321,95 @@ AUTHORS_ENCODERS = {  # their names -> ours
 }
 
 
-def authors_tensors(config, parts: dict) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The authors' tensors, and our name -> theirs. Older files say `projector` and `adapter`."""
-    tensors = {k.removeprefix("llm."): v for k, v in parts["llm_backbone"].items()}
-    for key, tensor in parts.get("projectors", parts.get("projector", {})).items():
-        tensors["projectors." + (key if key[0].isdigit() else f"0.{key}")] = tensor
+def authors_settings(raw: dict) -> dict[str, object]:
+    """The settings in the authors' config.json: encoders, pooled_side and visual_tokens.
+
+    encoders: our names, in order; visual_tokens: per clip, None if the file does not say.
+    Raises CheckpointError for an encoder that we do not have.
+    """
+    model = raw["model"]
+    theirs = model["video_backbone_ids"]
+    unknown = [name for name in theirs if name not in AUTHORS_ENCODERS]
+    if unknown:
+        raise CheckpointError(
+            f"The checkpoint needs the encoders {', '.join(unknown)}, which are not here.",
+            f"of the authors' encoders, only {', '.join(AUTHORS_ENCODERS)} are implemented.",
+            f"choose one of {', '.join(AUTHORS)}, or train a MERV with train.py.",
+        )
+    return {
+        "encoders": tuple(AUTHORS_ENCODERS[name] for name in theirs),
+        "pooled_side": math.isqrt(model.get("projector_token_length", 64)),  # tokens of one frame
+        "visual_tokens": model.get("visual_feature_length"),
+    }
+
+
+def authors_tensors(
+    encoder_names: list[str], hidden_size: int, parts: dict[str, dict[str, Tensor]]
+) -> tuple[dict[str, Tensor], Table]:
+    """The tensors of an authors' checkpoint with simpler names, and our names for them.
+
+    encoder_names: the keys of MERV.projectors, in order. parts: the checkpoint's "model".
+    """
+    tensors = {}
+    for name, tensor in parts["llm_backbone"].items():
+        tensors[name.removeprefix("llm.")] = tensor
+    # Older files have one encoder, no number in front of its projector, and other part names.
+    for name, tensor in parts.get("projectors", parts.get("projector", {})).items():
+        numbered = name if name[0].isdigit() else f"0.{name}"
+        tensors[f"projectors.{numbered}"] = tensor
     fusion = parts.get("feature_fusion", parts.get("adapter", {}))
-    needless = len(config.encoders) == 1 and not fusion  # the softmax over one is 1 in any case
-    tensors["query"] = torch.zeros(config.llm.hidden_size) if needless else fold_query(fusion)
-    names = {f"llm.{ours}": theirs for ours, theirs in LLAMA_NAMES.items()}
-    names |= {"mixer.query": "query"}
-    for index, encoder in enumerate(config.encoders):
-        names[f"projectors.{encoder.name}.linear"] = f"projectors.{index}.projector.projector"
+    if len(encoder_names) == 1 and not fusion:
+        tensors["query"] = torch.zeros(hidden_size)  # unused: the softmax over one encoder is 1
+    else:
+        tensors["query"] = fold_query(fusion)
+    names: Table = {"mixer.query": "query"}
+    for ours, theirs in LLAMA_HF.items():
+        names[f"llm.{ours}"] = theirs
+    for index, encoder in enumerate(encoder_names):
+        names[f"projectors.{encoder}.linear"] = f"projectors.{index}.projector.projector"
     return tensors, names
 
 
 @torch.no_grad()
 def fold_query(fusion: dict[str, Tensor]) -> Tensor:
-    """The authors' fusion module as one query (d,): Q_eff = W_k' (W_q Q + b_q) sqrt(d / d_inner).
+    """Fold the authors' fusion module into one query (d,): W_k^T (W_q Q + b_q) sqrt(d / d_inner).
 
-    QUIRK: 44 million parameters, of which inference sees one vector (ledger K5). Their score is
-    (W_q Q + b_q) . (W_k x + b_k) / sqrt(d_inner). W_k moves over to the query; b_k adds the same to
-    every encoder's score and cancels in the softmax. Values and output projection are never used.
+    QUIRK: of 44 million parameters, inference uses one vector (ledger K5). The authors' score is
+    (W_q Q + b_q) . (W_k x + b_k) / sqrt(d_inner). W_k moves over to the query. b_k adds the same
+    number to the score of every encoder and cancels in the softmax. The value and output
+    projections are not used.
     """
-    inner, d = fusion.get("attention.k_proj_weight", torch.empty(1, 1)).shape
+    d_inner, d = fusion.get("attention.k_proj_weight", torch.empty(1, 1)).shape
     with torch.device("meta"):
-        attention = nn.MultiheadAttention(inner, 1, kdim=d, vdim=d)
-        theirs = nn.ParameterDict({"Q": torch.empty(1, inner)})
-        theirs.attention = attention
-    assign_weights(theirs, fusion, None, {}, "the fusion module", torch.float64)
-    query = attention.q_proj_weight @ theirs.Q[0] + attention.in_proj_bias[:inner]
-    return attention.k_proj_weight.mT @ query * math.sqrt(d / inner)
+        attention = nn.MultiheadAttention(d_inner, num_heads=1, kdim=d, vdim=d)
+        module = nn.ParameterDict({"Q": torch.empty(1, d_inner)})
+        module.attention = attention
+    assign_weights(module, fusion, None, {}, "the fusion module", torch.float64)
+    query = attention.q_proj_weight @ module.Q[0] + attention.in_proj_bias[:d_inner]
+    return attention.k_proj_weight.mT @ query * math.sqrt(d / d_inner)
+
+# ------------------------------------------------------------------------------------------ aliases
+
+NAMES = {"vit": TIMM.table, "languagebind": LANGUAGEBIND.table, "vivit": GOOGLE_VIVIT.table}  # alias
+PREFIXES = {"vit": TIMM.prefixes, "languagebind": ("vision_model.",), "vivit": ("vivit.",)}  # alias
+BLOCKS = {"vit": "blocks.*", "languagebind": "encoder.layers.*", "vivit": "encoder.layer.*"}
+SKIP = TIMM.skip | LANGUAGEBIND.skip | GOOGLE_VIVIT.skip  # alias
+LLAMA_NAMES, META_NAMES = LLAMA_HF, LLAMA_META  # alias
+CONFIG_NAMES, META_CONFIG_NAMES, PLAIN = LLAMA_HF_SETTINGS, LLAMA_META_SETTINGS, LLAMA_REQUIRED
+_read_meta, _authors_tensors = read_meta, authors_tensors
+
+
+def read_meta(source, hidden_size, head_dim=None):
+    """Alias for callers that pass a LlamaConfig."""
+    if head_dim is None:
+        hidden_size, head_dim = hidden_size.hidden_size, hidden_size.head_dim
+    return _read_meta(source, hidden_size, head_dim)
+
+
+def authors_tensors(encoder_names, hidden_size, parts=None):
+    """Alias for callers that pass a MERVConfig."""
+    if parts is None:
+        config, parts = encoder_names, hidden_size
+        encoder_names = [e.name for e in config.encoders]
+        hidden_size = config.llm.hidden_size
+    return _authors_tensors(encoder_names, hidden_size, parts)

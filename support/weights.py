@@ -104,19 +104,30 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
     partial.replace(path)
 
 
-def released_names(ours: str, names: dict[str, str] | None) -> list[str]:
-    """Our tensor name -> theirs, by a table in which "*" stands for the number of the block, and
-    {q,k,v} for three tensors of theirs that are one of ours. What it does not hold stays the same.
+def released_names(ours: str, table: dict[str, str | tuple[str, ...]] | None) -> list[str]:
+    """Translate our tensor name by a table of support/released.py; several if theirs are stacked.
 
     {"blocks.*.up_proj": "layers.*.fc1"}: "blocks.3.up_proj.bias" -> ["layers.3.fc1.bias"]
+    A name that is not in the table stays as it is.
     """
-    names = names or {}
-    number = re.search(r"\.(\d+)\.", ours)
-    pattern = ours.replace(number[0], ".*.", 1) if number else ours
-    stem, dot, leaf = (pattern, "", "") if pattern in names else pattern.rpartition(".")
-    theirs = (names.get(stem, stem) + dot + leaf).replace("*", number[1] if number else "*")
-    several = re.fullmatch(r"(.*)\{(.*)\}(.*)", theirs)
-    return [several[1] + x + several[3] for x in several[2].split(",")] if several else [theirs]
+    table = table or {}
+    number = re.search(r"\.(\d+)\.", ours)  # of the block
+    pattern = ours
+    if number:
+        pattern = ours.replace(number[0], ".*.", 1)
+    # The table holds whole names ("class_token") and modules ("blocks.*.norm") alike.
+    module, ending = pattern, ""
+    if pattern not in table:
+        module, dot, leaf = pattern.rpartition(".")
+        ending = dot + leaf
+    theirs = table.get(module, module)
+    if isinstance(theirs, str):
+        theirs = (theirs,)
+    names = []
+    for name in theirs:
+        name = name + ending
+        names.append(name.replace("*", number[1]) if number else name)
+    return names
 
 
 def assign_weights(model: nn.Module, tensors, names, skip, what: str, dtype) -> None:

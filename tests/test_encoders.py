@@ -802,7 +802,7 @@ def test_the_released_file_fits_at_full_size(name, shared_folder, tmp_path, monk
 
 
 def test_our_name_becomes_theirs_by_the_table():
-    table = {"norm": "final", "x": "a.b", "blocks.*.qkv": "l.*.{q,k}"}
+    table = {"norm": "final", "x": "a.b", "blocks.*.qkv": ("l.*.q", "l.*.k")}
     assert released_names("norm.bias", table) == ["final.bias"]
     assert released_names("x", table) == ["a.b"]
     assert released_names("blocks.12.qkv.weight", table) == ["l.12.q.weight", "l.12.k.weight"]
