@@ -302,8 +302,8 @@ class KVCache:
         row 0                         a   b   c      slots 0, 1, 2
         row 1                         d   e   .      slots 0, 1; "." is padding
 
-    The next token of row 1 overwrites the padding in slot 2. So slots are in the order of tokens,
-    and one mask is always right: slot i of a row attends to the prefix and to slots 0..i.
+    The next token of row 1 overwrites the padding in slot 2. So the slots of a row are in the order
+    of its tokens, and one rule gives the mask: slot i attends to the prefix and to slots 0..i.
     FIX: the authors drop the mask when decoding, so rows attend to padding (ledger F3).
 
     max_length: number of slots; prefix: a cache of one row, which is read and never changed.
@@ -333,7 +333,7 @@ class KVCache:
         self.slots = self.lengths[:, None] + torch.arange(s, device=device)  # (b, s)
         self.lengths = self.lengths + (s if lengths is None else lengths)
         self.used += s
-        self.mask = None  # stands for plain causal attention, if these are the first tokens
+        self.mask = None  # plain causal attention, if these are the first tokens
         if self.used > s or self.prefix is not None:
             # Added to the scores: 0 where a token may look, else -inf; (b, 1, s, prefix + used).
             visible = torch.arange(self.used, device=device) <= self.slots[:, None, :, None]

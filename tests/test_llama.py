@@ -110,17 +110,6 @@ def test_rmsnorm_sums_in_float32_for_bfloat16_input():
     assert torch.equal(norm(torch.ones(1, 4096).bfloat16()), torch.ones(1, 4096).bfloat16())
 
 
-def norms_of_width_4096(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Ours, transformers' and the exact (float64) norm of the same 50 random vectors."""
-    ours = unit_scale(RMSNorm(4096, eps=1e-5)).to(dtype)
-    theirs = LlamaRMSNorm(4096, eps=1e-5).to(dtype)
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(50, 4096, generator=torch.Generator().manual_seed(1)).to(dtype)
-    x64 = x.double()
-    exact = x64 / (x64.square().mean(-1, keepdim=True) + 1e-5).sqrt() * ours.weight.double()
-    return ours(x), theirs(x), exact
-
-
 @torch.no_grad()
 def test_rmsnorm_equals_that_of_transformers_in_float32():
     ours, theirs, _ = norms_of_width_4096(torch.float32)
@@ -138,6 +127,17 @@ def test_rmsnorm_equals_that_of_transformers_in_bfloat16_to_rounding():
     assert ((ours - exact).abs() <= 2**-8 * exact.abs() + 1e-9).all()
     assert ((ours.double() - theirs.double()).abs() <= 3 * 2**-8 * exact.abs() + 1e-9).all()
     assert (ours - exact).abs().mean() <= (theirs - exact).abs().mean()
+
+
+def norms_of_width_4096(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Ours, transformers' and the exact (float64) norm of the same 50 random vectors."""
+    ours = unit_scale(RMSNorm(4096, eps=1e-5)).to(dtype)
+    theirs = LlamaRMSNorm(4096, eps=1e-5).to(dtype)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(50, 4096, generator=torch.Generator().manual_seed(1)).to(dtype)
+    x64 = x.double()
+    exact = x64 / (x64.square().mean(-1, keepdim=True) + 1e-5).sqrt() * ours.weight.double()
+    return ours(x), theirs(x), exact
 
 
 def test_swiglu_is_a_gated_mlp():
@@ -218,8 +218,9 @@ def test_bfloat16_queries_are_rotated_in_float32():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_angles_stay_float32_when_fsdp_casts_to_bfloat16(one_process, monkeypatch, checkpointing):
-    """FSDP's mixed precision casts the tensors that a layer receives. RoPE must not be among them:
-    a bfloat16 cosine has 3 digits, and with a bfloat16 angle of 1100 rad none would be left."""
+    """FSDP's mixed precision casts the tensors that a layer receives. The rotary tables must not be
+    among them: a bfloat16 cosine has 3 digits. Nor may angles be: near 1100, bfloat16 numbers are 8
+    apart."""
     model = build(max_positions=2048, num_layers=2).requires_grad_(True).train()
     model.activation_checkpointing = checkpointing
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -325,6 +326,34 @@ def test_with_tied_embeddings_the_embedding_matrix_is_the_head():
 # --------------------------------------------------------------------------------------- operations
 
 
+@pytest.mark.parametrize(("after_prefix", "per_layer"), [(False, 22), (True, 33)])
+def test_a_decoding_step_takes_few_operations_per_layer(after_prefix, per_layer):
+    """Decoding one token on a GPU is limited by the number of kernels, not by arithmetic.
+
+    Seven are matrix products with weights. If RMSNorm is written out, q and k are rotated apart and
+    each layer makes its own mask, there are 44 in a layer and 56 after a prefix.
+    """
+    one = operations_of_a_decoding_step(1, after_prefix)
+    three = operations_of_a_decoding_step(3, after_prefix)
+    assert (three - one) / 2 <= per_layer
+    assert one - per_layer <= 16, "outside of the layers"
+
+
+@torch.no_grad()
+def operations_of_a_decoding_step(num_layers: int, after_prefix: bool) -> int:
+    model = build(num_layers=num_layers).bfloat16()
+    prefix = None
+    if after_prefix:
+        prefix = KVCache(model.config, 1, 9, torch.bfloat16, "cpu")
+        model(ids_of(1, 9), cache=prefix)
+    cache = KVCache(model.config, 3, 6, torch.bfloat16, "cpu", prefix)
+    model(ids_of(3, 5), cache=cache)
+    next_ids = ids_of(3, 1)
+    with CountOperations() as counted:
+        model(next_ids, cache=cache)
+    return len(counted.names)
+
+
 class CountOperations(TorchFunctionMode):
     """Collect the names of the torch calls that compute something: views are free.
 
@@ -349,34 +378,6 @@ def is_view(result: Tensor, args: tuple, name: str) -> bool:
     if writes or not tensors:
         return False
     return result.untyped_storage().data_ptr() == tensors[0].untyped_storage().data_ptr()
-
-
-@torch.no_grad()
-def operations_of_a_decoding_step(num_layers: int, after_prefix: bool) -> int:
-    model = build(num_layers=num_layers).bfloat16()
-    prefix = None
-    if after_prefix:
-        prefix = KVCache(model.config, 1, 9, torch.bfloat16, "cpu")
-        model(ids_of(1, 9), cache=prefix)
-    cache = KVCache(model.config, 3, 6, torch.bfloat16, "cpu", prefix)
-    model(ids_of(3, 5), cache=cache)
-    next_ids = ids_of(3, 1)
-    with CountOperations() as counted:
-        model(next_ids, cache=cache)
-    return len(counted.names)
-
-
-@pytest.mark.parametrize(("after_prefix", "per_layer"), [(False, 22), (True, 33)])
-def test_a_decoding_step_takes_few_operations_per_layer(after_prefix, per_layer):
-    """Decoding one token on a GPU is limited by the number of kernels, not by arithmetic.
-
-    Seven of them are matrix products with weights. With norms and rotations written out there were
-    44 in a layer, and 56 after a prefix.
-    """
-    one = operations_of_a_decoding_step(1, after_prefix)
-    three = operations_of_a_decoding_step(3, after_prefix)
-    assert (three - one) / 2 <= per_layer
-    assert one - per_layer <= 16, "outside of the layers"
 
 
 # ----------------------------------------------------------------------------------- loss, training
