@@ -15,13 +15,12 @@ import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import jinja2
 
 import miniature
-from miniature.world import CLIPS, REVERSED, write_world
+from miniature.world import CLIPS, write_world
 from support import statistics
 from support.benchmarks import Question
 from support.cli import progress
@@ -64,25 +63,6 @@ def run(row: str, options: str, seed: int) -> list[Question]:
     return [Question(**question) for question in json.loads(result.read_text())["questions"]]
 
 
-def inside(question: Question, subset: str) -> bool:
-    """Whether a question is in a subset: "all", "temporal", a kind, a first word or a question."""
-    if subset == "temporal":  # its answer changes when the clip is reversed
-        return question.expected in REVERSED
-    return subset in ("all", question.kind, question.first_word, question.text)
-
-
-def compare(answers, row, other=None, subset="all", seeds=SEEDS) -> tuple[float, float]:
-    """Accuracy of a row (minus another's) on a subset of the questions, and its standard error."""
-    keep = partial(inside, subset=subset)
-    return statistics.compare(answers, row, other, keep, seeds, reference="MERV")
-
-
-def mixture(answers: statistics.Answers, row: str, subset: str = "all") -> list:
-    """Mean and deviation over clips of each encoder's mixing weight, for the first seed."""
-    keep = partial(inside, subset=subset)
-    return statistics.mean_mixing_weights(filter(keep, answers[row, 0]))
-
-
 def render(answers: statistics.Answers, quick: bool) -> str:
     """The page: claims.jinja, filled with the results."""
     template = jinja2.Template(
@@ -91,8 +71,16 @@ def render(answers: statistics.Answers, quick: bool) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    facts = {"cores": os.cpu_count(), "today": date.today(), "quick": quick}
-    return template.render(globals(), answers=answers, **facts)  # it calls functions of this file
+    return template.render(
+        answers=answers,
+        quick=quick,
+        statistics=statistics,
+        STEPS=STEPS,
+        SEEDS=SEEDS,
+        MUST_HOLD=MUST_HOLD,
+        cores=os.cpu_count(),
+        today=date.today(),
+    )
 
 
 def make_data(seeds: int, kinds: list[str]) -> None:

@@ -316,20 +316,20 @@ def pretrain(folder: Path, seed: int = 0) -> None:
 @torch.no_grad()
 def probe(encoder: Encoder, num_clips: int = 900) -> dict[str, float]:
     """What a linear classifier reads from pooled features of clips with one object: accuracies."""
-    words = {"colour": [], "shape": [], "texture": [], "action": []}
-    films = []
+    films, looks = [], []
     for number in range(num_clips):
         scene, film = world.draw_clip(FIRST_SEED["probe"] + number, count=1)
         films.append(film)
         (thing,) = scene.things
-        words["colour"].append(thing.colour)
-        words["shape"].append(thing.shape)
-        words["texture"].append(thing.texture)
-        words["action"].append(scene.action)
+        looks.append((thing.colour, thing.shape, thing.texture, scene.action))
     stride = NUM_FRAMES // encoder.config.num_frames
     frames = torch.tensor(np.stack(films))[:, ::stride]
     features = encoder(normalise(frames / 255, encoder))
     grids = features.flatten(0, 1).movedim(-1, 1)  # (clips * t, d_e, h, w)
     pooled = F.adaptive_avg_pool2d(grids, 2).reshape(num_clips, -1)
     fitted = num_clips * 2 // 3  # the classifier is tested on the last third
-    return {what: linear_probe(pooled, words[what], fitted) for what in words}
+    accuracies = {}
+    for index, name in enumerate(("colour", "shape", "texture", "action")):
+        words = [look[index] for look in looks]
+        accuracies[name] = linear_probe(pooled, words, fitted)
+    return accuracies

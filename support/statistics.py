@@ -5,8 +5,6 @@ Runs are identified by a row of a table and a seed: answers[row, seed] is a list
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -18,14 +16,21 @@ Answers = dict[tuple[str, int], list[Question]]
 STANDARD_ERRORS = 3  # between a difference and a bound, for a verdict
 
 
-def accuracy_gaps(answers: Answers, row: str, other: str | None, keep: Callable) -> np.ndarray:
+def inside(question: Question, subset: str) -> bool:
+    """Whether a question is in a subset: "all", a kind, a first word or the text of a question."""
+    return subset in ("all", question.kind, question.text, question.first_word)
+
+
+def accuracy_gaps(answers: Answers, row: str, other: str | None, subset: str) -> np.ndarray:
     """Whether a row is right, minus whether another one is, for each seed and question.
 
     Returns (seeds, questions), with values -1, 0 and 1. other: None to subtract nothing. Only
-    seeds that both rows have count, because the encoders depend on the seed. keep: question ->
-    whether it counts.
+    seeds that both rows have count, because the encoders depend on the seed.
     """
-    asked = [index for index, question in enumerate(answers[row, 0]) if keep(question)]
+    asked = []
+    for index, question in enumerate(answers[row, 0]):
+        if inside(question, subset):
+            asked.append(index)
     gaps = []
     for (name, seed), questions in answers.items():
         if name != row or (other and (other, seed) not in answers):
@@ -45,28 +50,29 @@ def right(questions: list[Question], asked: list[int]) -> np.ndarray:
 def compare(
     answers: Answers,
     row: str,
-    other: str | None,  # None: no difference, the accuracy of `row` alone
-    keep: Callable,  # question -> whether it counts
-    seeds: int,  # use at most the first so many
-    reference: str,  # the row that is subtracted when the variance between seeds is estimated
+    other: str | None = None,  # None: no difference, the accuracy of `row` alone
+    subset: str = "all",  # which questions, see `inside`
+    seeds: int | None = None,  # use at most the first so many; None: all
+    reference: str = "MERV",  # subtracted when the variance between seeds is estimated
 ) -> tuple[float, float]:
     """The mean of `accuracy_gaps` and its standard error, the larger of two estimates.
 
     Over clips: the questions about one clip depend on each other, so they are summed first. Over
     seeds: the variance is pooled over all rows that have several seeds.
     """
-    gaps = accuracy_gaps(answers, row, other, keep)[:seeds]
-    videos = [question.video for question in answers[row, 0] if keep(question)]
+    gaps = accuracy_gaps(answers, row, other, subset)[:seeds]
+    videos = [question.video for question in answers[row, 0] if inside(question, subset)]
     _, clip = np.unique(videos, return_inverse=True)
     deviations = gaps.mean(0) - gaps.mean()
     clip_sums = np.bincount(clip, deviations)
-    over_clips = clip_sums.std(ddof=1) * len(clip_sums) ** 0.5 / len(videos)
+    num_clips = len(clip_sums)
+    over_clips = clip_sums.std(ddof=1) * num_clips**0.5 / len(videos)
 
     against = reference if other else None
     variances = []
     for name, seed in answers:
         if seed == 1 and name != against:
-            accuracies = accuracy_gaps(answers, name, against, keep).mean(1)
+            accuracies = accuracy_gaps(answers, name, against, subset).mean(1)
             variances.append(accuracies.var(ddof=1))
     variance = np.mean(variances) if variances else 0
     over_seeds = (variance / len(gaps)) ** 0.5
@@ -87,11 +93,16 @@ def verdict(difference: float, error: float, low: float = 0, high: float = 1) ->
     return "undecided"
 
 
-def mean_mixing_weights(questions: Iterable[Question]) -> list[tuple[float, float]]:
-    """Mean and standard deviation over clips of each encoder's mixing weight."""
+def mean_mixing_weights(
+    answers: Answers,
+    row: str,  # its first seed is used
+    subset: str = "all",
+) -> list[tuple[float, float]]:
+    """Mean and standard deviation over clips of the mixing weight of each encoder."""
     by_clip = {}
-    for question in questions:
-        by_clip[question.video] = question.weights
+    for question in answers[row, 0]:
+        if inside(question, subset):
+            by_clip[question.video] = question.weights
     weights = np.array(list(by_clip.values()))  # (clips, encoders)
     means = weights.mean(0)
     deviations = weights.std(0)
@@ -114,6 +125,7 @@ def linear_probe(
     labels = torch.from_numpy(labels)
     y = F.one_hot(labels[:fitted]) - 1 / len(classes)
     kernel = x @ x.mT + 300 * torch.eye(fitted)
-    scores = x_new @ x.mT @ torch.linalg.inv(kernel) @ y
-    right = scores.argmax(1) == labels[fitted:]
-    return right.float().mean().item()
+    inverse = torch.linalg.inv(kernel)
+    scores = x_new @ x.mT @ inverse @ y
+    is_right = scores.argmax(1) == labels[fitted:]
+    return is_right.float().mean().item()
