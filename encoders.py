@@ -1,18 +1,26 @@
-"""Four frozen specialists: pixels in, a grid of patch features out (paper 3.1, table 4).
+"""The four frozen vision encoders: pixels in, a grid of patch features out (paper 3.1, table 4).
 
-    class          who              what it adds to a plain ViT
-    ViT            DINOv2, SigLIP   each frame alone; DINOv2: registers, LayerScale
-    LanguageBind   LanguageBind     each block first attends over time, in windows
-    ViViT          ViViT            2-frame tubelets, one joint space-time sequence
+    class          encoder          what it adds to a plain Vision Transformer (ViT)
+    ViT            DINOv2, SigLIP   nothing over time: it encodes each frame by itself
+    LanguageBind   LanguageBind     attention over time in every block, in windows of 8 frames
+    ViViT          ViViT            patches of 2 frames, all of which attend to each other
 
-In:   frames, normalised as the config says (data.preprocess)          (b, T, 3, H, W)
-Out:  patch features, one grid per aligned time step                   (b, t, h, w, d_e)
+In:   frames, normalised as the configuration says (data.preprocess)   (b, T, 3, H, W)
+Out:  features: one vector per patch, in a grid per time step          (b, t, h, w, d_e)
 
-MERV trains nothing here. No block after the one whose output is taken is built, loaded or run.
-The file ends with how released weights of any model are read. Read next: llama.py, data.py.
+A ViT cuts an image into square patches, turns each into a vector (a *token*), adds a learned vector
+for its position and applies blocks in which the tokens attend to each other. A *class token*, which
+has no patch, collects a summary of the image.
 
-Sources: ViT arXiv:2010.11929, DINOv2 2304.07193 with registers 2309.16588, SigLIP 2303.15343,
-LanguageBind 2310.01852, ViViT 2103.15691.
+MERV never trains the encoders. Its features are not always those of the last block; blocks after
+the one that gives them are not built, loaded or run.
+
+To add an encoder, add an entry to ENCODERS; if no class fits, also a subclass of `Encoder`.
+Read next: llama.py, data.py.
+
+Sources: ViT https://arxiv.org/abs/2010.11929, DINOv2 https://arxiv.org/abs/2304.07193 with
+registers https://arxiv.org/abs/2309.16588, SigLIP https://arxiv.org/abs/2303.15343, LanguageBind
+https://arxiv.org/abs/2310.01852, ViViT https://arxiv.org/abs/2103.15691.
 """
 
 from __future__ import annotations
@@ -24,56 +32,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from support import weights
 from support.errors import UserError
-from support.released import BLOCKS, NAMES, PREFIXES, SKIP, resize_positions
-from support.weights import (
-    FILES,
-    assign_weights,
-    find_file,
-    initialise,
-    read_json,
-    read_tensors,
-    released_names,
-    save_tensors,
-)
+from support.released import GOOGLE_VIVIT, LANGUAGEBIND, OUR_NAMES, TIMM, resize_positions
+from support.weights import released_names
 
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of R, G, B
-CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-VIT_L = dict(hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14)
-VIT_B = dict(hidden_size=768, num_heads=12, released_layers=12, num_layers=11, patch_size=16)
-
-ACTIVATIONS = {
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
+# ------------------------------------------------------------------------------------ configuration
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """All that decides one encoder's features: its shape, where they are taken, its pixels."""
+    """Everything that determines the features of one encoder: shape, depth and input pixels."""
 
     name: str
-    family: str  # which class below: "vit", "languagebind" or "vivit"
-    source: str  # where the weights are: a hub id, a file or a folder
+    family: str  # which class: a key of FAMILIES
+    source: str  # of the weights: a hub id, a file or a folder; "" for random weights
     hidden_size: int  # d_e
     num_heads: int
-    released_layers: int  # blocks in the released file
-    num_layers: int  # blocks built: the features are the output of the last of them
+    released_layers: int  # blocks in the released checkpoint
+    num_layers: int  # blocks that we build; the features are the output of the last one
     patch_size: int
-    image_size: int = 224  # H = W that the encoder is given
-    num_frames: int = 16  # T that the encoder is given
+    image_size: int = 224  # H = W of its frames
+    num_frames: int = 16  # T of its clips
     tubelet_frames: int = 1  # frames in one patch: 2 for ViViT, so t = T / 2
-    temporal_window: int = 0  # LanguageBind: frames that attend to each other
-    num_registers: int = 0  # DINOv2: extra tokens without a place
+    temporal_window: int = 0  # LanguageBind: how many frames attend to each other
+    num_registers: int = 0  # DINOv2: extra tokens that have no patch and no position
     class_token: bool = True
     layer_scale: bool = False
     norm_eps: float = 1e-6
-    activation: str = "gelu"  # "gelu" (exact), "gelu_tanh" or "quick_gelu"
-    resize: str = "squash"  # to a square; or "short_side" to size and centre crop: data.preprocess
+    activation: str = "gelu"  # a key of ACTIVATIONS
+    resize: str = "squash"  # to a square; or "short_side": scale, then crop (data.preprocess)
     interpolation: str = "bicubic"
-    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of pixels in [0, 1]
+    pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of R, G, B in [0, 1]
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    label: str = ""  # short and unique within a model; "" is the name without "miniature-"
+
+    def __post_init__(self):
+        if not self.label:
+            label = self.name.removeprefix("miniature-")
+            object.__setattr__(self, "label", label)  # how a frozen dataclass sets a field
 
     @property
     def grid(self) -> tuple[int, int, int]:
@@ -82,43 +79,86 @@ class EncoderConfig:
         return self.num_frames // self.tubelet_frames, side, side
 
 
-# QUIRK: features are taken where the released weights expect them (ledger K6): DINOv2, SigLIP and
-# LanguageBind after the last block but one and without a norm; ViViT after its last block and norm.
+IMAGENET = {"pixel_mean": (0.485, 0.456, 0.406), "pixel_std": (0.229, 0.224, 0.225)}
+CLIP = {
+    "pixel_mean": (0.48145466, 0.4578275, 0.40821073),
+    "pixel_std": (0.26862954, 0.26130258, 0.27577711),
+}
+
+# QUIRK: the released MERV weights expect features from these blocks (ledger K6). LanguageBind,
+# DINOv2 and SigLIP: after the last block but one, without a norm, so we build one block fewer than
+# were released. ViViT: after its last block and final norm.
 ENCODERS: dict[str, EncoderConfig] = {
-    config.name: config
-    for config in [
-        EncoderConfig(
-            "languagebind", "languagebind", "LanguageBind/LanguageBind_Video_merge", **VIT_L,
-            temporal_window=8, norm_eps=1e-5, resize="short_side", interpolation="bilinear",
-            pixel_mean=CLIP[0], pixel_std=CLIP[1],
-        ),
-        EncoderConfig(
-            "dinov2", "vit", "timm/vit_large_patch14_reg4_dinov2.lvd142m", **VIT_L,
-            num_registers=4, layer_scale=True, pixel_mean=IMAGENET[0], pixel_std=IMAGENET[1],
-        ),
-        EncoderConfig(
-            "vivit", "vivit", "google/vivit-b-16x2-kinetics400", **VIT_B | {"num_layers": 12},
-            num_frames=32, tubelet_frames=2, activation="gelu_tanh", interpolation="bilinear",
-        ),
-        EncoderConfig(
-            "siglip", "vit", "timm/vit_base_patch16_siglip_224.webli", **VIT_B, class_token=False,
-        ),
-    ]
+    "languagebind": EncoderConfig(
+        name="languagebind", family="languagebind",
+        source="LanguageBind/LanguageBind_Video_merge",
+        hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14,
+        temporal_window=8, norm_eps=1e-5,
+        resize="short_side", interpolation="bilinear", **CLIP,
+    ),
+    "dinov2": EncoderConfig(
+        name="dinov2", family="vit",
+        source="timm/vit_large_patch14_reg4_dinov2.lvd142m",
+        hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14,
+        num_registers=4, layer_scale=True, **IMAGENET,
+    ),
+    "vivit": EncoderConfig(
+        name="vivit", family="vivit",
+        source="google/vivit-b-16x2-kinetics400",
+        hidden_size=768, num_heads=12, released_layers=12, num_layers=12, patch_size=16,
+        num_frames=32, tubelet_frames=2, activation="gelu_tanh", interpolation="bilinear",
+    ),
+    "siglip": EncoderConfig(
+        name="siglip", family="vit",
+        source="timm/vit_base_patch16_siglip_224.webli",
+        hidden_size=768, num_heads=12, released_layers=12, num_layers=11, patch_size=16,
+        class_token=False,
+    ),
 }  # fmt: skip
 
-# The same architectures, small enough to pre-train on a laptop.
-ENCODERS |= {
-    f"miniature-{name}": replace(
-        full, name=f"miniature-{name}", source="", hidden_size=96, num_heads=4, released_layers=4,
-        num_layers=4 - (full.released_layers - full.num_layers), patch_size=8, image_size=32,
-        num_frames=4 * full.tubelet_frames, temporal_window=min(full.temporal_window, 4),
-    )
-    for name, full in ENCODERS.items()
+# The same architectures with 4 blocks, small enough to pre-train on a laptop. Their features come
+# from the same place: before the last block, or for ViViT after it.
+SMALL = {
+    "source": "", "hidden_size": 96, "num_heads": 4, "released_layers": 4,
+    "patch_size": 8, "image_size": 32,
 }  # fmt: skip
+ENCODERS |= {
+    "miniature-languagebind": replace(
+        ENCODERS["languagebind"], name="miniature-languagebind",
+        num_layers=3, num_frames=4, temporal_window=4, **SMALL,
+    ),
+    "miniature-dinov2": replace(
+        ENCODERS["dinov2"], name="miniature-dinov2", num_layers=3, num_frames=4, **SMALL,
+    ),
+    "miniature-vivit": replace(
+        ENCODERS["vivit"], name="miniature-vivit", num_layers=4, num_frames=8, **SMALL,
+    ),
+    "miniature-siglip": replace(
+        ENCODERS["siglip"], name="miniature-siglip", num_layers=3, num_frames=4, **SMALL,
+    ),
+}  # fmt: skip
+
+# -------------------------------------------------------------------------------- transformer block
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation, with which ViViT was trained."""
+    return F.gelu(x, approximate="tanh")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """GELU by a sigmoid, with which OpenAI's CLIP was trained."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the tokens of each row: (rows, tokens, d_e) -> the same."""
+    """Multi-head self-attention within each row: (rows, tokens, d_e) -> the same shape.
+
+    A row is whatever attends together: a frame in ViT, a clip in ViViT.
+    """
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -135,7 +175,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two Linears with an activation between, four times as wide inside."""
+    """Two Linear layers with an activation between them; the inner width is 4 d_e."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -148,7 +188,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: (rows, tokens, d_e) -> the same."""
+    """Pre-norm transformer block: (rows, tokens, d_e) -> the same shape."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -157,64 +197,131 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(d_e, config.norm_eps)
         self.mlp = MLP(config)
-        # LayerScale (DINOv2): one learned factor per channel on each residual branch.
-        self.attention_scale = nn.Parameter(torch.ones(d_e)) if config.layer_scale else 1.0
-        self.mlp_scale = nn.Parameter(torch.ones(d_e)) if config.layer_scale else 1.0
+        # LayerScale (https://arxiv.org/abs/2103.17239): DINOv2 learns a factor per channel.
+        if config.layer_scale:
+            self.attention_scale = nn.Parameter(torch.ones(d_e))
+            self.mlp_scale = nn.Parameter(torch.ones(d_e))
+        else:
+            self.attention_scale = 1.0
+            self.mlp_scale = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention_scale * self.attention(self.attention_norm(x))
         return x + self.mlp_scale * self.mlp(self.mlp_norm(x))
 
 
+def prepend(tokens: Tensor, x: Tensor) -> Tensor:
+    """Put the same tokens (1, k, d_e) before each row of x (rows, n, d_e): (rows, k + n, d_e)."""
+    return torch.cat([tokens.expand(len(x), -1, -1), x], dim=1)
+
+
+# ------------------------------------------------------------------------------------- the encoders
+
+FAMILIES: dict[str, type[Encoder]] = {}  # EncoderConfig.family -> class; each class adds itself
+
+
 class Encoder(nn.Module):
-    """What the four share; each has its own `embed`, from frames to rows of tokens."""
+    """Base class of all encoders. A family defines `embed`, from frames to rows of tokens.
+
+    `class MyEncoder(Encoder, family="mine")` registers a new family.
+    """
+
+    released = OUR_NAMES  # what its checkpoints call our tensors (support/released.py)
+    block_class = Block
+    encodes_frames_alone = False  # if True, a clip may have any number of frames, so t = T
+
+    def __init_subclass__(cls, family: str = "", **kwargs):
+        super().__init_subclass__(**kwargs)
+        if family:  # FSDP makes subclasses as well; those are no new family
+            FAMILIES[family] = cls
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        block = LanguageBindBlock if config.temporal_window else Block
-        self.blocks = nn.ModuleList(block(config) for _ in range(config.num_layers))
-        self.final_norm = nn.Identity()  # only ViViT has one
+        self.blocks = nn.ModuleList()
+        for _ in range(config.num_layers):
+            self.blocks.append(self.block_class(config))
+        self.final_norm = nn.Identity()  # ViViT has a LayerNorm here
+
+    def embed(self, frames: Tensor) -> Tensor:
+        """Turn frames (b, T, 3, H, W) into rows of tokens (rows, tokens, d_e).
+
+        Rows are clips or frames. Class token and registers come first, then the patches in the
+        order t, h, w.
+        """
+        raise NotImplementedError
 
     def forward(self, frames: Tensor, class_token: bool = False) -> Tensor:
-        """(b, T, 3, H, W) -> patches (b, t, h, w, d_e), or class tokens (b, t, 1, 1, d_e).
+        """Frames (b, T, 3, H, W) -> features (b, t, h, w, d_e).
 
-        ViViT has one class token for all of a clip, so its t is 1 then.
+        class_token: return the class tokens (b, t, 1, 1, d_e) instead. ViViT has one for the whole
+        clip, so t is 1 there.
         """
         self.check(frames)
         if class_token and not self.config.class_token:
-            what, why = f"{self.config.name} has no class token.", "it was trained without one."
-            raise UserError(what, why, "choose another projector or another encoder.")
+            what = f"{self.config.name} has no class token."
+            fix = "choose another projector or another encoder."
+            raise UserError(what, "it was trained without one.", fix)
         x = self.embed(frames)
         for block in self.blocks:
             x = block(x)
-        x, (_, h, w) = self.final_norm(x), self.config.grid
+        x = self.final_norm(x)
+        b = len(frames)
+        d_e = x.shape[-1]
         if class_token:
-            return x[:, 0].view(len(frames), -1, 1, 1, x.shape[-1])
-        extra = self.config.class_token + self.config.num_registers  # they come first
-        return x[:, extra:].view(len(frames), -1, h, w, x.shape[-1])
+            return x[:, 0].view(b, -1, 1, 1, d_e)
+        first_patch = self.config.num_registers
+        if self.config.class_token:
+            first_patch += 1
+        _, h, w = self.config.grid
+        return x[:, first_patch:].view(b, -1, h, w, d_e)
 
     def check(self, frames: Tensor) -> None:
-        """Raise if `frames` is not (b, T, 3, side, side) with a T that the encoder can take."""
-        name, side, window = self.config.name, self.config.image_size, self.config.temporal_window
+        """Raise UserError unless frames are (b, T, 3, side, side) with a T that fits."""
+        name = self.config.name
+        side = self.config.image_size
         if frames.shape[2:] != (3, side, side):
-            what = f"{name} got frames {tuple(frames.shape)}, wants (b, T, 3, {side}, {side})."
-            fix = "pass the video through data.preprocess(frames, encoder.config)."
-            raise UserError(what, f"it reads clips of {side}x{side} RGB frames.", fix)
-        # LanguageBind takes whole windows, ViViT its 32 frames; a ViT sees each frame alone.
-        given, every, alone = frames.shape[1], self.config.num_frames, self.config.family == "vit"
-        if not (given % window == 0 if window else given == every or alone):
-            wanted = f"a multiple of {window}" if window else f"{every}"
-            why = "each moment that it sees at once has its own learned position."
-            raise UserError(f"{name} got {given} frames, wants {wanted}.", why, f"sample {wanted}.")
+            raise UserError(
+                f"{name} got frames {tuple(frames.shape)}, wants (b, T, 3, {side}, {side}).",
+                f"it reads clips of {side}x{side} RGB frames.",
+                "pass the video through data.preprocess(frames, encoder.config).",
+            )
+        window = self.config.temporal_window
+        num_frames = frames.shape[1]
+        if self.encodes_frames_alone:
+            return
+        if window:
+            fits = num_frames % window == 0
+            wanted = f"a multiple of {window}"
+        else:
+            fits = num_frames == self.config.num_frames
+            wanted = str(self.config.num_frames)
+        if not fits:
+            what = f"{name} got {num_frames} frames, wants {wanted}."
+            why = "each frame that it attends to at once has its own learned position."
+            raise UserError(what, why, f"sample {wanted}.")
+
+    @classmethod
+    def read_config(cls, config: EncoderConfig, tensors: dict, source) -> EncoderConfig:
+        """Complete the configuration with what only the checkpoint states; here nothing."""
+        return config
+
+    @classmethod
+    def convert(cls, config: EncoderConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Convert the checkpoint's tensors to the shapes of this configuration; here unchanged."""
+        return tensors
 
 
-class ViT(Encoder):
-    """DINOv2 and SigLIP: every frame is an image of its own, so t = T."""
+class ViT(Encoder, family="vit"):
+    """Vision Transformer on single frames: DINOv2 and SigLIP."""
+
+    released = TIMM
+    encodes_frames_alone = True
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
-        d_e, (_, h, w) = config.hidden_size, config.grid
+        d_e = config.hidden_size
+        _, h, w = config.grid
         self.patch_embedding = nn.Conv2d(3, d_e, config.patch_size, config.patch_size)
         self.position_embedding = nn.Parameter(torch.zeros(1, h * w, d_e))
         if config.class_token:
@@ -223,18 +330,29 @@ class ViT(Encoder):
             self.register_tokens = nn.Parameter(torch.zeros(1, config.num_registers, d_e))
 
     def embed(self, frames: Tensor) -> Tensor:
-        """(b, T, 3, H, W) -> (b*t, tokens, d_e)."""
-        x = self.patch_embedding(frames.flatten(0, 1)).flatten(2).mT  # (b*t, h*w, d_e)
+        """(b, T, 3, H, W) -> one row per frame (b*t, tokens, d_e)."""
+        images = frames.flatten(0, 1)  # (b*t, 3, H, W)
+        x = self.patch_embedding(images).flatten(2).mT  # (b*t, h*w, d_e)
         x = x + self.position_embedding
-        # Class token and registers have no place in the image, so no position is added to them.
-        for name in ("register_tokens", "class_token"):
-            if hasattr(self, name):
-                x = torch.cat([getattr(self, name).expand(len(x), -1, -1), x], dim=1)
+        # These tokens have no place in the image, so they get no position.
+        if self.config.num_registers:
+            x = prepend(self.register_tokens, x)
+        if self.config.class_token:
+            x = prepend(self.class_token, x)
         return x
+
+    @classmethod
+    def convert(cls, config: EncoderConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Resize position embeddings: DINOv2's are released for larger images (518 pixels)."""
+        name = released_names("position_embedding", cls.released.table)[0]
+        if name not in tensors:
+            return tensors
+        _, h, w = config.grid
+        return tensors | {name: resize_positions(tensors[name], h, w)}
 
 
 class LanguageBindBlock(Block):
-    """A CLIP block that first lets each position attend over the frames of its window."""
+    """A block of CLIP's image encoder, after attention over time at each position of the image."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
@@ -244,42 +362,68 @@ class LanguageBindBlock(Block):
         self.temporal_attention = Attention(config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(b*t, 1 + h*w, d_e) -> the same."""
-        # QUIRK: 16 frames with a window of 8 are two clips that never meet (ledger K2):
-        # frames [0..7], [8..15], and the temporal embedding starts again at frame 8.
+        """One row per frame: (b*t, 1 + h*w, d_e) -> the same shape."""
+        # QUIRK: 16 frames in windows of 8 are two clips that never attend to each other, [0..7] and
+        # [8..15], and the temporal embedding starts again at frame 8 (ledger K2).
         frames, tokens, d_e = x.shape
         window = self.temporal_embedding.shape[1]
         x = x.view(-1, window, tokens, d_e).transpose(1, 2).reshape(-1, window, d_e)
-        x = x + self.temporal_embedding  # time is the sequence
+        x = x + self.temporal_embedding  # a row is now one position over a window of time
         x = x + self.temporal_attention(self.temporal_norm(x))
         x = x.view(-1, tokens, window, d_e).transpose(1, 2).reshape(frames, tokens, d_e)
         return super().forward(x)
 
 
-class LanguageBind(Encoder):
-    """CLIP's image encoder with temporal attention in every block, so t = T."""
+class LanguageBind(Encoder, family="languagebind"):
+    """CLIP's image encoder with attention over time in every block, so t = T."""
+
+    released = LANGUAGEBIND
+    block_class = LanguageBindBlock
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
-        d_e, (_, h, w) = config.hidden_size, config.grid
+        d_e = config.hidden_size
+        _, h, w = config.grid
         self.patch_embedding = nn.Conv2d(3, d_e, config.patch_size, config.patch_size, bias=False)
         self.class_token = nn.Parameter(torch.zeros(d_e))
         self.position_embedding = nn.Parameter(torch.zeros(1 + h * w, d_e))
         self.embedding_norm = nn.LayerNorm(d_e, config.norm_eps)
 
     def embed(self, frames: Tensor) -> Tensor:
-        """(b, T, 3, H, W) -> (b*t, 1 + h*w, d_e)."""
-        x = self.patch_embedding(frames.flatten(0, 1)).flatten(2).mT  # (b*t, h*w, d_e)
-        x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1) + self.position_embedding
+        """(b, T, 3, H, W) -> one row per frame (b*t, 1 + h*w, d_e)."""
+        images = frames.flatten(0, 1)  # (b*t, 3, H, W)
+        x = self.patch_embedding(images).flatten(2).mT  # (b*t, h*w, d_e)
+        x = prepend(self.class_token[None, None], x) + self.position_embedding
         return self.embedding_norm(x)
 
+    @classmethod
+    def read_config(cls, config: EncoderConfig, tensors: dict, source) -> EncoderConfig:
+        """Read the window from the weights and the activation from the config.json beside them."""
+        name = released_names("blocks.0.temporal_embedding", cls.released.table)[0]
+        if name in tensors and tensors[name].ndim == 3:  # (1, window, d_e)
+            config = replace(config, temporal_window=tensors[name].shape[1])
+        folder = source
+        if Path(source).is_file():
+            folder = Path(source).parent
+        path = weights.find_file(folder, ("config.json",), required=False)
+        if path is not None:
+            vision = weights.read_json(path).get("vision_config", {})
+            config = replace(config, activation=vision.get("hidden_act", config.activation))
+        return config
 
-class ViViT(Encoder):
-    """Tubelets of 2 frames become tokens; all tokens of a clip attend to each other: t = T / 2."""
+
+class ViViT(Encoder, family="vivit"):
+    """Video Vision Transformer: its patches are *tubelets* of 2 frames, so t = T / 2.
+
+    All tubelets of a clip form one sequence and attend to each other, over space and time.
+    """
+
+    released = GOOGLE_VIVIT
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
-        d_e, (t, h, w) = config.hidden_size, config.grid
+        d_e = config.hidden_size
+        t, h, w = config.grid
         tubelet = (config.tubelet_frames, config.patch_size, config.patch_size)
         self.patch_embedding = nn.Conv3d(3, d_e, tubelet, tubelet)
         self.class_token = nn.Parameter(torch.zeros(1, 1, d_e))
@@ -287,58 +431,68 @@ class ViViT(Encoder):
         self.final_norm = nn.LayerNorm(d_e, config.norm_eps)
 
     def embed(self, frames: Tensor) -> Tensor:
-        """(b, T, 3, H, W) -> (b, 1 + t*h*w, d_e), with T exactly config.num_frames."""
-        x = self.patch_embedding(frames.transpose(1, 2)).flatten(2).mT  # (b, t*h*w, d_e)
-        return torch.cat([self.class_token.expand(len(x), -1, -1), x], 1) + self.position_embedding
+        """(b, T, 3, H, W) -> one row per clip (b, 1 + t*h*w, d_e)."""
+        clips = frames.transpose(1, 2)  # (b, 3, T, H, W)
+        x = self.patch_embedding(clips).flatten(2).mT  # (b, t*h*w, d_e)
+        return prepend(self.class_token, x) + self.position_embedding
 
-
-FAMILIES = {"vit": ViT, "languagebind": LanguageBind, "vivit": ViViT}
 
 # ------------------------------------------------------------------------------------------ weights
 
 
 def load_encoder(config_or_name, source=None, dtype=torch.float32, device="cpu") -> Encoder:
-    """A frozen encoder in eval mode, with released weights or, without a source, random ones.
+    """Load a frozen encoder in eval mode.
 
-    config_or_name: an EncoderConfig, or its name in ENCODERS. source: a file, a folder or a hub id
-    ("owner/name[@revision]") in the released format. CheckpointError names all that does not fit.
+    config_or_name: an EncoderConfig, or a key of ENCODERS.
+    source: a file, a folder or a hub id ("owner/name[@revision]") of weights in the released
+    format; without one the weights are random. Raises CheckpointError if they do not fit.
     """
-    config = ENCODERS[config_or_name] if isinstance(config_or_name, str) else config_or_name
-    if source is not None:
-        tensors = read_tensors(source, FILES)
-        for prefix in PREFIXES[config.family]:
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        if "pos_embed" in tensors:
-            tensors["pos_embed"] = resize_positions(tensors["pos_embed"], *config.grid[1:])
-        if config.family == "languagebind":
-            # Its window is in the weights, its activation in the config.json beside them.
-            time = tensors.get("encoder.layers.0.temporal_embedding", torch.empty(0))
-            window = time.shape[1] if time.ndim == 3 else config.temporal_window
-            beside = Path(source).parent if Path(source).is_file() else source
-            path = find_file(beside, ("config.json",), required=False)
-            vision = read_json(path).get("vision_config", {}) if path else {}
-            activation = vision.get("hidden_act", config.activation)
-            config = replace(config, temporal_window=window, activation=activation)
-    with torch.device("meta"):
-        encoder = FAMILIES[config.family](config)
+    config = config_or_name
+    if isinstance(config, str):
+        config = ENCODERS[config]
     if source is None:
-        initialise(encoder.to_empty(device="cpu"), torch.Generator().manual_seed(0))
+        encoder = empty_encoder(config).to_empty(device="cpu")
+        weights.initialise(encoder, torch.Generator().manual_seed(0))
     else:
-        names, block = NAMES[config.family], BLOCKS[config.family]
-        after = range(config.num_layers, config.released_layers)  # the block whose output is taken
-        skip = SKIP | {block.replace("*", f"{index}.*"): "not run" for index in after}
-        assign_weights(encoder, tensors, names, skip, f"{config.name} from {source}", dtype)
+        encoder = read_encoder(config, source, dtype)
     return encoder.to(device, dtype).eval().requires_grad_(False)
 
 
+def empty_encoder(config: EncoderConfig) -> Encoder:
+    """Build an encoder on the meta device: it has shapes, but no memory is used for weights."""
+    with torch.device("meta"):
+        return FAMILIES[config.family](config)
+
+
+def read_encoder(config: EncoderConfig, source: str | Path, dtype: torch.dtype) -> Encoder:
+    """Build an encoder with weights in the released format."""
+    family = FAMILIES[config.family]
+    released = family.released
+    tensors = released.without_prefixes(weights.read_tensors(source, weights.FILES))
+    config = family.read_config(config, tensors, source)
+    tensors = family.convert(config, tensors)
+    skip = dict(released.skip)  # pattern of names that stay unread -> why
+    for index in range(config.num_layers, config.released_layers):
+        names_of_block = released.blocks.replace("*", f"{index}.*")
+        skip[names_of_block] = "comes after the block that gives the features"
+    encoder = empty_encoder(config)
+    what = f"{config.name} from {source}"
+    weights.assign_weights(encoder, tensors, released.table, skip, what, dtype)
+    return encoder
+
+
 def save_encoder(encoder: Encoder, path: str | Path, state: dict | None = None) -> None:
-    """Write what `load_encoder` reads. state: the full state_dict, if the encoder's is sharded."""
-    family, tensors = encoder.config.family, {}
-    for ours, tensor in (encoder.state_dict() if state is None else state).items():
-        theirs = released_names(ours, NAMES[family])
-        for name, part in zip(theirs, tensor.detach().cpu().chunk(len(theirs)), strict=True):
-            tensors[PREFIXES[family][0] + name] = part.contiguous()
-    save_tensors(tensors, path)
+    """Write a file in the released format, for `load_encoder`.
 
-
-# -------------------------------------------- released files, for encoders.py, llama.py and merv.py
+    state: the full state_dict, if this process holds only a shard of the encoder.
+    """
+    released = encoder.released
+    if state is None:
+        state = encoder.state_dict()
+    tensors = {}
+    for ours, tensor in state.items():
+        theirs = released_names(ours, released.table)
+        parts = tensor.detach().cpu().chunk(len(theirs))  # q, k and v may be three of theirs
+        for name, part in zip(theirs, parts, strict=True):
+            tensors[released.prefixes[0] + name] = part.contiguous()
+    weights.save_tensors(tensors, path)

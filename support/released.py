@@ -152,21 +152,6 @@ def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
 
 # -------------------------------------------------------------------------------------------- LLaMA
 
-LLAMA_HF: Table = {  # Hugging Face's format, also Vicuna and TinyLlama
-    "embed_tokens": "model.embed_tokens",
-    "norm": "model.norm",
-    "lm_head": "lm_head",
-    "layers.*.input_layernorm": "model.layers.*.input_layernorm",
-    "layers.*.self_attn.q_proj": "model.layers.*.self_attn.q_proj",
-    "layers.*.self_attn.k_proj": "model.layers.*.self_attn.k_proj",
-    "layers.*.self_attn.v_proj": "model.layers.*.self_attn.v_proj",
-    "layers.*.self_attn.o_proj": "model.layers.*.self_attn.o_proj",
-    "layers.*.post_attention_layernorm": "model.layers.*.post_attention_layernorm",
-    "layers.*.mlp.gate_proj": "model.layers.*.mlp.gate_proj",
-    "layers.*.mlp.up_proj": "model.layers.*.mlp.up_proj",
-    "layers.*.mlp.down_proj": "model.layers.*.mlp.down_proj",
-}
-
 LLAMA_META: Table = {  # Meta's own format
     "embed_tokens": "tok_embeddings",
     "norm": "norm",
@@ -182,6 +167,11 @@ LLAMA_META: Table = {  # Meta's own format
     "layers.*.mlp.down_proj": "layers.*.feed_forward.w2",
 }
 
+LLAMA_HF: Table = {}  # Hugging Face's format, also Vicuna's: "model." and the same names
+for _ours in LLAMA_META:
+    LLAMA_HF[_ours] = f"model.{_ours}"
+LLAMA_HF["lm_head"] = "lm_head"
+
 LLAMA_SKIP = {  # pattern of names not read -> why
     "model.layers.*.self_attn.rotary_emb.inv_freq": "llama.rope computes these frequencies",
     "rope.freqs": "llama.rope computes these frequencies",
@@ -190,34 +180,22 @@ LLAMA_SKIP = {  # pattern of names not read -> why
 META_FILE = "consolidated.00.pth"  # the first, or only, shard of Meta's format
 
 LLAMA_HF_SETTINGS = {  # field of LlamaConfig -> key of Hugging Face's config.json
-    "vocab_size": "vocab_size",
-    "hidden_size": "hidden_size",
-    "intermediate_size": "intermediate_size",
-    "num_layers": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "max_positions": "max_position_embeddings",
-    "norm_eps": "rms_norm_eps",
-    "rope_theta": "rope_theta",
-    "tie_word_embeddings": "tie_word_embeddings",
-}
+    "vocab_size": "vocab_size", "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size", "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads",
+    "max_positions": "max_position_embeddings", "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta", "tie_word_embeddings": "tie_word_embeddings",
+}  # fmt: skip
 
 LLAMA_META_SETTINGS = {  # field of LlamaConfig -> key of Meta's params.json
-    "hidden_size": "dim",
-    "num_layers": "n_layers",
-    "num_heads": "n_heads",
-    "num_kv_heads": "n_kv_heads",
-    "norm_eps": "norm_eps",
-}
+    "hidden_size": "dim", "num_layers": "n_layers", "num_heads": "n_heads",
+    "num_kv_heads": "n_kv_heads", "norm_eps": "norm_eps",
+}  # fmt: skip
 
 LLAMA_REQUIRED = {  # keys of config.json and the only value that llama.py computes
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_type": "default",
-    "rope_scaling": None,
-}
+    "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "rope_type": "default", "rope_scaling": None,
+}  # fmt: skip
 
 
 def llama_settings(source: str | Path) -> dict[str, object]:
@@ -305,13 +283,9 @@ def read_meta(source: str | Path, hidden_size: int, head_dim: int) -> dict[str, 
 # ------------------------------------------------------------------------- the authors' checkpoints
 
 AUTHORS = (  # their checkpoints: https://huggingface.co/tyleryzhu/merv
-    "merv-frozen",
-    "merv-full",
-    "languagebind-single",
-    "dinov2-single",
-    "vivit-single",
-    "siglip-single",
-)
+    "merv-frozen", "merv-full",
+    "languagebind-single", "dinov2-single", "vivit-single", "siglip-single",
+)  # fmt: skip
 
 AUTHORS_ENCODERS = {  # their name of an encoder -> ours
     "languagebind-video-noclass": "languagebind",

@@ -1,4 +1,9 @@
-"""Files of weights: where they are, how they are read, renamed, checked and written."""
+"""Find, read, rename, check and write files of weights.
+
+A source is a file, a folder or a hub id such as "google/vivit-b-16x2-kinetics400".
+`find_file` finds a file of it, downloaded if need be; `read_tensors` maps its tensors into memory;
+`assign_weights` gives them to a model.
+"""
 
 from __future__ import annotations
 
@@ -19,89 +24,141 @@ from torch.serialization import set_default_mmap_options
 
 from support.errors import CheckpointError
 
-FILES = (  # how released weights are called; the first that is there is read
+FILES = (  # names of released weights; the first that exists is read
     "model.safetensors", "model.safetensors.index.json",
     "pytorch_model.bin", "pytorch_model.bin.index.json", "open_clip_pytorch_model.bin",
 )  # fmt: skip
 
+HUB_ID = r"[\w.-]+/[\w.-]+(@[\w./-]+)?"  # owner/name or owner/name@revision
 
-HUB_FIXES = {  # an error of huggingface_hub, whose own words say why -> what to do
-    hub_errors.GatedRepoError: "accept its licence at huggingface.co/{}, then run `hf auth login`.",
-    hub_errors.LocalEntryNotFoundError: "connect, or run `hf download {}` beforehand, online.",
-    Exception: "check the name (a local path must exist), the connection and `hf auth whoami`.",
-}
+# ------------------------------------------------------------------------------------ finding files
 
 
 def find_file(source: str | Path, names: tuple[str, ...], required: bool = True) -> Path | None:
-    """The first of `names` in a folder or hub repository ("owner/name[@revision]"), or that file.
+    """Return the first of `names` that a folder or hub repository has. A file is returned itself.
 
-    Downloads go to huggingface_hub's cache; HF_HUB_OFFLINE=1 reads from there only.
+    Without such a file: CheckpointError, or None if it is not required.
     """
-    path, wanted = Path(source), " or ".join(names)
+    path = Path(source)
     if path.is_file():
         return path
+    found = None
     if path.is_dir():
-        if found := [path / name for name in names if (path / name).is_file()]:
-            return found[0]
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(source)):
-        repo, _, revision = str(source).partition("@")
-        for name in names:
-            try:
-                return Path(huggingface_hub.hf_hub_download(repo, name, revision=revision or None))
-            except Exception as error:
-                problem = error
-            if not isinstance(problem, hub_errors.EntryNotFoundError):
-                break  # else the next name may be there, or in the cache
-        if not isinstance(problem, hub_errors.RemoteEntryNotFoundError):
-            why = f"{type(problem).__name__}: {problem}"
-            fix = next(fix for kind, fix in HUB_FIXES.items() if isinstance(problem, kind))
-            what = f"Cannot download {wanted} of {source}."
-            raise CheckpointError(what, why, fix.format(repo)) from problem
-    if not required:
+        existing = [path / name for name in names if (path / name).is_file()]
+        found = existing[0] if existing else None
+    elif re.fullmatch(HUB_ID, str(source)):
+        found = download(str(source), names)
+    if found is None and required:
+        raise CheckpointError(
+            f"Found no {' or '.join(names)} at {source}.",
+            "a source is a file, or a folder or hub id (owner/name) that has one of these files.",
+            "check the path or the name, and that the download or copy is complete.",
+        )
+    return found
+
+
+def download(hub_id: str, names: tuple[str, ...]) -> Path | None:
+    """Return the first of `names` that a hub repository has, or None if it has none of them.
+
+    Files are downloaded once, to huggingface_hub's cache. With HF_HUB_OFFLINE=1 they come from the
+    cache only. Raises CheckpointError if the hub refuses or cannot be reached.
+    """
+    repository, _, revision = hub_id.partition("@")
+    not_found = None
+    for name in names:
+        try:
+            return Path(
+                huggingface_hub.hf_hub_download(repository, name, revision=revision or None)
+            )
+        except hub_errors.EntryNotFoundError as error:
+            not_found = error  # the hub or the cache has no such file: try the next name
+        except Exception as error:
+            raise download_error(hub_id, names, error) from error
+    if isinstance(not_found, hub_errors.RemoteEntryNotFoundError):
         return None
-    why = "a source is a folder or a hub id (owner/name) with such a file, or the file itself."
-    fix = "check the path or the name, and that the download or copy is complete."
-    raise CheckpointError(f"Found no {wanted} at {source}.", why, fix)
+    # Only the cache was searched, so the repository may have the file after all.
+    raise download_error(hub_id, names, not_found) from not_found
+
+
+def download_error(hub_id: str, names: tuple[str, ...], error: Exception) -> CheckpointError:
+    """Explain an error of huggingface_hub: its own words say why, and we say how to fix it."""
+    repository = hub_id.partition("@")[0]
+    if isinstance(error, hub_errors.GatedRepoError):
+        fix = f"accept its licence at huggingface.co/{repository}, then run `hf auth login`."
+    elif isinstance(error, hub_errors.LocalEntryNotFoundError):
+        fix = f"connect to the internet, or run `hf download {repository}` while you are online."
+    else:
+        fix = "check the name (a local path must exist), the connection and `hf auth whoami`."
+    what = f"Cannot download {' or '.join(names)} of {hub_id}."
+    return CheckpointError(what, f"{type(error).__name__}: {error}", fix)
+
+
+# ------------------------------------------------------------------------------ reading and writing
 
 
 def read_json(path: Path) -> dict:
-    """The contents of a config.json."""
+    """Read a config.json."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise CheckpointError(f"Cannot read {path}.", str(error), "fetch it again.") from error
+        fix = "the file is damaged; delete it and download or copy it again."
+        raise CheckpointError(f"Cannot read {path}.", str(error), fix) from error
 
 
 def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor]:
-    """name -> tensor of the first of `files`; memory-mapped: read from disk when it is used."""
+    """Read name -> tensor from the first of `files` that the source has.
+
+    The tensors are memory-mapped: their bytes are read from disk when they are used. The index of
+    a sharded checkpoint (*.index.json) stands for all its shards.
+    """
     path = find_file(source, files)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         if path.suffix != ".json":
-            # WHY: a private mapping reserves its size: Linux refuses 27 GB to a machine of 24 GB. A
-            # shared one does not, but needs a file one may write. Nobody does: weights are copied.
-            shared = os.name == "posix" and os.access(path, os.W_OK)
-            with set_default_mmap_options(mmap.MAP_SHARED) if shared else nullcontext():
-                return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-    except Exception as error:  # every reader has its own zoo of errors for a damaged file
-        why = f"{type(error).__name__}: {error}"
-        fix = "the file is damaged or no checkpoint; delete it and download it again."
-        raise CheckpointError(f"Cannot read {path}.", why, fix) from error
-    beside = path.parent if path == Path(source) else source
-    return {k: v for shard in shards for k, v in read_tensors(beside, (shard,)).items()}
+            return read_pickle(path)
+        index = json.loads(path.read_text())
+        shards = sorted(set(index["weight_map"].values()))  # weight_map: tensor -> its file
+    except Exception as error:  # each reader has its own errors for a damaged file
+        raise CheckpointError(
+            f"Cannot read {path}.",
+            f"{type(error).__name__}: {error}",
+            "the file is damaged or is not a checkpoint; delete it and download it again.",
+        ) from error
+    folder = source
+    if path == Path(source):
+        folder = path.parent
+    tensors = {}
+    for shard in shards:
+        tensors |= read_tensors(folder, (shard,))
+    return tensors
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """Map the tensors of a file that torch.save wrote; code inside the file is never run."""
+    # WHY: Linux reserves memory for a private mapping, so a 27 GB file fails on a 24 GB machine. A
+    # shared mapping reserves none but needs a writable file. We never write to it: `assign_weights`
+    # copies each tensor.
+    mapping = nullcontext()
+    if os.name == "posix" and os.access(path, os.W_OK):
+        mapping = set_default_mmap_options(mmap.MAP_SHARED)
+    with mapping:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Write a safetensors file under a temporary name, then rename: never a partial file."""
+    """Write a safetensors file atomically: under a temporary name, which is then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     save_file(tensors, partial)
-    # WHY: safetensors lets only the owner read; now whoever may read the folder may read the file.
+    # WHY: safetensors makes the file readable by its owner only. Whoever may read the folder may
+    # read the file.
     partial.chmod(0o644 & path.parent.stat().st_mode)
     partial.replace(path)
+
+
+# ------------------------------------------------------------------------------- weights of a model
 
 
 def released_names(ours: str, table: dict[str, str | tuple[str, ...]] | None) -> list[str]:
@@ -115,7 +172,7 @@ def released_names(ours: str, table: dict[str, str | tuple[str, ...]] | None) ->
     pattern = ours
     if number:
         pattern = ours.replace(number[0], ".*.", 1)
-    # The table holds whole names ("class_token") and modules ("blocks.*.norm") alike.
+    # The table has parameters ("class_token") and modules, which cover their weight and bias.
     module, ending = pattern, ""
     if pattern not in table:
         module, dot, leaf = pattern.rpartition(".")
@@ -125,47 +182,58 @@ def released_names(ours: str, table: dict[str, str | tuple[str, ...]] | None) ->
         theirs = (theirs,)
     names = []
     for name in theirs:
-        name = name + ending
-        names.append(name.replace("*", number[1]) if number else name)
+        if number:
+            name = name.replace("*", number[1])
+        names.append(name + ending)
     return names
 
 
 def assign_weights(model: nn.Module, tensors, names, skip, what: str, dtype) -> None:
-    """Give a model on the meta device its weights, one tensor at a time, cast to `dtype`.
+    """Fill a model that is on the meta device, one tensor at a time, cast to `dtype`.
 
-    tensors: theirs by name; names: table of `released_names`; skip: what to leave unread -> why.
-    FIX: no random weights are made first and no second copy exists: peak memory is the model's, not
-    80 GB, and nothing but tensors is unpickled (ledger F11).
-    Strict: raises one CheckpointError that lists all missing, unexpected and mis-shaped names.
+    tensors: their name -> tensor; names: a table for `released_names`; skip: pattern of names that
+    may stay unread -> why; what: the model and its source, for the error.
+    Strict: one CheckpointError lists all missing, mis-shaped and unexpected names.
+    FIX: nothing is initialised at random or copied as a whole first. Peak memory is that of the
+    model, not 80 GB, and only tensors are unpickled (ledger F11).
     """
-    weights, used, problems = {}, set(), []
-    for ours, wanted in model.state_dict().items():
+    weights = {}
+    used = set()
+    problems = []
+    for ours, parameter in model.state_dict().items():
         theirs = released_names(ours, names)
         used.update(theirs)
-        # WHY: q, k and v of some sources are three matrices; ours is one, which is one matmul.
-        shape, parts = [wanted.shape[0] // len(theirs), *wanted.shape[1:]], []
+        # WHY: some sources have q, k and v as three matrices. Ours is one, for one matmul.
+        shape = [parameter.shape[0] // len(theirs), *parameter.shape[1:]]
+        parts = []
         for name in theirs:
             if name not in tensors:
                 problems.append(f"missing     {name}")
-            elif (found := list(tensors[name].shape)) != shape:
-                problems.append(f"mis-shaped  {name}: {found}, wanted {shape}")
+            elif list(tensors[name].shape) != shape:
+                problems.append(f"mis-shaped  {name}: {list(tensors[name].shape)}, wanted {shape}")
             else:
                 parts.append(tensors[name].to(dtype, copy=True))
-        if parts:
-            weights[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if len(parts) == 1:
+            weights[ours] = parts[0]
+        elif parts:
+            weights[ours] = torch.cat(parts)
     for name in tensors:
         if name not in used and not any(fnmatch(name, pattern) for pattern in skip):
             problems.append(f"unexpected  {name}")
     if problems:
-        what = "\n  ".join([f"The weights do not fit: {what}.", *problems])
-        why = "with a tensor missing or misplaced the features would be silently wrong."
-        fix = "check that this checkpoint belongs to this configuration, and that it is complete."
-        raise CheckpointError(what, why, fix)
+        raise CheckpointError(
+            "\n  ".join([f"The weights do not fit: {what}.", *problems]),
+            "with a tensor missing or in the wrong place, the results would be silently wrong.",
+            "check that this checkpoint belongs to this configuration and is complete.",
+        )
     model.load_state_dict(weights, strict=True, assign=True)
 
 
 def initialise(model: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:
-    """Random weights: N(0, std^2) for matrices, tokens, positions; norms and biases neutral."""
+    """Draw random weights: matrices, tokens and positions from N(0, std^2).
+
+    Norms and LayerScale start at 1, biases at 0.
+    """
     for name, parameter in model.named_parameters():
         leaf = name.rpartition(".")[2]
         if leaf == "bias":

@@ -788,7 +788,7 @@ def test_the_released_file_fits_at_full_size(name, shared_folder, tmp_path, monk
     """Names and shapes of the real file, as tensors without memory, in the strict loader."""
     manifest = json.loads((shared_folder / "manifests" / f"{name}.json").read_text())
     tensors = {key: torch.empty(shape, device="meta") for key, (shape, _) in manifest.items()}
-    monkeypatch.setattr(encoders, "read_tensors", lambda source, files: dict(tensors))
+    monkeypatch.setattr(weights, "read_tensors", lambda source, files: dict(tensors))
     encoder = load_encoder(name, tmp_path, device="meta")
     assert encoder.config == ENCODERS[name]
     missing = SOME_TENSOR[name]

@@ -281,7 +281,7 @@ def test_offline_and_never_downloaded_is_explained(hub, offline, tmp_path):
     assert "Cannot download model.safetensors or " in str(error.value)
     assert " of owner/never.\nWhy: LocalEntryNotFoundError: " in str(error.value)
     assert "cannot find the requested files in the local cache" in str(error.value)
-    assert "Fix: connect, or run `hf download owner/never` beforehand" in str(error.value)
+    assert "Fix: connect to the internet, or run `hf download owner/never` while" in str(error.value)
     assert hub.asked("owner/never") == []
 
 
@@ -367,7 +367,7 @@ def test_a_repository_without_weights_is_explained(hub, online):
     hub.publish("owner/empty", {"README.md": b"weights follow"})
     assert explanation(online, load_encoder, SIGLIP, "owner/empty") == (
         f"Found no {' or '.join(FILES)} at owner/empty.\n"
-        "Why: a source is a folder or a hub id (owner/name) with such a file, or the file itself.\n"
+        "Why: a source is a file, or a folder or hub id (owner/name) that has one of these files.\n"
         "Fix: check the path or the name, and that the download or copy is complete."
     )
     assert [path.rpartition("/")[2] for _, path, _ in hub.asked("owner/empty")] == [*FILES]

@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import nn
 
-import encoders
+
 import merv
 from encoders import load_encoder, save_encoder
 from llama import LLAMAS, Llama, load_llama
 from merv import FOUR, MERV, CrossAttentionMixer
-from support import released
+from support import released, weights
 from support.errors import CheckpointError
 from support.released import AUTHORS_ENCODERS, fold_query
 
@@ -224,8 +224,8 @@ def test_a_full_size_manifest_loads_and_any_damage_to_it_is_named(name, shared_f
     tensors = {key: torch.empty(shape, device="meta") for key, (shape, _) in manifest.items()}
     load = load_llama if name in LLAMAS else load_encoder
     changed = dict(tensors)
-    monkeypatch.setattr(encoders, "read_tensors", lambda *_: dict(changed))
-    monkeypatch.setattr(encoders, "find_file", lambda *_, **__: None)
+    monkeypatch.setattr(weights, "read_tensors", lambda *_: dict(changed))
+    monkeypatch.setattr(weights, "find_file", lambda *_, **__: None)
     load(name, "a/b", device="meta")
     used = [key for key in tensors if re.match(KINDS[name], key)]
     assert len(used) > 20
