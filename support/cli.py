@@ -1,4 +1,14 @@
-"""A dataclass is a command line; progress bars; the device."""
+"""Command lines, progress bars, devices: what every program of the project starts with.
+
+A frozen dataclass declares a program's options, and an instance of it holds their values:
+
+    @dataclass(frozen=True)
+    class CountConfig:
+        steps: int = option(10, "how far to count", group="run")
+        limit: float | None = option(None, "stop above this number", group="run")
+
+    config = parse_options(CountConfig, None, "Count.")     # --steps 20 --limit none
+"""
 
 from __future__ import annotations
 
@@ -6,7 +16,9 @@ import argparse
 import difflib
 import os
 import sys
-from collections.abc import Iterable
+import types
+import typing
+from collections.abc import Callable, Iterable
 from dataclasses import field, fields
 
 import torch
@@ -14,61 +26,205 @@ from tqdm import tqdm
 
 from support.errors import UserError
 
-
-def progress(items: Iterable, what: str, total: int | None = None) -> tqdm:
-    """Go through `items` with a bar and the time left on stderr; in a log a line every 10 s."""
-    every = 0.1 if sys.stderr.isatty() else 10
-    return tqdm(items, what, total, mininterval=every, ascii=" #", dynamic_ncols=True)
+DEVICES = ("auto", "cuda", "mps", "cpu")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name; "auto": CUDA or MPS, else the CPU. Each process has its own GPU."""
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        name = found.type if found else "cpu"
-    return torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+# ------------------------------------------------------------------------------------------ options
 
 
-def option(default: object, text: str, choices: Iterable[str] | None = None):
-    """A field of a dataclass that is a command line."""
-    return field(default=default, metadata={"help": text, "choices": choices})
+def option(
+    default: object,
+    text: str,
+    choices: Iterable[str] | None = None,
+    group: str = "options",
+    positional: bool = False,
+):
+    """Declare a command-line option as a field of a dataclass.
 
-
-def parse_options(cls: type, arguments: list[str] | None, description: str):
-    """Fill the dataclass `cls` from the command line: --field-name VALUE for each field.
-
-    Flags are --name and --no-name; a tuple takes what has no name. Typing errors are explained.
+    text: what `--help` says. choices: the values that are allowed. group: its heading in `--help`.
+    positional: for a tuple that collects the arguments without a name.
     """
-    style = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=description, formatter_class=style)
-    for f in fields(cls):
-        name = "--" + f.name.replace("_", "-")
-        how = {"type": type(f.default), "choices": f.metadata["choices"]}
-        if isinstance(f.default, bool):
-            how = {"action": argparse.BooleanOptionalAction}
-        elif isinstance(f.default, tuple):
-            name, how = f.name, {"nargs": "*"}
-        parser.add_argument(name, default=f.default, help=f.metadata["help"], **how)
+    about = {"help": text, "choices": choices, "group": group, "positional": positional}
+    return field(default=default, metadata=about)
+
+
+def parse_options(
+    cls: type,
+    arguments: list[str] | None,
+    description: str,
+    preset: object | None = None,
+    moved: dict[str, str] | None = None,
+):
+    """Read the command line into an instance of the dataclass `cls`.
+
+    arguments: the words of the command line (None: of this process). preset: an instance of `cls`
+    with the values to start from (default: those of the class). moved: former option -> where it is
+    now. Exits with a message if an option does not exist, naming the nearest one.
+    """
+    parser = make_parser(cls, description, preset or cls())
     values, unknown = parser.parse_known_args(arguments)
+    for word in unknown:
+        name = word.partition("=")[0]
+        if name in (moved or {}):
+            parser.error(f"{name} has moved: {moved[name]}")
     if unknown:
-        near = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1) or ["--help"]
-        parser.error(f"unknown option {unknown[0]}; did you mean {near[0]}?")
-    return cls(**vars(values))
+        known = list(parser._option_string_actions)
+        nearest = difflib.get_close_matches(unknown[0], known, 1) or ["--help"]
+        parser.error(f"unknown option {unknown[0]}; did you mean {nearest[0]}?")
+    settings = {}
+    for name, value in vars(values).items():
+        settings[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**settings)
+
+
+def make_parser(cls: type, description: str, preset: object) -> argparse.ArgumentParser:
+    """An argument parser with one option for each field, in groups, showing the preset's values."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    hints = typing.get_type_hints(cls)
+    groups = {}
+    for f in fields(cls):
+        title = f.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        default = getattr(preset, f.name)
+        text = f.metadata["help"].replace("%", "%%")
+        how = {"help": f"{text} (default: {show(default)})", "default": default}
+        if f.metadata["positional"]:
+            how["help"] = text
+            groups[title].add_argument(f.name, nargs="*", **how)
+            continue
+        if hints[f.name] is bool:
+            how["action"] = argparse.BooleanOptionalAction
+        else:
+            how["metavar"] = f.name.upper()
+            how |= value_reader(hints[f.name], f.metadata["choices"])
+        groups[title].add_argument("--" + f.name.replace("_", "-"), **how)
+    return parser
+
+
+def value_reader(hint: object, choices: Iterable[str] | None) -> dict:
+    """How argparse reads values of a type: `int`, `float | None`, `tuple[float, ...]` and so on."""
+    how: dict = {}
+    kind = hint
+    optional = False
+    if typing.get_origin(hint) is types.UnionType:
+        kind = typing.get_args(hint)[0]
+        optional = True
+    if typing.get_origin(kind) is tuple:
+        kind = typing.get_args(kind)[0]
+        how["nargs"] = "+"
+
+    def read(word: str):
+        return None if optional and word == "none" else kind(word)
+
+    read.__name__ = kind.__name__  # argparse names it in "invalid float value"
+    how["type"] = read
+    if choices is not None:
+        how["choices"] = list(choices)
+        how["metavar"] = "{" + ",".join(choices) + "}"
+    return how
+
+
+def show(value: object) -> str:
+    """A value as one would type it: None -> none, (0.001, 2e-05) -> 0.001 2e-05."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, tuple):
+        return " ".join(show(part) for part in value)
+    return str(value)
 
 
 def choose(table: dict, name: str, what: str):
-    """The entry of a table of presets."""
+    """The entry `name` of a table of `what`; UserError lists the names that exist."""
     if name not in table:
-        raise UserError(f"No {what} {name}.", "there is none.", f"choose of {', '.join(table)}.")
+        why = "names are those of the table in the code."
+        raise UserError(f"There is no {what} {name}.", why, f"choose one of {', '.join(table)}.")
     return table[name]
 
 
-def leave(status: int = 0) -> None:
-    """End this process.
+# ----------------------------------------------------------------------------------------- progress
 
-    WHY: DTensor's caches keep the process group, so gloo's threads outlive its destruction. One
-    that drops a tensor while Python takes itself down aborts ("terminate called without an active
-    exception", pytorch issue 190489). All files are closed here, so nothing need be taken down.
+
+class LogLines(tqdm):
+    """A progress bar for a log: each update is a line of its own."""
+
+    @staticmethod
+    def status_printer(file) -> Callable[[str], None]:
+        """How tqdm writes its status: here with a line break instead of a carriage return."""
+
+        def write(status: str) -> None:
+            file.write(status.strip() + "\n")
+            file.flush()
+
+        return write
+
+
+def progress(items: Iterable, what: str, total: int | None = None, show: bool = True) -> tqdm:
+    """Go through `items` with a bar and the time left on stderr; in a log, a line every 10 s.
+
+    show: whether this process shows the bar, as one of several processes should.
+    """
+    if sys.stderr.isatty():
+        return tqdm(items, what, total, ascii=" #", dynamic_ncols=True, disable=not show)
+    # miniters=1: look at the clock at each item. delay: no line before there is something to say.
+    pace = {"mininterval": 10, "miniters": 1, "delay": 1}
+    return LogLines(items, what, total, ascii=" #", ncols=80, disable=not show, **pace)
+
+
+# ------------------------------------------------------------------------------------------ machine
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name. "auto" is CUDA if there is a card, else the CPU.
+
+    Under torchrun each process takes the card of its LOCAL_RANK.
+    WHY "auto" never means MPS: torch up to 2.13 can multiply matrices wrongly there in float32
+    (pytorch issue 193487), so Apple's GPU is used only if asked for.
+    """
+    if name not in DEVICES:
+        fix = f"choose one of {', '.join(DEVICES)}."
+        raise UserError(f"There is no device {name}.", "torch has no such device here.", fix)
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            why = f"torch {torch.__version__} sees no CUDA card."
+            fix = "install a CUDA build of torch and its driver, or use --device cpu."
+            raise UserError("--device cuda cannot be used.", why, fix)
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if name == "mps":
+        if not torch.backends.mps.is_available():
+            why = "torch sees no Apple GPU."
+            raise UserError("--device mps cannot be used.", why, "use --device cpu.")
+        print("MPS: torch up to 2.13 can multiply wrongly in float32 here.", file=sys.stderr)
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of that name. "auto" is bfloat16 on CUDA cards that compute in it, float16 on older
+    cards (T4, V100), and float32 elsewhere."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    # Cards before compute capability 8 emulate bfloat16, slowly.
+    modern = torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.bfloat16 if modern else torch.float16
+
+
+def exit_now(status: int = 0) -> typing.NoReturn:
+    """End this process without taking Python down.
+
+    WHY: DTensor's caches keep the process group alive, and with it gloo's threads. One that drops a
+    tensor while Python shuts down aborts ("terminate called without an active exception", pytorch
+    issue 190489). All files are closed by now, so nothing is lost.
     """
     sys.stdout.flush()
+    sys.stderr.flush()
     os._exit(status)
+
+
+leave = exit_now  # alias

@@ -1,0 +1,124 @@
+"""Muon by hand equals torch's in float32, is faster on small models, and works on shards."""
+
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from llama import LLAMAS, Llama
+from support.muon import Muon, orthogonalise
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def float32_reference():
+    """Let torch.optim.Muon compute in float32, as ours does."""
+    return mock.patch.object(Tensor, "bfloat16", Tensor.float)
+
+
+def matrices_of_the_miniature(seed: int = 0) -> list[torch.nn.Parameter]:
+    """The matrices of its LLM's layers, with random values and gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    matrices = []
+    for parameter in Llama(LLAMAS["miniature"]).layers.parameters():
+        if parameter.ndim == 2:
+            matrix = torch.nn.Parameter(torch.randn(parameter.shape, generator=generator))
+            matrix.grad = torch.randn(parameter.shape, generator=generator)
+            matrices.append(matrix)
+    return matrices
+
+
+def test_singular_values_end_near_one():
+    """Five iterations bring singular values between 0.01 and 1 to between 0.6 and 1.3."""
+    generator = torch.Generator().manual_seed(0)
+    u = torch.linalg.qr(torch.randn(2, 32, 32, generator=generator))[0]
+    v = torch.linalg.qr(torch.randn(2, 32, 32, generator=generator))[0]
+    values = torch.logspace(-2, 0, 32)
+    found = torch.linalg.svdvals(orthogonalise(u * values @ v))
+    assert found.min() > 0.6 and found.max() < 1.3
+
+
+def test_a_batch_is_its_matrices_one_by_one():
+    """Batching changes how the products are run and nothing else; also for tall matrices."""
+    for shape in ((3, 16, 48), (3, 48, 16)):
+        batch = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        alone = torch.cat([orthogonalise(matrix[None]) for matrix in batch])
+        torch.testing.assert_close(orthogonalise(batch), alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_five_steps_equal_torchs_in_float32(decay):
+    """Momentum, Nesterov, iteration, length and decay: the same matrices to rounding."""
+    ours, theirs = matrices_of_the_miniature(), matrices_of_the_miniature()
+    optimizers = (
+        Muon(ours, lr=0.02, weight_decay=decay),
+        torch.optim.Muon(theirs, lr=0.02, weight_decay=decay),
+    )
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(5):
+        for mine, other in zip(ours, theirs, strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            other.grad = mine.grad.clone()
+        with float32_reference():
+            by_torch.step()
+        by_hand.step()
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_save_of_torchs_muon_loads():
+    """Runs of earlier versions used torch.optim.Muon: the same state, under the same name."""
+    ours, theirs = matrices_of_the_miniature(), matrices_of_the_miniature()
+    old = torch.optim.Muon(theirs, lr=0.02)
+    old.step()
+    new = Muon(ours, lr=0.02)
+    new.load_state_dict(old.state_dict())
+    for mine, other in zip(ours, theirs, strict=True):
+        assert set(new.state[mine]) == {"momentum_buffer"}
+        torch.testing.assert_close(new.state[mine]["momentum_buffer"],
+                                   old.state[other]["momentum_buffer"])  # fmt: skip
+
+
+RACE = """
+import statistics, time
+from unittest import mock
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from llama import LLAMAS, Llama
+from support.muon import Muon
+
+torch.set_num_threads(2)
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+seconds = {}
+for make in (Muon, torch.optim.Muon):
+    model = Llama(LLAMAS["miniature"])
+    fully_shard(model.layers, mesh=mesh)
+    matrices = [p for p in model.layers.parameters() if p.ndim == 2]
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    seconds[make(matrices, lr=0.02)] = []
+with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.float):
+    for _ in range(40):
+        for optimizer, measured in seconds.items():
+            began = time.perf_counter()
+            optimizer.step()
+            measured.append(time.perf_counter() - began)
+ours, theirs = (statistics.median(measured) for measured in seconds.values())
+print(theirs / ours, flush=True)
+"""
+
+
+@pytest.mark.slow  # it needs both cores to itself
+def test_a_step_on_the_miniature_is_three_times_as_fast_as_torchs():
+    """Its sharded matrices, as in training: steps of both in turn, the ratio of the medians."""
+    code = RACE + "import os; os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) >= 3
