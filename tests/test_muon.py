@@ -55,10 +55,8 @@ def test_a_batch_is_its_matrices_one_by_one():
 def test_five_steps_equal_torchs_in_float32(decay):
     """Momentum, Nesterov, iteration, length and decay: the same matrices to rounding."""
     ours, theirs = matrices_of_the_miniature(), matrices_of_the_miniature()
-    optimizers = (
-        Muon(ours, lr=0.02, weight_decay=decay),
-        torch.optim.Muon(theirs, lr=0.02, weight_decay=decay),
-    )
+    by_hand = Muon(ours, lr=0.02, weight_decay=decay)
+    by_torch = torch.optim.Muon(theirs, lr=0.02, weight_decay=decay)
     generator = torch.Generator().manual_seed(2)
     for _ in range(5):
         for mine, other in zip(ours, theirs, strict=True):
@@ -99,7 +97,8 @@ mesh = init_device_mesh("cpu", (1,))
 seconds = {}
 for make in (Muon, torch.optim.Muon):
     model = Llama(LLAMAS["miniature"])
-    fully_shard(model.layers, mesh=mesh)
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh)
     matrices = [p for p in model.layers.parameters() if p.ndim == 2]
     for matrix in matrices:
         matrix.grad = torch.randn_like(matrix)
