@@ -45,6 +45,7 @@ def option(
     text: what `--help` says. choices: the values that are allowed. group: its heading in `--help`.
     positional: for a tuple that collects the arguments without a name.
     """
+    positional = positional or default == ()
     about = {"help": text, "choices": choices, "group": group, "positional": positional}
     return field(default=default, metadata=about)
 
@@ -72,9 +73,12 @@ def parse_options(
         known = list(parser._option_string_actions)
         nearest = difflib.get_close_matches(unknown[0], known, 1) or ["--help"]
         parser.error(f"unknown option {unknown[0]}; did you mean {nearest[0]}?")
-    settings = {}
-    for name, value in vars(values).items():
-        settings[name] = tuple(value) if isinstance(value, list) else value
+    settings = vars(values)
+    for name, value in settings.items():
+        if value == [None]:  # the word `none`
+            settings[name] = None
+        elif isinstance(value, list):
+            settings[name] = tuple(value)
     return cls(**settings)
 
 
@@ -169,15 +173,15 @@ def progress(items: Iterable, what: str, total: int | None = None, show: bool = 
     """
     if sys.stderr.isatty():
         return tqdm(items, what, total, ascii=" #", dynamic_ncols=True, disable=not show)
-    # miniters=1: look at the clock at each item. delay: no line before there is something to say.
-    pace = {"mininterval": 10, "miniters": 1, "delay": 1}
+    # miniters=1: look at the clock at each item.
+    pace = {"mininterval": 10, "miniters": 1}
     return LogLines(items, what, total, ascii=" #", ncols=80, disable=not show, **pace)
 
 
 # ------------------------------------------------------------------------------------------ machine
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str = "auto") -> torch.device:
     """The device of that name. "auto" is CUDA if there is a card, else the CPU.
 
     Under torchrun each process takes the card of its LOCAL_RANK.
@@ -185,8 +189,8 @@ def pick_device(name: str) -> torch.device:
     (pytorch issue 193487), so Apple's GPU is used only if asked for.
     """
     if name not in DEVICES:
-        fix = f"choose one of {', '.join(DEVICES)}."
-        raise UserError(f"There is no device {name}.", "torch has no such device here.", fix)
+        why = "this program runs on CUDA cards, Apple GPUs and CPUs."
+        raise UserError(f"There is no device {name}.", why, f"choose one of {', '.join(DEVICES)}.")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
