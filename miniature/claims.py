@@ -65,22 +65,12 @@ def run(row: str, options: str, seed: int) -> list[Question]:
 
 def render(answers: statistics.Answers, quick: bool) -> str:
     """The page: claims.jinja, filled with the results."""
-    template = jinja2.Template(
-        Path(__file__).with_name("claims.jinja").read_text(),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    return template.render(
-        answers=answers,
-        quick=quick,
-        statistics=statistics,
-        STEPS=STEPS,
-        SEEDS=SEEDS,
-        MUST_HOLD=MUST_HOLD,
-        cores=os.cpu_count(),
-        today=date.today(),
-    )
+    options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
+    text = Path(__file__).with_name("claims.jinja").read_text()
+    rules = {"STEPS": STEPS, "SEEDS": SEEDS, "MUST_HOLD": MUST_HOLD}
+    origin = {"quick": quick, "cores": os.cpu_count(), "today": date.today()}
+    template = jinja2.Template(text, **options)
+    return template.render(answers=answers, statistics=statistics, **rules, **origin)
 
 
 def make_data(seeds: int, kinds: list[str]) -> None:

@@ -27,16 +27,16 @@ import torch.nn.functional as F
 from numpy import ndarray
 from torch import Generator, Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim import Muon
 
 from encoders import ENCODERS, FAMILIES, Encoder, load_encoder, save_encoder
 from miniature import world
 from miniature.world import COLOURS, FIRST_SEED, NUM_FRAMES, SHAPES
 from support.cli import progress
+from support.muon import Muon
 from support.statistics import linear_probe
 from support.weights import initialise
 
-muon_in_float32 = partial(patch.object, Tensor, "bfloat16", Tensor.float)
+muon_in_float32 = partial(patch.object, Tensor, "bfloat16", Tensor.float)  # alias for train.py
 VERBS = {  # what captions call an action; all others are "moves"
     "stays": "rests",
     "grows": "changes size",
@@ -46,7 +46,7 @@ VERBS = {  # what captions call an action; all others are "moves"
     "fades": "changes light",
     "blinks": "changes light",
 }
-PHRASES = [""]  # all that captions consist of; "" fills up captions of fewer than three objects
+PHRASES = [""]  # the parts of captions; "" stands in for a missing second or third object
 PHRASES += [f"{colour} {shape}" for colour in COLOURS for shape in SHAPES]
 PHRASES += ["changes light", "changes size", "moves", "rests"]
 NUM_PROTOTYPES = 256  # DINOv2's
@@ -67,7 +67,7 @@ def example(
 
     caption: indices into PHRASES, up to three objects and a verb.
     changes: whether x, y, size and opacity of the actor fall (0), stay (1) or rise (2) from frame
-    0 to 1, from 2 to 3, ...
+    0 to frame 1, from frame 2 to frame 3, and so on.
     """
     seed = FIRST_SEED["pretraining"] + number
     scene, frames = world.draw_clip(seed, count=1 if alone else None)
@@ -112,10 +112,10 @@ class Pretrainer(nn.Module):
         self.bias = nn.Parameter(torch.empty(1))
         initialise(self, Generator().manual_seed(seed))
         with torch.no_grad():
-            # WHY: at the usual 0.02 it takes long until patches differ enough.
+            # WHY: with the usual 0.02, the embeddings of different patches stay alike for long.
             self.encoder.patch_embedding.weight.mul_(10)
             self.encoder.position_embedding.mul_(20)
-            if name == "vivit":  # WHY: behind a norm, its features would be smaller than others
+            if name == "vivit":  # WHY: else its features, which follow a norm, are the smallest
                 self.encoder.final_norm.weight.mul_(8)
         if name == "dinov2":  # the teacher is a moving average of encoder and head
             self.teacher = copy.deepcopy(nn.Sequential(self.encoder, self.head))
@@ -254,9 +254,8 @@ def train(
     classify = recipe.loss is change_loss
     examples = [example(number, alone=classify) for number in range(num_clips)]
     captions, changes, films = zip(*examples, strict=True)
-    films = torch.tensor(np.stack(films))
-    labels = np.stack(changes if classify else captions)
-    labels = torch.tensor(labels)
+    clips = torch.tensor(np.stack(films))  # (n, T, 3, H, W)
+    labels = torch.tensor(np.stack(changes if classify else captions))
     optimizers = make_optimizers(model, recipe.muon_lr)
     generator = Generator().manual_seed(seed)
     stride = NUM_FRAMES // recipe.num_frames
@@ -265,7 +264,7 @@ def train(
         # 1. A batch of clips, with noise that hides the smaller errors of video coding.
         chosen = torch.randint(num_clips, (recipe.batch,), generator=generator)
         start = torch.randint(stride, (), generator=generator)
-        frames = films[chosen, start::stride] / 255
+        frames = clips[chosen, start::stride] / 255
         noise = 0.02 * torch.randn(frames.shape, generator=generator)
         frames = normalise(frames + noise, model.encoder)
         # 2. The loss. WHY: at this size plain attention is faster on a CPU than the fused kernel.
@@ -280,8 +279,7 @@ def train(
         cosine = 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)
         for optimizer, peak in zip(optimizers, (recipe.muon_lr, ADAMW_LR), strict=True):
             optimizer.param_groups[0]["lr"] = peak * min(warm_up, cosine)
-            with muon_in_float32():
-                optimizer.step()
+            optimizer.step()
             optimizer.zero_grad()
     return losses
 

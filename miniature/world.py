@@ -104,16 +104,16 @@ def sample_scene(rng: Generator, count: int | None = None) -> Scene:
 
 
 def motion(scene: Scene) -> np.ndarray:
-    """How the actor differs from its Thing in each frame, float (4, T).
+    """What the action does to the actor in each frame, float (4, T).
 
-    The rows are x and y in pixels, a factor of the radius, and the opacity.
+    The rows are its offsets in x and y in pixels, a factor of its radius, and its opacity.
     """
     frame = np.arange(NUM_FRAMES)
     t = np.linspace(0, 1, NUM_FRAMES)
     x, y = np.zeros((2, NUM_FRAMES))
     size, opacity = np.ones((2, NUM_FRAMES))
-    # A point (x, y) as the complex number x + iy: a factor exp(i * angle) turns it around (0, 0),
-    # clockwise as seen on the screen, because y points down.
+    # A point (x, y) is the complex number x + iy. Multiplying it by exp(i * angle) turns it around
+    # (0, 0), clockwise as seen on the screen because y points down.
     start = np.exp(2j * np.pi * scene.phase)
     backward = scene.action in [second for _, second in PAIRS]
     match REVERSED[scene.action] if backward else scene.action:
@@ -154,7 +154,7 @@ def draw_clip(seed: int, count: int | None = None) -> tuple[Scene, np.ndarray]:
 
 
 def place_of(thing: Thing) -> str | None:
-    """One of PLACES; None where two of them fit, in a corner or on the border between two."""
+    """Where an object lies, one of PLACES; None in corners and on borders, where two would fit."""
     right = thing.x - SIZE / 2
     down = thing.y - SIZE / 2
     off_centre = max(abs(right), abs(down))
@@ -168,7 +168,7 @@ def place_of(thing: Thing) -> str | None:
 
 
 def left_neighbour(thing: Thing, scene: Scene, margin: float) -> str | None:
-    """The shape left of an object; None unless there is one, and all others are clearly beside."""
+    """The shape left of an object; None if that is not exactly one or if another is too close."""
     found = []
     for other in scene.things:
         if other is not thing and abs(other.x - thing.x) <= margin:
@@ -258,7 +258,7 @@ def write_world(folder: Path, clips: dict[str, int], kind: str = "plain") -> Non
     texts = []
     for split, count in clips.items():
         files = write_split(folder / split, split, count, kind)
-        # The tokenizer learns from the rendered prompts, as it will meet them.
+        # The tokenizer is trained on rendered prompts, which are what it will encode.
         for stage, template in (("stage1", "caption"), ("stage2", "base")):
             for row in files.get(stage, []):
                 turns = render_prompt(row["conversations"], TEMPLATES[template])
