@@ -94,7 +94,8 @@ def main(arguments: list[str] | None = None) -> None:
     jobs = []
     for part, count in seeds.items():
         for row, options in rows[part].items():
-            jobs += [(row, options, seed) for seed in range(count)]
+            for seed in range(count):
+                jobs.append((row, options, seed))
     answers = {}
     try:
         make_data(seeds["main"], ["shuffled"] if quick else ["shuffled", "two_kinds"])
