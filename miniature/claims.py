@@ -20,6 +20,7 @@ from pathlib import Path
 import jinja2
 
 import miniature
+from miniature.preset import FOLDER
 from miniature.world import CLIPS, write_world
 from support import statistics
 from support.benchmarks import Question
@@ -27,7 +28,6 @@ from support.cli import progress
 from support.dataset_writer import digest_files, new_folder
 from support.errors import UserError
 from support.files import write_file
-from train import MINIATURE as FOLDER
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/claims")
@@ -60,7 +60,7 @@ def run(row: str, options: str, seed: int) -> list[Question]:
     if not result.exists():
         test = FOLDER / ("two_kinds/test" if row.startswith("split") else "test")
         call("eval.py", f"--data {test} --workers 0 --checkpoint {folder}")
-    return [Question(**question) for question in json.loads(result.read_text())["questions"]]
+    return [Question.from_dict(stored) for stored in json.loads(result.read_text())["questions"]]
 
 
 def render(answers: statistics.Answers, quick: bool) -> str:

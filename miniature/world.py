@@ -229,7 +229,11 @@ def make_clip(kind: str, split: str, number: int) -> tuple[np.ndarray, str, list
 
 
 def write_split(folder: Path, split: str, count: int, kind: str) -> dict[str, list[dict]]:
-    """Write the clips of a split and the files about them, which are returned."""
+    """Write the clips of a split and the files about them, which are returned.
+
+    Training files for train, evaluation files for test, and both for val: train.py logs the loss
+    on its conversations.
+    """
     (folder / "videos").mkdir(parents=True)
     captions, known = [], []
     for number in progress(range(count), f"draw {split} clips"):
@@ -238,10 +242,11 @@ def write_split(folder: Path, split: str, count: int, kind: str) -> dict[str, li
         dataset_writer.write_video(frames, FPS, folder / f"videos/{name}.mp4")
         captions.append(caption)
         known.append(clip_facts)
-    if split == "train":
-        files = dataset_writer.training_files(captions, known, FIRST_SEED[split])
-    else:
-        files = dataset_writer.evaluation_files(known, PAIRS, FIRST_SEED[split])
+    files = {}
+    if split != "test":
+        files |= dataset_writer.training_files(captions, known, FIRST_SEED[split])
+    if split != "train":
+        files |= dataset_writer.evaluation_files(known, PAIRS, FIRST_SEED[split])
     for name, rows in files.items():
         (folder / f"{name}.json").write_text(json.dumps(rows, indent=1))
     return files
@@ -255,12 +260,14 @@ def write_world(folder: Path, clips: dict[str, int], kind: str = "plain") -> Non
       two_kinds  clips with odd numbers are grey and are asked only what happens; the others have
                  their frames in random order and are asked everything else
     """
-    texts = []
     for split, count in clips.items():
         files = write_split(folder / split, split, count, kind)
+        if split != "train":
+            continue
         # The tokenizer is trained on rendered prompts, which are what it will encode.
+        texts = []
         for stage, template in (("stage1", "caption"), ("stage2", "base")):
-            for row in files.get(stage, []):
+            for row in files[stage]:
                 turns = render_prompt(row["conversations"], TEMPLATES[template])
                 texts += [text for text, _ in turns]
-    dataset_writer.write_tokenizer(texts, VOCAB_SIZE, folder / "tokenizer.model")
+        dataset_writer.write_tokenizer(texts, VOCAB_SIZE, folder / "tokenizer.model")

@@ -102,7 +102,7 @@ def mean_mixing_weights(
     by_clip = {}
     for question in answers[row, 0]:
         if inside(question, subset):
-            by_clip[question.video] = question.weights
+            by_clip[question.video] = question.mixing_weights
     weights = np.array(list(by_clip.values()))  # (clips, encoders)
     means = weights.mean(0)
     deviations = weights.std(0)

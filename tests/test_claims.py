@@ -113,7 +113,7 @@ def test_the_mixture_counts_each_clip_once():
     """Two questions about the first clip, one about the second."""
     runs = answers({("a", 0): "11 1"})
     for question, weight in zip(runs["a", 0], (0.2, 0.2, 0.6), strict=True):
-        question.weights = (weight, 1 - weight)
+        question.mixing_weights = (weight, 1 - weight)
     ((mean, spread), (other, _)) = statistics.mean_mixing_weights(runs, "a")
     assert (mean, spread, other) == pytest.approx((0.4, 0.2, 0.6))
 
@@ -174,7 +174,7 @@ def scripts(place, monkeypatch):
         for question in questions:
             good = roll.random() < (0.9 if folder.name.startswith("MERV-") else 0.5)
             question.answer = question.expected if good else "nothing"
-            question.weights = (0.1, 0.2, 0.3, 0.4)
+            question.mixing_weights = (0.1, 0.2, 0.3, 0.4)
         eval.write_results(folder / "eval/miniature-open.json", {}, questions, "parse")
         return subprocess.CompletedProcess(script, 0, "", "")
 

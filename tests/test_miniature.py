@@ -37,7 +37,7 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
     """Videos, questions, tokenizer: writing a world twice gives the same bytes in each file."""
     write_world(tmp_path / "again", TINY)
     files = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    assert len(files) == 12 + 3 + 3 + 2 + 4 + 4 + 1
+    assert len(files) == 12 + 3 + 3 + 2 + (2 + 4) + 4 + 1
     for file in files:
         assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes(), file
 
@@ -221,6 +221,15 @@ def test_training_rows_are_conversations_about_one_video(folder):
         assert len({*said[::2]}) == len(said[::2]) <= 8
     captions = json.loads((folder / "train/stage1.json").read_text())
     assert len(captions) == len(rows) == TINY["train"]
+
+
+def test_the_validation_split_has_conversations_too(folder):
+    """The loss on them is logged during training; their clips are not those of the training."""
+    training = json.loads((folder / "train/stage2.json").read_text())
+    held_out = json.loads((folder / "val/stage2.json").read_text())
+    assert len(held_out) == TINY["val"]
+    assert held_out[0]["conversations"] != training[0]["conversations"]
+    assert not (folder / "test/stage2.json").exists()
 
 
 def test_vivits_labels_are_changes_without_a_name():
