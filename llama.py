@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from support import released, weights
+from support.cuda_graph import DecodingStep
 from support.errors import UserError
 
 # ------------------------------------------------------------------------------------------- config
@@ -205,6 +206,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # recompute each layer in the backward pass
+        self.cuda_graph = False  # decode with a CUDA graph: faster on a GPU, the same answers
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -278,13 +280,18 @@ class Llama(nn.Module):
         last = hidden[rows, lengths - 1]  # (b, d), at the last real token of each row
         answers = torch.full((b, max_new_tokens), eos_id, device=x.device)
         finished = torch.zeros(b, dtype=torch.bool, device=x.device)
+        logits = self.logits(last)
+        decode = DecodingStep(self, cache, lengths) if self.cuda_graph else None
         for step in range(max_new_tokens):
-            next_ids = sample(self.logits(last), temperature, top_p, generator)
+            next_ids = sample(logits, temperature, top_p, generator)
             answers[:, step] = next_ids
             finished |= next_ids == eos_id
             if step == max_new_tokens - 1 or finished.all():
                 break
-            last = self.hidden_states(next_ids[:, None], cache=cache)[:, 0]
+            if decode is None:
+                logits = self(next_ids[:, None], cache=cache)[:, 0]
+            else:
+                logits = decode(next_ids)
         return [ids_before(eos_id, row) for row in answers.tolist()]
 
 
@@ -331,8 +338,8 @@ class KVCache:
         (default: all). Return the rotary table of their positions."""
         device = self.lengths.device
         self.slots = self.lengths[:, None] + torch.arange(s, device=device)  # (b, s)
-        self.lengths = self.lengths + (s if lengths is None else lengths)
-        self.used += s
+        self.lengths += s if lengths is None else lengths
+        self.used = min(self.used + s, self.keys.shape[3])
         self.mask = None  # plain causal attention, if these are the first tokens
         if self.used > s or self.prefix is not None:
             # Added to the scores: 0 where a token may look, else -inf; (b, 1, s, prefix + used).
@@ -340,6 +347,13 @@ class KVCache:
             mask = torch.where(visible, 0.0, -math.inf).to(self.keys.dtype)
             self.mask = F.pad(mask, (self.prefix_length, 0))  # every token sees the whole prefix
         return self.rotary.at(self.prefix_length + self.slots)
+
+    def use_all_slots(self) -> None:
+        """Attend to every slot from now on, also to empty ones, which the mask hides.
+
+        All shapes then stay the same from step to step, as a CUDA graph needs it.
+        """
+        self.used = self.keys.shape[3]
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store k and v (b, kv_heads, s, head_dim), then attend with q to all tokens so far."""

@@ -17,6 +17,24 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one threa
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The checks that need a GPU run one after the other: they measure time and memory."""
+    if config.option.markexpr == "cuda":
+        config.option.numprocesses = 0
+        config.option.dist = "no"
+        config.option.tx = []
+
+
+def pytest_collection_modifyitems(config, items):
+    """Deselect what needs CUDA where there is none, so that it is never counted as passed."""
+    if not torch.cuda.is_available():
+        needs_cuda = [item for item in items if item.get_closest_marker("cuda")]
+        if needs_cuda:
+            config.hook.pytest_deselected(items=needs_cuda)
+            items[:] = [item for item in items if item not in needs_cuda]
+
+
 @pytest.fixture(scope="session")
 def shared_folder() -> Path:
     """../shared: manifests (names and shapes of released weights) and LLaMA's tokenizer."""

@@ -87,6 +87,26 @@ def test_a_shared_prefix_equals_repeating_it_in_every_row(num_kv_heads):
         assert_close(ours, model(whole[None])[0, 9:])
 
 
+@EACH_GROUPING
+@pytest.mark.parametrize("with_prefix", [False, True])
+@torch.no_grad()
+def test_attending_to_all_slots_equals_attending_to_those_in_use(num_kv_heads, with_prefix):
+    """What a CUDA graph needs: shapes that do not grow. The mask hides the empty slots."""
+    model, ids, more = build(num_kv_heads=num_kv_heads), ids_of(2, 5), ids_of(2, 4, seed=3)
+    prefix = None
+    if with_prefix:
+        prefix = new_cache(model, 1, 6)
+        model(ids_of(1, 6, seed=7), cache=prefix)
+    results = []
+    for all_slots in (False, True):
+        cache = new_cache(model, 2, 12, prefix)
+        model(ids, cache=cache, lengths=torch.tensor([5, 2]))
+        if all_slots:
+            cache.use_all_slots()
+        results.append(torch.cat([model(token, cache=cache) for token in more.split(1, 1)], 1))
+    assert_close(*results)
+
+
 @torch.no_grad()
 def test_using_a_prefix_does_not_change_it():
     """So one prefix serves any number of questions."""
