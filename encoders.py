@@ -90,27 +90,23 @@ CLIP = {
 # were released. ViViT: after its last block and final norm.
 ENCODERS: dict[str, EncoderConfig] = {
     "languagebind": EncoderConfig(
-        name="languagebind", family="languagebind",
-        source="LanguageBind/LanguageBind_Video_merge",
+        name="languagebind", family="languagebind", source="LanguageBind/LanguageBind_Video_merge",
         hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14,
         temporal_window=8, norm_eps=1e-5,
         resize="short_side", interpolation="bilinear", **CLIP,
     ),
     "dinov2": EncoderConfig(
-        name="dinov2", family="vit",
-        source="timm/vit_large_patch14_reg4_dinov2.lvd142m",
+        name="dinov2", family="vit", source="timm/vit_large_patch14_reg4_dinov2.lvd142m",
         hidden_size=1024, num_heads=16, released_layers=24, num_layers=23, patch_size=14,
         num_registers=4, layer_scale=True, **IMAGENET,
     ),
     "vivit": EncoderConfig(
-        name="vivit", family="vivit",
-        source="google/vivit-b-16x2-kinetics400",
+        name="vivit", family="vivit", source="google/vivit-b-16x2-kinetics400",
         hidden_size=768, num_heads=12, released_layers=12, num_layers=12, patch_size=16,
         num_frames=32, tubelet_frames=2, activation="gelu_tanh", interpolation="bilinear",
     ),
     "siglip": EncoderConfig(
-        name="siglip", family="vit",
-        source="timm/vit_base_patch16_siglip_224.webli",
+        name="siglip", family="vit", source="timm/vit_base_patch16_siglip_224.webli",
         hidden_size=768, num_heads=12, released_layers=12, num_layers=11, patch_size=16,
         class_token=False,
     ),
@@ -198,12 +194,8 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(d_e, config.norm_eps)
         self.mlp = MLP(config)
         # LayerScale (https://arxiv.org/abs/2103.17239): DINOv2 learns a factor per channel.
-        if config.layer_scale:
-            self.attention_scale = nn.Parameter(torch.ones(d_e))
-            self.mlp_scale = nn.Parameter(torch.ones(d_e))
-        else:
-            self.attention_scale = 1.0
-            self.mlp_scale = 1.0
+        self.attention_scale = nn.Parameter(torch.ones(d_e)) if config.layer_scale else 1.0
+        self.mlp_scale = nn.Parameter(torch.ones(d_e)) if config.layer_scale else 1.0
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention_scale * self.attention(self.attention_norm(x))
@@ -238,9 +230,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.config = config
-        self.blocks = nn.ModuleList()
-        for _ in range(config.num_layers):
-            self.blocks.append(self.block_class(config))
+        self.blocks = nn.ModuleList(self.block_class(config) for _ in range(config.num_layers))
         self.final_norm = nn.Identity()  # ViViT has a LayerNorm here
 
     def embed(self, frames: Tensor) -> Tensor:
@@ -281,15 +271,13 @@ class Encoder(nn.Module):
         name = self.config.name
         side = self.config.image_size
         if frames.shape[2:] != (3, side, side):
-            raise UserError(
-                f"{name} got frames {tuple(frames.shape)}, wants (b, T, 3, {side}, {side}).",
-                f"it reads clips of {side}x{side} RGB frames.",
-                "pass the video through data.preprocess(frames, encoder.config).",
-            )
-        window = self.config.temporal_window
-        num_frames = frames.shape[1]
+            what = f"{name} got frames {tuple(frames.shape)}, wants (b, T, 3, {side}, {side})."
+            fix = "pass the video through data.preprocess(frames, encoder.config)."
+            raise UserError(what, f"it reads clips of {side}x{side} RGB frames.", fix)
         if self.encodes_frames_alone:
             return
+        num_frames = frames.shape[1]
+        window = self.config.temporal_window
         if window:
             fits = num_frames % window == 0
             wanted = f"a multiple of {window}"
@@ -402,9 +390,7 @@ class LanguageBind(Encoder, family="languagebind"):
         name = released_names("blocks.0.temporal_embedding", cls.released.table)[0]
         if name in tensors and tensors[name].ndim == 3:  # (1, window, d_e)
             config = replace(config, temporal_window=tensors[name].shape[1])
-        folder = source
-        if Path(source).is_file():
-            folder = Path(source).parent
+        folder = Path(source).parent if Path(source).is_file() else source
         path = weights.find_file(folder, ("config.json",), required=False)
         if path is not None:
             vision = weights.read_json(path).get("vision_config", {})
@@ -447,9 +433,7 @@ def load_encoder(config_or_name, source=None, dtype=torch.float32, device="cpu")
     source: a file, a folder or a hub id ("owner/name[@revision]") of weights in the released
     format; without one the weights are random. Raises CheckpointError if they do not fit.
     """
-    config = config_or_name
-    if isinstance(config, str):
-        config = ENCODERS[config]
+    config = ENCODERS[config_or_name] if isinstance(config_or_name, str) else config_or_name
     if source is None:
         encoder = empty_encoder(config).to_empty(device="cpu")
         weights.initialise(encoder, torch.Generator().manual_seed(0))

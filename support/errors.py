@@ -1,18 +1,10 @@
 """Errors that tell the user what is wrong, why, and how to fix it.
 
-    raise UserError(
-        "languagebind got 12 frames, wants a multiple of 8.",
-        "each frame that it attends to at once has its own learned position.",
-        "sample a multiple of 8.",
-    )
-
-prints as
-
     languagebind got 12 frames, wants a multiple of 8.
     Why: each frame that it attends to at once has its own learned position.
     Fix: sample a multiple of 8.
 
-Commands print the message alone; any other exception is a bug and keeps its traceback.
+Commands print such a message alone. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -30,16 +22,13 @@ class UserError(ValueError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint that is missing, damaged or does not fit the model.
+    """A checkpoint that is missing, damaged or does not fit the model. It lists every bad tensor:
 
-    If tensors do not fit, the first part lists all of them:
-
-        The weights do not fit: siglip from siglip.safetensors.
-          missing     blocks.0.attn.qkv.bias
-          mis-shaped  pos_embed: [1, 256, 768], wanted [1, 196, 768]
-          unexpected  blocks.12.norm1.weight
-        Why: with a tensor missing or in the wrong place, the results would be silently wrong.
-        Fix: check that this checkpoint belongs to this configuration and is complete.
+    The weights do not fit: siglip from siglip.safetensors.
+      missing     blocks.0.attn.qkv.bias
+      mis-shaped  pos_embed: [1, 256, 768], wanted [1, 196, 768]
+    Why: with a tensor missing or in the wrong place, the results would be silently wrong.
+    Fix: check that this checkpoint belongs to this configuration and is complete.
     """
 
 
@@ -48,7 +37,4 @@ class DataError(UserError):
 
 
 class VideoError(DataError):
-    """A video that is missing, cannot be decoded or has no frames in the wanted span.
-
-    It names the file, because one broken video among a million must be easy to find.
-    """
+    """A video that is missing, cannot be decoded or has no frames in the wanted span."""

@@ -69,7 +69,7 @@ TIMM = Names(  # DINOv2 and SigLIP: https://github.com/huggingface/pytorch-image
         "norm.*": "features are taken before the final norm",
         "attn_pool.*": "SigLIP's head pools an image to one vector; MERV needs the grid",
         "text*": "the text tower",
-        "logit_*": "used in the contrastive loss only",
+        "logit_*": "the contrastive loss",
     },
 )
 
@@ -102,8 +102,8 @@ LANGUAGEBIND = Names(  # https://huggingface.co/LanguageBind/LanguageBind_Video_
     prefixes=("vision_model.",),
     skip={
         "post_layernorm.*": "norms the class token for the contrastive loss",
-        "*_projection.weight": "used in the contrastive loss only",
-        "logit_*": "used in the contrastive loss only",
+        "*_projection.weight": "the contrastive loss",
+        "logit_*": "the contrastive loss",
         "text*": "the text tower",
     },
 )
@@ -217,29 +217,23 @@ def llama_settings(source: str | Path) -> dict[str, object]:
 
 
 def fields_of(stated: dict, keys: dict[str, str]) -> dict[str, object]:
-    """Rename the settings of a file: our field -> its value, where the file states one."""
-    fields = {}
-    for ours, theirs in keys.items():
-        if stated.get(theirs) is not None:
-            fields[ours] = stated[theirs]
-    return fields
+    """Rename the settings that a file states: our field -> its value."""
+    found = {ours: stated.get(theirs) for ours, theirs in keys.items()}
+    return {ours: value for ours, value in found.items() if value is not None}
 
 
 def require_plain_llama(source: str | Path, stated: dict) -> None:
     """Raise CheckpointError if config.json describes another architecture than llama.py has."""
     different = []
     for key, required in LLAMA_REQUIRED.items():
-        # Only model_type must be stated; a file leaves the others out if they have these values.
-        default = None if key == "model_type" else required
-        value = stated.get(key, default)
+        # A file may leave out all but model_type; what is left out has the required value.
+        value = stated.get(key, None if key == "model_type" else required)
         if value != required:
             different.append(f"{key} = {value!r}")
     if different:
-        raise CheckpointError(
-            f"{source} is no plain LLaMA: {', '.join(different)}.",
-            "llama.py implements the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only.",
-            "choose one of those models.",
-        )
+        what = f"{source} is no plain LLaMA: {', '.join(different)}."
+        why = "llama.py has the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only."
+        raise CheckpointError(what, why, "choose one of those models.")
 
 
 def meta_sizes(source: str | Path, hidden_size: int) -> dict[str, object]:
@@ -259,9 +253,7 @@ def read_meta(source: str | Path, hidden_size: int, head_dim: int) -> dict[str, 
     rotate channel i with channel i + head_dim/2. Taking first the even and then the odd rows of
     each head turns one into the other: [r0 r1 r2 r3] -> [r0 r2 r1 r3].
     """
-    folder = source
-    if Path(source).is_file():
-        folder = Path(source).parent
+    folder = Path(source).parent if Path(source).is_file() else source
     first = read_tensors(folder, (META_FILE,))
     count = hidden_size // len(first["layers.0.attention.wq.weight"])  # wq is split by rows
     shards = [first]
@@ -305,11 +297,9 @@ def authors_settings(raw: dict) -> dict[str, object]:
     theirs = model["video_backbone_ids"]
     unknown = [name for name in theirs if name not in AUTHORS_ENCODERS]
     if unknown:
-        raise CheckpointError(
-            f"The checkpoint needs the encoders {', '.join(unknown)}, which are not here.",
-            f"of the authors' encoders, only {', '.join(AUTHORS_ENCODERS)} are implemented.",
-            f"choose one of {', '.join(AUTHORS)}, or train a MERV with train.py.",
-        )
+        what = f"This checkpoint needs {', '.join(unknown)}, which is not implemented."
+        why = f"of the authors' encoders there are {', '.join(AUTHORS_ENCODERS)}."
+        raise CheckpointError(what, why, f"choose one of {', '.join(AUTHORS)}.")
     return {
         "encoders": tuple(AUTHORS_ENCODERS[name] for name in theirs),
         "pooled_side": math.isqrt(model.get("projector_token_length", 64)),  # tokens of one frame
@@ -324,9 +314,8 @@ def authors_tensors(
 
     encoder_names: the keys of MERV.projectors, in order. parts: the checkpoint's "model".
     """
-    tensors = {}
-    for name, tensor in parts["llm_backbone"].items():
-        tensors[name.removeprefix("llm.")] = tensor
+    llm = parts["llm_backbone"]
+    tensors = {name.removeprefix("llm."): tensor for name, tensor in llm.items()}
     # Older files have one encoder, no number in front of its projector, and other part names.
     for name, tensor in parts.get("projectors", parts.get("projector", {})).items():
         numbered = name if name[0].isdigit() else f"0.{name}"
@@ -355,29 +344,15 @@ def fold_query(fusion: dict[str, Tensor]) -> Tensor:
     """
     d_inner, d = fusion.get("attention.k_proj_weight", torch.empty(1, 1)).shape
     with torch.device("meta"):
-        attention = nn.MultiheadAttention(d_inner, num_heads=1, kdim=d, vdim=d)
         module = nn.ParameterDict({"Q": torch.empty(1, d_inner)})
+        attention = nn.MultiheadAttention(d_inner, num_heads=1, kdim=d, vdim=d)
         module.attention = attention
     assign_weights(module, fusion, None, {}, "the fusion module", torch.float64)
     query = attention.q_proj_weight @ module.Q[0] + attention.in_proj_bias[:d_inner]
     return attention.k_proj_weight.mT @ query * math.sqrt(d / d_inner)
 
-# ------------------------------------------------------------------------------------------ aliases
 
-NAMES = {"vit": TIMM.table, "languagebind": LANGUAGEBIND.table, "vivit": GOOGLE_VIVIT.table}  # alias
-PREFIXES = {"vit": TIMM.prefixes, "languagebind": ("vision_model.",), "vivit": ("vivit.",)}  # alias
-BLOCKS = {"vit": "blocks.*", "languagebind": "encoder.layers.*", "vivit": "encoder.layer.*"}
-SKIP = TIMM.skip | LANGUAGEBIND.skip | GOOGLE_VIVIT.skip  # alias
-LLAMA_NAMES, META_NAMES = LLAMA_HF, LLAMA_META  # alias
-CONFIG_NAMES, META_CONFIG_NAMES, PLAIN = LLAMA_HF_SETTINGS, LLAMA_META_SETTINGS, LLAMA_REQUIRED
-_read_meta, _authors_tensors = read_meta, authors_tensors
-
-
-def read_meta(source, hidden_size, head_dim=None):
-    """Alias for callers that pass a LlamaConfig."""
-    if head_dim is None:
-        hidden_size, head_dim = hidden_size.hidden_size, hidden_size.head_dim
-    return _read_meta(source, hidden_size, head_dim)
+_authors_tensors = authors_tensors
 
 
 def authors_tensors(encoder_names, hidden_size, parts=None):

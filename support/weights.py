@@ -49,11 +49,10 @@ def find_file(source: str | Path, names: tuple[str, ...], required: bool = True)
     elif re.fullmatch(HUB_ID, str(source)):
         found = download(str(source), names)
     if found is None and required:
-        raise CheckpointError(
-            f"Found no {' or '.join(names)} at {source}.",
-            "a source is a file, or a folder or hub id (owner/name) that has one of these files.",
-            "check the path or the name, and that the download or copy is complete.",
-        )
+        what = f"Found no {' or '.join(names)} at {source}."
+        why = "a source is a file, or a folder or hub id (owner/name) that has one of these files."
+        fix = "check the path or the name, and that the download or copy is complete."
+        raise CheckpointError(what, why, fix)
     return found
 
 
@@ -125,9 +124,7 @@ def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor
             f"{type(error).__name__}: {error}",
             "the file is damaged or is not a checkpoint; delete it and download it again.",
         ) from error
-    folder = source
-    if path == Path(source):
-        folder = path.parent
+    folder = path.parent if path == Path(source) else source
     tensors = {}
     for shard in shards:
         tensors |= read_tensors(folder, (shard,))
@@ -180,12 +177,8 @@ def released_names(ours: str, table: dict[str, str | tuple[str, ...]] | None) ->
     theirs = table.get(module, module)
     if isinstance(theirs, str):
         theirs = (theirs,)
-    names = []
-    for name in theirs:
-        if number:
-            name = name.replace("*", number[1])
-        names.append(name + ending)
-    return names
+    block = number[1] if number else "*"
+    return [name.replace("*", block) + ending for name in theirs]
 
 
 def assign_weights(model: nn.Module, tensors, names, skip, what: str, dtype) -> None:
