@@ -1,13 +1,13 @@
-"""A hub on this machine: the part of the Hugging Face file API that `hf_hub_download` uses.
+"""A local server with the part of the Hugging Face file API that `hf_hub_download` uses.
 
     HEAD /owner/name/resolve/main/config.json          200, ETag, X-Repo-Commit, Content-Length
     HEAD /owner/name/resolve/main/model.safetensors    302 to /cdn/..., X-Linked-Etag, X-Linked-Size
     GET  /cdn/...            Range: bytes=100-         206, Content-Range: bytes 100-199/200
-    anything that is not there                         401 or 404 with X-Error-Code
+    anything that does not exist                       401 or 404 with X-Error-Code
 
-Small text files come at once; weights, as files in LFS, from a second host: this server under its
-other name, localhost. The client does not follow redirects to another host when it asks for
-metadata, so that difference is part of the protocol.
+Small text files are answered directly. Weights are kept in LFS (large file storage), on a second
+host: this server under its other name, localhost. The client does not follow redirects to another
+host when it requests metadata, so the second host is part of the protocol.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ LARGE = (".safetensors", ".bin", ".pth")  # files kept in LFS
 
 @dataclass
 class Fault:
-    """What goes wrong when a large file is sent: it ends after `keep` bytes of the answer.
+    """A failing transfer of a large file: the answer ends after `keep` bytes.
 
-    honest: the answer says how long it should have been, so the client sees that it was cut off.
+    honest: Content-Length is that of the whole answer, so the client notices that it is cut off.
     """
 
     keep: int
-    times: int  # how often, before all is well again
+    times: int  # how many transfers fail
     honest: bool = True
 
 
 @dataclass
 class Repository:
-    """One repository: revision -> file name -> bytes, and what is wrong with it."""
+    """One repository: revision -> file name -> bytes, and how it fails, if at all."""
 
     revisions: dict[str, dict[str, bytes]] = field(default_factory=dict)
     refusal: tuple[int, dict[str, str]] | None = None  # status and headers of every answer
@@ -90,7 +90,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer()
 
     def log_message(self, *_) -> None:
-        """Say nothing."""
+        """Do not log requests."""
 
     def answer(self) -> None:
         self.server.requests.append((self.command, self.path, self.headers.get("Range")))
@@ -121,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.send(302, headers | linked | {"Location": location})
 
     def send_large(self, repository: Repository, digest: str) -> None:
-        """The whole file, or from the byte that the client asks for; or what a fault leaves."""
+        """Send a file, from the byte that the client requests, up to where a fault cuts it off."""
         contents = (c for files in repository.revisions.values() for c in files.values())
         whole = next(content for content in contents if sha256(content) == digest)
         status, headers, content = 200, {"ETag": f'"{digest}"'}, whole
@@ -140,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
     def send(
         self, status: int, headers: dict[str, str], content: bytes = b"", length: int | None = None
     ) -> None:
-        """One answer; length: what it says of itself, if that is not the truth."""
+        """Send one answer; length: a false Content-Length."""
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
@@ -155,6 +155,6 @@ def sha256(content: bytes) -> str:
 
 
 def commit(files: dict[str, bytes]) -> str:
-    """The 40 letters that stand for exactly these files."""
+    """The commit of exactly these files: 40 hexadecimal digits."""
     listing = "\n".join(f"{name} {sha256(content)}" for name, content in sorted(files.items()))
     return hashlib.sha1(listing.encode()).hexdigest()

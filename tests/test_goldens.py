@@ -1,7 +1,7 @@
-"""DINOv2 and SigLIP against timm, whose weights the authors released, and pixels against Pillow.
+"""DINOv2 and SigLIP compared with timm, and pixels with Pillow, by stored outputs ("goldens").
 
-timm need not be installed: goldens/make_goldens.py ran it once, its docstring says which version.
-The weights are random and 32 wide, under the released names, in the released architecture.
+timm need not be installed: goldens/make_goldens.py ran it once, and states the versions it used.
+The weights are random, 32 wide and 3 blocks deep; names and architecture are the released ones.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ EACH_SHAPE = pytest.mark.parametrize("shape", ["37x401", "331x61", "57x93"])
 
 @pytest.fixture(scope="module")
 def expected() -> dict[str, Tensor]:
-    """What timm computed; the names are explained in make_goldens.py."""
+    """The outputs of timm; make_goldens.py explains their names."""
     return load_file(GOLDENS / "expected.safetensors")
 
 
 @pytest.fixture(scope="module")
 def frames(expected) -> Tensor:
-    """(1, 2, 3, 224, 224): one frame, and the same mirrored; exact in float32."""
+    """(1, 2, 3, 224, 224): a frame and its mirror image; exact in float32."""
     frame = expected["frame"]
     return ((torch.stack([frame, frame.flip(-1)]).float() - 128) / 64)[None]
 
 
 def small(name: str) -> EncoderConfig:
-    """The released encoder with timm's depth, width and heads of the goldens, else as it is."""
+    """The released encoder with the depth, width and heads of the goldens."""
     return replace(
         ENCODERS[name], hidden_size=32, num_heads=4, released_layers=3, num_layers=2, num_frames=2
     )
@@ -48,7 +48,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference, in units of the largest value."""
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype
-    assert theirs.std() > 0.3, "of unit scale, or the tolerance means little"
+    assert theirs.std() > 0.3, "without unit scale the tolerance means little"
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
@@ -58,8 +58,8 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 @BOTH
 @torch.no_grad()
 def test_features_equal_those_of_timm_from_timms_own_file(name, frames, expected):
-    """The strict loader takes every tensor of the file, resizes DINOv2's 37x37 positions as timm
-    does, and stops at the block whose output timm calls `blocks[-2]`."""
+    """The strict loader accepts timm's file and resizes DINOv2's 37x37 positions; the features are
+    the output of the block that timm calls `blocks[-2]`."""
     encoder = load_encoder(small(name), GOLDENS / f"{name}.safetensors")
     assert len(encoder.blocks) == 2
     features = encoder(frames)[0]
@@ -73,8 +73,8 @@ def test_features_equal_those_of_timm_from_timms_own_file(name, frames, expected
 def test_in_float64_the_features_equal_those_of_timm_to_twelve_digits(
     name, frames, expected, tmp_path
 ):
-    """No rounding is left to hide behind. timm resizes positions in float32, so for this test they
-    come from timm; the next test compares the resizing itself."""
+    """Float64 leaves no rounding to hide a mistake. timm resizes positions in float32, so this test
+    takes them from timm; the next test compares the resizing."""
     tensors = load_file(GOLDENS / f"{name}.safetensors")
     if name == "dinov2":
         tensors["pos_embed"] = expected["dinov2.positions"]
@@ -94,9 +94,9 @@ def test_positions_are_resized_as_timm_resizes_them_at_load(expected):
 @BOTH
 @torch.no_grad()
 def test_every_tensor_of_a_golden_matters(name, frames, expected):
-    """A golden that would also pass with a bias forgotten proves nothing: any tensor at its neutral
-    value, 1 for the weight of a norm or a LayerScale and else 0, changes the features by far more
-    than the tolerance."""
+    """A golden that passes without one of the biases would prove nothing. Setting any tensor to its
+    neutral value (1 for the weight of a norm or LayerScale, otherwise 0) changes the features by
+    far more than the tolerance."""
     encoder = load_encoder(small(name), GOLDENS / f"{name}.safetensors")
     for tensor, weight in encoder.named_parameters():
         before = weight.clone()
@@ -120,12 +120,12 @@ def unnormalised(pixels: Tensor, config: EncoderConfig) -> Tensor:
     ("name", "interpolation", "step"),
     [("dinov2", "bicubic", 4), ("siglip", "bicubic", 4), ("vivit", "bilinear", 8)],
 )
-def test_squashing_a_picture_is_pillows_to_one_level_of_255(
+def test_squashing_an_image_equals_pillow_to_one_level_of_255(
     name, interpolation, step, shape, expected
 ):
     """timm's evaluation transform resizes with Pillow, antialiased. Nearly all bytes are equal, and
-    none is off by more than one level: Pillow and torch round their weights differently. (Which
-    Pillow matters for tall pictures: make_goldens.py tells the story.)"""
+    none differs by more than one level: Pillow and torch round the filter differently. (For tall
+    images the version of Pillow matters: see make_goldens.py.)"""
     pixels = preprocess(expected[f"image.{shape}"][None], ENCODERS[name])
     assert pixels.shape == (1, 3, 224, 224)
     squashed = unnormalised(pixels[0], ENCODERS[name])[:, ::step]
@@ -136,8 +136,8 @@ def test_squashing_a_picture_is_pillows_to_one_level_of_255(
 
 @EACH_SHAPE
 @BOTH
-def test_normalised_pixels_are_those_of_timms_transform(name, shape, expected):
-    """Mean and standard deviation as timm keeps them with the model; one level of 255 apart."""
+def test_normalised_pixels_equal_timms_transform(name, shape, expected):
+    """timm stores mean and standard deviation with the model; we differ by at most one level."""
     config = ENCODERS[name]
     pixels = preprocess(expected[f"image.{shape}"][None], config)[0, :, ::56]
     one_level = 1.001 / 255 / min(config.pixel_std)
@@ -146,11 +146,11 @@ def test_normalised_pixels_are_those_of_timms_transform(name, shape, expected):
     assert difference.median() < 1e-6
 
 
-# ---------------------------------------------------------------------------------- the files alone
+# --------------------------------------------------------------------------------- the golden files
 
 
-def test_the_goldens_say_what_made_them():
-    """The versions stand in each file and, the same, in the docstring of the script."""
+def test_the_goldens_state_the_versions_that_made_them():
+    """Each file has the versions in its metadata; the script's docstring has the same ones."""
     script = (GOLDENS / "make_goldens.py").read_text()
     files = sorted(GOLDENS.glob("*.safetensors"))
     assert [path.name for path in files] == [
@@ -165,5 +165,5 @@ def test_the_goldens_say_what_made_them():
 
 
 def test_the_goldens_are_small():
-    """Under 1.6 MB together: they are in git."""
+    """They are kept in git, so together they stay under 1.6 MB."""
     assert sum(path.stat().st_size for path in GOLDENS.glob("*.safetensors")) < 1.6e6

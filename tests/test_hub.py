@@ -1,8 +1,8 @@
-"""Loading by hub id with the real client, against a hub on this machine (hub_server.py).
+"""Loading by hub id with the real client, from a hub on this machine (hub_server.py).
 
-Hugging Face's client reads its environment when it is imported, so what loads here are worker
-processes with an environment of their own: one online, one with HF_HUB_OFFLINE=1, one whose hub
-does not answer. All share one cache; every test has repositories of its own.
+Hugging Face's client reads the environment when it is imported. So worker processes with their own
+environments load the models here: one is online, one has HF_HUB_OFFLINE=1, and the hub of the third
+does not answer. They share one cache; every test has its own repositories.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ SIGLIP = ENCODERS["miniature-siglip"]
 
 @dataclass
 class Client:
-    """A process that loads models; `cache` is where its downloads go."""
+    """A process that loads models; its downloads go to `cache`."""
 
     pool: ProcessPoolExecutor
     cache: Path
 
     def load(self, load: Callable, *arguments: object) -> tuple[object, dict[str, np.ndarray]]:
-        """load(*arguments) over there: the model's configuration and its weights."""
+        """Run load(*arguments) in the process: the model's configuration and weights."""
         return self.pool.submit(loaded, load, *arguments).result(timeout=60)
 
     def folder(self, name: str) -> Path:
-        """What the cache holds of the repository "owner/name"."""
+        """The folder of the repository "owner/name" in the cache."""
         return self.cache / f"models--{name.replace('/', '--')}"
 
 
@@ -101,11 +101,11 @@ def offline(hub, home) -> Iterator[Client]:
 
 @pytest.fixture(scope="module")
 def out_of_reach(home) -> Iterator[Client]:
-    """Not told to be offline, but nobody listens."""
+    """HF_HUB_OFFLINE is not set, but no server listens."""
     yield from start(home, HF_ENDPOINT="http://127.0.0.1:9")
 
 
-# -------------------------------------------------------------------------------- what is published
+# ------------------------------------------------------------------------------ published files
 
 
 def tensors_of(model: nn.Module) -> dict[str, np.ndarray]:
@@ -120,7 +120,7 @@ def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> N
 def encoder_file(
     folder: Path, config: EncoderConfig = SIGLIP, seed: int = 0, file: str = "model.safetensors"
 ) -> bytes:
-    """A checkpoint in the released format, all its blocks; it stays in `folder` as `file`."""
+    """Write a checkpoint with all blocks, in the released format, as `file`; return its bytes."""
     encoder = unit_scale(load_encoder(replace(config, num_layers=config.released_layers)), seed)
     save_encoder(encoder, folder / "model.safetensors")
     if file.endswith(".bin"):
@@ -153,7 +153,7 @@ def sharded_llama(seed: int = 0) -> dict[str, bytes]:
     }
 
 
-META = {  # ours -> Meta's, and the dimension in which Meta splits it over its files
+META = {  # our name -> Meta's, and the dimension along which Meta splits it over files
     "embed_tokens": ("tok_embeddings", 1), "norm": ("norm", None), "lm_head": ("output", 0),
     "input_layernorm": ("attention_norm", None), "post_attention_layernorm": ("ffn_norm", None),
     "self_attn.q_proj": ("attention.wq", 0), "self_attn.k_proj": ("attention.wk", 0),
@@ -172,7 +172,7 @@ def llama_of_meta(seed: int = 0) -> dict[str, bytes]:
             _, index, module = module.split(".", 2)
             head = f"layers.{index}."
         theirs, dim = META[module]
-        if theirs.endswith(("wq", "wk")):  # Meta turns neighbours: [r0 r2 r1 r3] -> [r0 r1 r2 r3]
+        if theirs.endswith(("wq", "wk")):  # Meta rotates neighbours: [r0 r2 r1 r3] -> [r0 r1 r2 r3]
             x = x.unflatten(0, (4, 2, 4)).transpose(1, 2).flatten(0, 2)
         for shard, part in zip(shards, [x, x] if dim is None else x.chunk(2, dim), strict=True):
             shard[f"{head}{theirs}.weight"] = part.clone()
@@ -189,7 +189,7 @@ def llama_of_meta(seed: int = 0) -> dict[str, bytes]:
 
 
 def test_an_encoder_from_the_hub_is_the_one_in_the_local_file(hub, online, tmp_path):
-    """Asked for once by name, fetched once from where large files lie, kept under its commit."""
+    """Its metadata is requested once, the file downloaded once and stored under its commit."""
     files = {"model.safetensors": encoder_file(tmp_path)}
     hub.publish("owner/first", files)
     config, weights = online.load(load_encoder, SIGLIP, "owner/first")
@@ -202,7 +202,7 @@ def test_an_encoder_from_the_hub_is_the_one_in_the_local_file(hub, online, tmp_p
     assert kept.read_bytes() == files["model.safetensors"]
 
 
-def test_the_second_time_only_metadata_is_asked_for(hub, online, tmp_path):
+def test_the_second_load_requests_only_metadata(hub, online, tmp_path):
     hub.publish("owner/twice", {"model.safetensors": encoder_file(tmp_path)})
     _, first = online.load(load_encoder, SIGLIP, "owner/twice")
     before = len(hub.asked("owner/twice"))
@@ -211,8 +211,8 @@ def test_the_second_time_only_metadata_is_asked_for(hub, online, tmp_path):
     assert [method for method, *_ in hub.asked("owner/twice")[before:]] == ["HEAD"]
 
 
-def test_a_new_commit_on_main_is_seen(hub, online, tmp_path):
-    """The cache never answers for a branch that has moved on."""
+def test_a_new_commit_on_main_is_downloaded(hub, online, tmp_path):
+    """The cached files of a branch are not used once the branch has a new commit."""
     hub.publish("owner/moves", {"model.safetensors": encoder_file(tmp_path, seed=1)})
     _, old = online.load(load_encoder, SIGLIP, "owner/moves")
     hub.publish("owner/moves", {"model.safetensors": encoder_file(tmp_path, seed=2)})
@@ -222,7 +222,7 @@ def test_a_new_commit_on_main_is_seen(hub, online, tmp_path):
 
 
 def test_a_pinned_revision_gives_the_bytes_of_that_revision(hub, online, tmp_path):
-    """By its tag, "owner/name@v1", or by the whole commit; "owner/name" is still main."""
+    """A revision is a tag, "owner/name@v1", or a full commit; "owner/name" alone is main."""
     (tmp_path / "main").mkdir()
     (tmp_path / "v1").mkdir()
     old = {"model.safetensors": encoder_file(tmp_path / "v1", seed=1)}
@@ -239,7 +239,7 @@ def test_a_pinned_revision_gives_the_bytes_of_that_revision(hub, online, tmp_pat
 
 
 def as_the_hub_has_it(kind: str, folder: Path) -> tuple[dict[str, bytes], tuple]:
-    """The files of a repository laid out like the released one, and how it is loaded."""
+    """The files of a repository like the released one, and the call that loads it."""
     if kind == "llama":
         return sharded_llama(), (load_llama,)
     if kind == "llama of Meta":
@@ -255,12 +255,12 @@ def as_the_hub_has_it(kind: str, folder: Path) -> tuple[dict[str, bytes], tuple]
 @pytest.mark.parametrize(
     "kind", ["siglip", "dinov2", "vivit", "languagebind", "llama", "llama of Meta"]
 )
-def test_what_was_downloaded_loads_offline(kind, hub, online, offline, tmp_path):
-    """HF_HUB_OFFLINE=1 asks nobody, whichever of the names that are looked for the hub has: ViViT
-    and LanguageBind are released as pytorch_model.bin, LLaMA as an index and shards.
+def test_downloaded_models_load_offline(kind, hub, online, offline, tmp_path):
+    """HF_HUB_OFFLINE=1 sends no request, whatever the files are called: ViViT and LanguageBind are
+    released as pytorch_model.bin, LLaMA as an index and shards.
 
-    `hf download`, which our error message advises, does not note which files a repository lacks,
-    so those notes are removed here.
+    Our error message recommends `hf download`, which does not record the files that a repository
+    lacks, so the test removes those records.
     """
     files, how = as_the_hub_has_it(kind, tmp_path)
     name = f"owner/off-{kind.replace(' ', '-')}"
@@ -274,20 +274,20 @@ def test_what_was_downloaded_loads_offline(kind, hub, online, offline, tmp_path)
     assert len(hub.requests) == asked
 
 
-def test_offline_and_never_downloaded_is_explained(hub, offline, tmp_path):
+def test_a_model_that_was_never_downloaded_is_an_error_offline(hub, offline, tmp_path):
     hub.publish("owner/never", {"model.safetensors": encoder_file(tmp_path)})
     with pytest.raises(CheckpointError) as error:
         offline.load(load_encoder, SIGLIP, "owner/never")
     assert "Cannot download model.safetensors or " in str(error.value)
     assert " of owner/never.\nWhy: LocalEntryNotFoundError: " in str(error.value)
     assert "cannot find the requested files in the local cache" in str(error.value)
-    assert "Fix: connect to the internet, or run `hf download owner/never` while" in str(error.value)
+    assert "Fix: connect to the internet, or run `hf download owner/never` while" in str(
+        error.value
+    )
     assert hub.asked("owner/never") == []
 
 
-def test_a_pinned_revision_loads_offline_and_no_other_takes_its_place(
-    hub, online, offline, tmp_path
-):
+def test_a_pinned_revision_loads_offline_and_does_not_replace_main(hub, online, offline, tmp_path):
     files = {"model.safetensors": encoder_file(tmp_path, seed=1)}
     hub.publish("owner/kept", {"model.safetensors": encoder_file(tmp_path, seed=2)})
     hub.publish("owner/kept", files, "v1")
@@ -298,15 +298,15 @@ def test_a_pinned_revision_loads_offline_and_no_other_takes_its_place(
         offline.load(load_encoder, SIGLIP, "owner/kept")
 
 
-def test_a_hub_that_does_not_answer_leaves_what_is_cached(hub, online, out_of_reach, tmp_path):
-    """Without HF_HUB_OFFLINE: the connection is refused, the cache is used."""
+def test_cached_files_load_when_the_hub_does_not_answer(hub, online, out_of_reach, tmp_path):
+    """Without HF_HUB_OFFLINE: the connection fails and the cache is used."""
     hub.publish("owner/refused", {"model.safetensors": encoder_file(tmp_path)})
     _, before = online.load(load_encoder, SIGLIP, "owner/refused")
     _, after = out_of_reach.load(load_encoder, SIGLIP, "owner/refused")
     assert_same(after, before)
 
 
-# ----------------------------------------------------------------------------- what the hub refuses
+# -------------------------------------------------------------------------------- errors of the hub
 
 
 def explanation(client: Client, *arguments: object) -> str:
@@ -316,7 +316,7 @@ def explanation(client: Client, *arguments: object) -> str:
 
 
 def test_a_gated_repository_is_explained(hub, online):
-    """The hub says that it is gated; we say where its licence is accepted, and by which command."""
+    """The message says where to accept the licence, and with which command to log in."""
     gated = hub.publish("owner/gated", {"model.safetensors": b""})
     gated.refusal = (401, {"X-Error-Code": "GatedRepo"})
     message = explanation(online, load_encoder, SIGLIP, "owner/gated")
@@ -344,7 +344,7 @@ def test_a_revision_that_does_not_exist_is_explained(hub, online):
 
 
 def test_a_token_that_has_expired_is_explained(hub, online):
-    """The hub refuses even public repositories then; its words are passed on."""
+    """The hub then rejects requests for public repositories too; its words are passed on."""
     expired = hub.publish("owner/expired", {"model.safetensors": b""})
     words = "Invalid credentials in Authorization header"
     expired.refusal = (401, {"X-Error-Message": words})
@@ -355,7 +355,7 @@ def test_a_token_that_has_expired_is_explained(hub, online):
 
 @pytest.mark.parametrize("name", ["./weights", "owner/a--b"])
 def test_a_name_that_no_repository_can_have_is_explained(name, online):
-    """Most likely a path with a typing error: it is named, with a reason and a way out."""
+    """It is most likely a misspelled path: the message has it, a reason and a fix."""
     message = explanation(online, load_encoder, SIGLIP, name)
     assert name in message
     assert "\nWhy: " in message
@@ -363,7 +363,7 @@ def test_a_name_that_no_repository_can_have_is_explained(name, online):
 
 
 def test_a_repository_without_weights_is_explained(hub, online):
-    """Each name that the released format may have is looked for, then all are told."""
+    """Each file name of the released formats is tried, and the message lists them all."""
     hub.publish("owner/empty", {"README.md": b"weights follow"})
     assert explanation(online, load_encoder, SIGLIP, "owner/empty") == (
         f"Found no {' or '.join(FILES)} at owner/empty.\n"
@@ -373,17 +373,17 @@ def test_a_repository_without_weights_is_explained(hub, online):
     assert [path.rpartition("/")[2] for _, path, _ in hub.asked("owner/empty")] == [*FILES]
 
 
-# ------------------------------------------------------------------------- downloads that break off
+# ---------------------------------------------------------------------------- interrupted downloads
 
 
 def left_over(client: Client, name: str) -> list[Path]:
-    """Files of a repository in the cache, whole or in part, other than the names of branches."""
+    """Complete and partial files of a repository in the cache, without its references."""
     files = [path for path in client.folder(name).rglob("*") if path.is_file()]
     return [path for path in files if "refs" not in path.parts]
 
 
-def test_a_download_that_is_cut_off_goes_on_where_it_stopped(hub, online, tmp_path):
-    """The client writes 10 MB at a time, so a file of 13 MB cut after 11 resumes at 10."""
+def test_an_interrupted_download_resumes_where_it_stopped(hub, online, tmp_path):
+    """The client writes 10 MB at a time, so a 13 MB file cut off after 11 MB resumes at 10 MB."""
     config = replace(SIGLIP, hidden_size=512, released_layers=1, num_layers=1)
     content = encoder_file(tmp_path, config)
     assert len(content) > 12_000_000
@@ -398,8 +398,8 @@ def test_a_download_that_is_cut_off_goes_on_where_it_stopped(hub, online, tmp_pa
     ("times", "honest"), [(6, True), (1, False)], ids=["cut off every time", "too short"]
 )
 def test_a_download_that_never_completes_is_explained(times, honest, hub, online, tmp_path):
-    """Cut off at every attempt of the client (it makes 6, a second apart), or complete by its own
-    account and yet shorter than the hub says the file is."""
+    """It is cut off at each of the client's 6 attempts, or the answer claims to be complete but is
+    shorter than the hub says the file is."""
     name = f"owner/broken-{times}"
     broken = hub.publish(name, {"model.safetensors": encoder_file(tmp_path)})
     broken.fault = Fault(100_000, times, honest)
@@ -411,10 +411,10 @@ def test_a_download_that_never_completes_is_explained(times, honest, hub, online
 
 
 def test_a_download_that_fails_leaves_nothing_and_the_next_one_works(hub, online, tmp_path):
-    """No half a file under the final name, where the next run would take it for a whole one."""
+    """A partial file under the final name would be taken for a complete one by the next run."""
     heals = hub.publish("owner/heals", {"model.safetensors": encoder_file(tmp_path)})
     heals.fault = Fault(100_000, times=1, honest=False)
-    with pytest.raises((CheckpointError, OSError)):  # how it is told: the test above
+    with pytest.raises((CheckpointError, OSError)):  # the test above checks the message
         online.load(load_encoder, SIGLIP, "owner/heals")
     assert left_over(online, "owner/heals") == []
     _, weights = online.load(load_encoder, SIGLIP, "owner/heals")
@@ -425,7 +425,7 @@ def test_a_download_that_fails_leaves_nothing_and_the_next_one_works(hub, online
 
 
 def test_a_sharded_llama_loads_by_its_hub_id(hub, online):
-    """config.json, the index, then each shard; there is no model.safetensors."""
+    """It has config.json, an index and two shards, and no model.safetensors."""
     hub.publish("owner/sharded", sharded_llama())
     config, weights = online.load(load_llama, "owner/sharded")
     assert config == replace(TINY_LLAMA, name="sharded", source="owner/sharded")
@@ -433,7 +433,7 @@ def test_a_sharded_llama_loads_by_its_hub_id(hub, online):
 
 
 def test_a_llama_as_meta_ships_it_loads_by_its_hub_id(hub, online):
-    """params.json and consolidated.*.pth, as in meta-llama/Llama-2-13b: no shard is forgotten."""
+    """It has params.json and two consolidated.*.pth, as meta-llama/Llama-2-13b; both are read."""
     hub.publish("owner/meta", llama_of_meta())
     config, weights = online.load(load_llama, "owner/meta")
     assert (config.name, config.source) == ("meta", "owner/meta")
@@ -441,22 +441,22 @@ def test_a_llama_as_meta_ships_it_loads_by_its_hub_id(hub, online):
     assert_same(weights, tensors_of(unit_scale(load_llama(TINY_LLAMA))))
 
 
-def test_of_two_formats_only_one_is_downloaded(hub, online):
-    """A repository with both Hugging Face's files and Meta's: 13 GB, not 26, and no mixture."""
+def test_only_one_of_two_formats_is_downloaded(hub, online):
+    """Of a repository in both Hugging Face's and Meta's format we read one: 13 GB instead of 26."""
     hub.publish("owner/both", sharded_llama(seed=1) | llama_of_meta(seed=2))
     _, weights = online.load(load_llama, "owner/both")
     assert_same(weights, tensors_of(unit_scale(load_llama(TINY_LLAMA), seed=1)))
     assert len([1 for method, path, _ in hub.asked("owner/both") if "/cdn/" in path]) == 2
 
 
-def test_all_shards_are_of_the_revision_asked_for(hub, online):
+def test_all_shards_come_from_the_requested_revision(hub, online):
     hub.publish("owner/revised", sharded_llama(seed=1))
     hub.publish("owner/revised", sharded_llama(seed=2), "v1")
     _, weights = online.load(load_llama, "owner/revised@v1")
     assert_same(weights, tensors_of(unit_scale(load_llama(TINY_LLAMA), seed=2)))
 
 
-def test_a_shard_that_the_hub_lacks_is_named(hub, online):
+def test_a_missing_shard_is_named(hub, online):
     files = sharded_llama()
     del files["model-00002-of-00002.safetensors"]
     hub.publish("owner/lacking", files)
@@ -466,7 +466,7 @@ def test_a_shard_that_the_hub_lacks_is_named(hub, online):
 
 @pytest.mark.parametrize("source", ["lmsys/vicuna-7b-v1.5", "lmsys/vicuna-7b-v1.5@v1"])
 def test_a_known_model_keeps_its_prompt_template_when_its_revision_is_pinned(source, hub, online):
-    """Vicuna asked with the prompts of base LLaMA would answer, only worse: nobody would notice."""
+    """With the prompts of base LLaMA, Vicuna would give worse answers and no error."""
     hub.publish("lmsys/vicuna-7b-v1.5", sharded_llama())
     hub.publish("lmsys/vicuna-7b-v1.5", sharded_llama(), "v1")
     config, _ = online.load(load_llama, source)
@@ -475,7 +475,7 @@ def test_a_known_model_keeps_its_prompt_template_when_its_revision_is_pinned(sou
 
 @pytest.mark.parametrize("revision", ["", "@v1"])
 def test_languagebinds_config_is_read_beside_its_pytorch_bin(revision, hub, online, tmp_path):
-    """Its activation stands there: quick_gelu on main, gelu in v1."""
+    """It states the activation: quick_gelu on main, gelu in v1."""
     config = ENCODERS["miniature-languagebind"]
     weights = {"pytorch_model.bin": encoder_file(tmp_path, config, file="pytorch_model.bin")}
     for name, activation in (("main", "quick_gelu"), ("v1", "gelu")):

@@ -1,8 +1,8 @@
 """Parity with transformers at the real width, heads, grid and number of frames, in float32.
 
-test_encoders.py and test_llama.py compare tiny models; here nothing is small but the depth (two or
-three blocks), so that also what only shows at size is seen: 3137 tokens in one softmax, sums over
-1024 channels, positions resized from the released 37x37. ViViT's file is written by transformers.
+test_encoders.py and test_llama.py compare tiny models. Here only the depth is small (two or three
+blocks), to catch what shows at full size only: 3137 tokens in one softmax, sums over 1024 channels,
+positions resized from the released 37x37. transformers writes the file of ViViT.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 
 def shallow(name: str, released_layers: int, **changes) -> EncoderConfig:
-    """The released encoder with fewer blocks; the features are taken as far from the end."""
+    """The released encoder with fewer blocks; as many as in the release come after the features."""
     full = ENCODERS[name]
     taken = released_layers - (full.released_layers - full.num_layers)
     return replace(full, released_layers=released_layers, num_layers=taken, **changes)
@@ -33,10 +33,10 @@ def shallow(name: str, released_layers: int, **changes) -> EncoderConfig:
 
 @torch.no_grad()
 def oracle(model_class: type, config: transformers.PreTrainedConfig) -> nn.Module:
-    """A model of transformers under whose random weights every part matters.
+    """A model of transformers with random weights with which every part matters.
 
-    The weights are as those of conftest.unit_scale, but drawn in float32 and with no initial values
-    before: there are 200 million of them here.
+    They follow conftest.unit_scale, but are drawn in float32 and not initialised before that,
+    because there are 200 million of them.
     """
     with no_init_weights():
         model = model_class(config).eval()
@@ -63,7 +63,7 @@ def frames_for(config: EncoderConfig) -> Tensor:
 
 
 def assert_equal_to_rounding(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
-    """The largest difference is under 1e-5 of the largest value; both have unit scale."""
+    """The largest difference is below `tolerance` times the largest value, at unit scale."""
     assert ours.shape == theirs.shape
     assert ours.dtype == theirs.dtype == torch.float32
     assert 0.2 < theirs.std() < 20
@@ -71,9 +71,9 @@ def assert_equal_to_rounding(ours: Tensor, theirs: Tensor, tolerance: float = 1e
 
 
 def write_as_timm(theirs: nn.Module, path: Path, blocks: str, names: dict[str, str]) -> None:
-    """A file under timm's names from a transformers model: `names` says timm's -> transformers'.
+    """Write a transformers model under timm's names; `names` maps timm's to transformers'.
 
-    blocks: what the blocks stand behind over there; names with "*" are those of each block.
+    blocks: the name of the list of blocks in transformers; names with "*" are within each block.
     """
     state, tensors = theirs.state_dict(), {}
     count = 1 + max(int(name[len(blocks) :].split(".")[1]) for name in state if blocks in name)
@@ -99,7 +99,7 @@ BLOCK = {
 
 @torch.no_grad()
 def test_vivit_at_full_width_equals_transformers_on_32_frames(tmp_path):
-    """3137 tokens attend to each other; the file is transformers' own, in the released format."""
+    """3137 tokens attend to each other. transformers writes the file in the released format."""
     theirs = oracle(
         transformers.VivitForVideoClassification,
         transformers.VivitConfig(
@@ -117,7 +117,7 @@ def test_vivit_at_full_width_equals_transformers_on_32_frames(tmp_path):
 
 @torch.no_grad()
 def test_siglip_at_full_width_equals_transformers_before_its_last_block(tmp_path):
-    """196 tokens of 768 channels, no class token; the pooling head is in the file and is unread."""
+    """196 tokens of 768 channels and no class token; the pooling head in the file is skipped."""
     theirs = oracle(
         transformers.SiglipVisionModel,
         transformers.SiglipVisionConfig(
@@ -148,9 +148,9 @@ def test_siglip_at_full_width_equals_transformers_before_its_last_block(tmp_path
 
 @torch.no_grad()
 def test_dinov2_with_registers_at_full_width_equals_transformers_before_its_last_block(tmp_path):
-    """1024 channels, 16 heads, 4 registers, and 37x37 positions in the file: transformers resizes
-    them to 16x16 at each call, we do once. The release has no position for the class token, so
-    that of transformers is 0."""
+    """1024 channels, 16 heads, 4 registers, and 37x37 positions in the file. transformers resizes
+    them to 16x16 at each call, we once. The release has no position for the class token, so it is
+    set to 0 in transformers."""
     theirs = oracle(
         transformers.Dinov2WithRegistersModel,
         transformers.Dinov2WithRegistersConfig(

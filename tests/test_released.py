@@ -1,4 +1,4 @@
-"""The authors' checkpoints: what their fusion module computes; their files load exactly."""
+"""The authors' checkpoints: their fusion module equals one query, and their files load exactly."""
 
 import json
 import math
@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-
 
 import merv
 from encoders import load_encoder, save_encoder
@@ -39,7 +38,7 @@ def fusion_weights(d: int, inner: int) -> dict[str, torch.Tensor]:
 
 
 def test_the_authors_fusion_is_one_query():
-    """Their 1-head MultiheadAttention gives the weights of eq. 2 with the folded query (K5)."""
+    """Their 1-head attention gives the mixing weights of eq. 2 with the folded query (K5)."""
     weights = {name: tensor.double() for name, tensor in fusion_weights(D, INNER).items()}
     attention = nn.MultiheadAttention(INNER, 1, kdim=D, vdim=D, batch_first=True).double()
     names = {name.removeprefix("attention."): t for name, t in weights.items() if name != "Q"}
@@ -59,7 +58,7 @@ def test_the_authors_fusion_is_one_query():
 
 @pytest.fixture
 def small(monkeypatch):
-    """The authors' format at a tiny width: their encoder ids stand for the miniature encoders."""
+    """The authors' format at a tiny width; full-size names mean the miniature encoders."""
     llama = replace(
         LLAMAS["miniature"], num_layers=LAYERS, hidden_size=D, vocab_size=32064, name="llama2-7b"
     )
@@ -71,7 +70,7 @@ def small(monkeypatch):
 
 
 def write_checkpoint(folder, llama, backbones, old_names=False):
-    """A folder in the layout of the hub's tyleryzhu/merv; its parts for comparison."""
+    """Write a folder laid out like tyleryzhu/merv; return its parts and a file per encoder."""
     torch.manual_seed(0)
     language = {f"llm.model.{k}": v for k, v in Llama(llama).state_dict().items()}
     language["llm.lm_head.weight"] = language.pop("llm.model.lm_head.weight")
@@ -100,7 +99,8 @@ def write_checkpoint(folder, llama, backbones, old_names=False):
 
 
 def test_an_authors_checkpoint_loads_exactly(small, tmp_path, shared_folder):
-    """Projectors in order, LLM by name, fusion folded, RoPE rounded (K1), vocabulary (K9)."""
+    """Projectors go by order, the LLM by name; the fusion is folded; RoPE is rounded (K1), and the
+    vocabulary has 32064 rows (K9)."""
     model, sources = write_checkpoint(tmp_path, small, list(AUTHORS_ENCODERS))
     tokenizer = shared_folder / "data" / "llama2_tokenizer.model"
     loaded = MERV.from_pretrained(tmp_path, tokenizer=tokenizer, sources=sources)
@@ -116,7 +116,7 @@ def test_an_authors_checkpoint_loads_exactly(small, tmp_path, shared_folder):
 
 
 def test_an_older_single_encoder_checkpoint_loads(small, tmp_path, shared_folder):
-    """Their older files say `projector`, without a number, and have no fusion."""
+    """Older files call the part `projector`, number nothing, and have no fusion."""
     model, sources = write_checkpoint(tmp_path, small, [list(AUTHORS_ENCODERS)[1]], old_names=True)
     tokenizer = shared_folder / "data" / "llama2_tokenizer.model"
     loaded = MERV.from_pretrained(tmp_path, tokenizer=tokenizer, sources=sources)
@@ -129,8 +129,8 @@ def test_an_older_single_encoder_checkpoint_loads(small, tmp_path, shared_folder
 
 
 @pytest.mark.parametrize("part", ["projectors", "feature_fusion", "llm_backbone"])
-def test_any_lost_renamed_or_misshaped_tensor_is_named(small, tmp_path, shared_folder, part):
-    """Each kind of damage to each part is one CheckpointError with the name in it."""
+def test_each_missing_renamed_or_mis_shaped_tensor_is_named(small, tmp_path, shared_folder, part):
+    """Each kind of damage to each part raises a CheckpointError that contains the name."""
     model, sources = write_checkpoint(tmp_path, small, list(AUTHORS_ENCODERS))
     tokenizer = shared_folder / "data" / "llama2_tokenizer.model"
     file = tmp_path / "checkpoints" / "latest-checkpoint.pt"
@@ -152,28 +152,28 @@ def test_any_lost_renamed_or_misshaped_tensor_is_named(small, tmp_path, shared_f
 @pytest.mark.parametrize(
     ("length", "projector"), [(1024, "avg2d"), (16 * 14 * 14, "all"), (None, "avg2d")]
 )
-def test_the_number_of_visual_tokens_tells_the_projector(length, projector):
-    """A single encoder of the authors may feed all its patches: 16 x 196 tokens, not 16 x 64."""
+def test_the_number_of_visual_tokens_determines_the_projector(length, projector):
+    """The authors' single encoders may use all patches: 16 x 196 tokens instead of 16 x 64."""
     settings = {"video_backbone_ids": [list(AUTHORS_ENCODERS)[3]], "visual_feature_length": length}
     assert merv.authors_config("siglip-single", {"model": settings}).projector == projector
 
 
-def test_visual_tokens_that_cannot_be_made_are_refused():
-    """257 tokens a frame would be with LanguageBind's class token, which is not in its grid."""
+def test_an_impossible_number_of_visual_tokens_is_an_error():
+    """257 tokens per frame would include LanguageBind's class token, which is not in its grid."""
     settings = {"video_backbone_ids": [next(iter(AUTHORS_ENCODERS))], "visual_feature_length": 4112}
     with pytest.raises(CheckpointError, match="4112 visual tokens"):
         merv.authors_config("languagebind-single", {"model": settings})
 
 
-def test_foreign_encoders_are_named(small, tmp_path):
-    """An ablation of the authors with an encoder that is not here says which ones are."""
+def test_unknown_encoders_are_named(small, tmp_path):
+    """The authors have ablations with other encoders; the error says which encoder is missing."""
     write_checkpoint(tmp_path, small, ["hiera-base-plus-video"])
     with pytest.raises(CheckpointError, match="hiera-base-plus-video"):
         MERV.from_pretrained(tmp_path)
 
 
-def test_a_pickle_that_runs_code_is_refused(small, tmp_path):
-    """Checkpoints of the authors are pickles; ours reads tensors only (F11)."""
+def test_code_inside_an_authors_checkpoint_never_runs(small, tmp_path):
+    """The authors' checkpoints are pickles, of which we read tensors only (F11)."""
 
     class Evil:
         def __reduce__(self):
@@ -186,7 +186,7 @@ def test_a_pickle_that_runs_code_is_refused(small, tmp_path):
 
 
 def test_the_manifest_of_the_authors_fits_the_full_size_model(shared_folder):
-    """Every tensor of merv-frozen is used or skipped by name, at full size, on the meta device."""
+    """At full size, on the meta device, each tensor of merv-frozen is used or skipped by name."""
     manifest = json.loads((shared_folder / "manifests" / "merv.json").read_text())
     parts = {
         part: {name: torch.empty(shape, device="meta") for name, (shape, _) in tensors.items()}
@@ -202,7 +202,7 @@ def test_the_manifest_of_the_authors_fits_the_full_size_model(shared_folder):
     assert model.mixer.query.shape == (4096,) and config.grid == (16, 8, 8)
 
 
-# One tensor of every kind: of the first block, of the last one used, and of those outside blocks.
+# Tensors of the first block, of the last block that we use, and outside the blocks.
 KINDS = {
     "dinov2": r"blocks\.(0|22)\.|cls_token|reg_token|pos_embed|patch_embed",
     "siglip": r"blocks\.(0|10)\.|pos_embed|patch_embed",
@@ -218,8 +218,8 @@ SLOW = {"languagebind", "vivit", "llama2-7b"}  # hundreds of loads each
 @pytest.mark.parametrize(
     "name", [pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in KINDS]
 )
-def test_a_full_size_manifest_loads_and_any_damage_to_it_is_named(name, shared_folder, monkeypatch):
-    """Nothing missing or unexpected; a tensor that is lost, renamed or cut is an error by name."""
+def test_a_full_size_manifest_loads_and_damaged_tensors_are_named(name, shared_folder, monkeypatch):
+    """The released names and shapes fit. A missing, renamed or cut tensor is named in the error."""
     manifest = json.loads((shared_folder / "manifests" / f"{name}.json").read_text())
     tensors = {key: torch.empty(shape, device="meta") for key, (shape, _) in manifest.items()}
     load = load_llama if name in LLAMAS else load_encoder

@@ -1,8 +1,8 @@
-"""Goldens for tests/test_goldens.py: what timm and torchvision compute, stored once.
+"""Store the outputs of timm and torchvision as goldens for tests/test_goldens.py.
 
 Made with Python 3.11, timm 1.0.31, torch 2.14.1, torchvision 0.29.1, numpy 2.4.6, pillow 12.2.0 and
-safetensors 0.8.0 (the files' metadata say it too). timm is no dependency of this repository, not
-even of its tests; to make the files anew, in an environment of its own:
+safetensors 0.8.0, as the files' metadata also state. Neither this repository nor its tests depend
+on timm. To make the files again, use a separate environment:
 
     python -m venv timmvenv
     timmvenv/bin/pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 numpy==2.4.6 \
@@ -10,20 +10,20 @@ even of its tests; to make the files anew, in an environment of its own:
     timmvenv/bin/python tests/goldens/make_goldens.py
 
 WHY Pillow 12: a resize is a horizontal and a vertical pass, each rounded to bytes. Up to version 12
-the horizontal pass comes first, as in torch, and when the released encoders were trained. Version
-13 begins with the vertical pass where that is faster (python-pillow/Pillow#9549): a tall picture
-then differs by up to 17 levels of 255 at hard edges.
+the horizontal pass comes first, as in torch and as when the released encoders were trained. Version
+13 starts with the vertical pass where that is faster (python-pillow/Pillow#9549), which changes a
+tall image by up to 17 levels of 255 at hard edges.
 
-dinov2.safetensors, siglip.safetensors: random weights as timm itself writes them: the released
-architectures, 32 wide and 3 blocks deep, under the released names. expected.safetensors:
+dinov2.safetensors and siglip.safetensors have random weights, written by timm: the released
+architectures and names, 32 wide and 3 blocks deep. expected.safetensors has:
 
-    frame                       uint8 (3, 224, 224); the encoders are given (frame - 128) / 64, and
-                                as a second frame the same mirrored left-right
+    frame                       uint8 (3, 224, 224); the encoders read (frame - 128) / 64 and, as a
+                                second frame, its mirror image
     {name}.float32              features of both frames before the last block        (2, h, w, 32)
     {name}.float64              the same in float64, first frame only                (1, h, w, 32)
     dinov2.positions            (1, 16*16, 32), resized from the file's 37x37 by timm's own loader
-    image.{shape}               uint8 (3, H, W), pictures of odd sizes
-    bicubic.{shape}             uint8 (3, 56, 224), every 4th row of the picture squashed to 224x224
+    image.{shape}               uint8 (3, H, W), images of odd sizes
+    bicubic.{shape}             uint8 (3, 56, 224), every 4th row of the image squashed to 224x224
     bilinear.{shape}            uint8 (3, 28, 224), every 8th row
     {name}.pixels.{shape}       float32 (3, 4, 224), every 56th row of the whole transform's output
 """
@@ -50,14 +50,14 @@ PACKAGES = ("timm", "torch", "torchvision", "numpy", "pillow", "safetensors")
 
 
 def metadata() -> dict[str, str]:
-    """One entry only: of several, safetensors writes the order at random."""
+    """The versions used, in one entry: safetensors writes several entries in random order."""
     versions = [f"{name} {version(name)}" for name in PACKAGES]
     return {"made_with": ", ".join([f"python {sys.version.split()[0]}", *versions])}
 
 
 @torch.no_grad()
 def unit_scale(model: torch.nn.Module, rng: np.random.Generator) -> None:
-    """Random weights under which every part matters: no norm, bias or LayerScale is neutral."""
+    """Draw weights with which every part matters: no norm, bias or LayerScale is neutral."""
     for name, parameter in model.named_parameters():
         noise = rng.standard_normal(parameter.shape)
         if name.endswith("bias"):
