@@ -1,15 +1,15 @@
-"""Ask a trained MERV the questions of a benchmark and count the right answers (paper 4).
+"""Measure how well a MERV answers the questions of a benchmark (paper, section 4).
 
     python eval.py --benchmark miniature-open --data data/miniature/test
     torchrun --nproc-per-node 8 eval.py --checkpoint merv-frozen --benchmark msvd --data DIR
-    python eval.py --check --benchmark msvd --data DIR     what is missing, before anything runs
-    python eval.py --judge URL --judge-model NAME RUN      an LLM judges the stored answers
-    python eval.py --report FILE RUN RUN ...               stored answers as one HTML page
-    python eval.py --table efficiency                      the paper's costs, without any weights
+    python eval.py --check --benchmark msvd --data DIR     list missing and damaged videos, and stop
+    python eval.py --judge URL --judge-model NAME RUN      let an LLM judge the stored answers
+    python eval.py --report FILE RUN RUN ...               show the stored answers as an HTML page
 
-A benchmark is a folder with its annotations and the videos, in videos/, found by stem. All
-questions of a clip are answered together: it is decoded, encoded and read once. They are on disk
-before the next clip is asked about, so a run that was killed goes on where it was.
+Questions -> answers -> scores -> a table. The data folder holds the annotation files and the
+videos, in its subfolder videos/. All questions about a clip are answered together, so each clip is
+decoded, encoded and read by the LLM once. Answers are on disk before the next clip starts: after a
+kill, the same command continues.
 Read before: merv.py. Read next: train.py.
 """
 
@@ -21,62 +21,73 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import date
-from importlib import import_module
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from huggingface_hub import InferenceClient
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from data import load_pixels
-from encoders import ENCODERS
+from encoders import ENCODERS, EncoderConfig
 from merv import MERV
-from support import cli
 from support.benchmarks import BENCHMARKS, FPS, LETTERS, Question, list_videos, load_questions
-from support.cli import option, parse_options, progress
+from support.cli import option, parse_options, pick_device, progress
 from support.errors import UserError, VideoError
 from support.files import Journal, write_file
-from support.judge import JUDGE_PROMPT, ask_judge, parse_verdict
+from support.judge import Judge, judge_answers
 from support.report import write_report
 from support.runs import latest_run
 
 MCQ_RULES = ("parse", "released", "likelihood")
 
 
+# ---------------------------------------------------------------------------------------- questions
+
+
 class Clips:
-    """The clips of a benchmark, each with the questions asked of it, ready for the encoders."""
+    """The clips of a benchmark as a torch dataset; item n is decoded for the encoders.
 
-    def __init__(self, questions: list[Question], folder: str | Path, encoders):
-        self.encoders, self.folder = encoders, Path(folder) / "videos"
+    A clip is a video, or the part of it that a question is about (`Question.cut`). `groups[n]` are
+    the questions about clip n. A DataLoader with workers decodes clips while the model answers.
+    """
+
+    def __init__(
+        self, questions: list[Question], folder: str | Path, encoders: list[EncoderConfig]
+    ):
+        self.encoders = encoders
+        self.folder = Path(folder) / "videos"
         self.videos = list_videos(self.folder)
-        groups: dict[tuple, list[Question]] = defaultdict(list)
+        by_clip: dict[tuple, list[Question]] = defaultdict(list)
         for question in questions:
-            groups[question.video, *question.cut].append(question)
-        self.groups = list(groups.values())
+            by_clip[question.video, *question.cut].append(question)
+        self.groups = list(by_clip.values())
 
-    def __getitem__(self, number: int) -> tuple[int, dict, str]:
-        """The number, encoder -> pixels, and why there are none if there are none."""
-        video, cut = self.groups[number][0].video, self.groups[number][0].cut
-        if video not in self.videos:
-            return number, {}, f"{self.folder} has no video {video}, whatever the extension."
+    def __getitem__(self, number: int) -> tuple[int, dict[str, Tensor], str]:
+        """(number, encoder -> pixels (T_e, 3, side, side), ""), or (number, {}, the error)."""
+        question = self.groups[number][0]
+        if question.video not in self.videos:
+            return number, {}, f"{self.folder} has no video {question.video}, with any extension."
+        path = self.videos[question.video]
         try:
-            return number, load_pixels(self.videos[video], self.encoders, *cut, FPS), ""
+            return number, load_pixels(path, self.encoders, *question.cut, FPS), ""
         except VideoError as error:
             return number, {}, str(error)
 
 
-def check(name: str, folder: str | Path, workers: int) -> int:
-    """Print what is missing or cannot be decoded before anything runs; how many clips are bad."""
+def check_benchmark(name: str, folder: str | Path, workers: int) -> int:
+    """Print which clips are missing or cannot be decoded. Returns how many; needs no model."""
     questions = load_questions(name, folder)
-    clips = Clips(questions, folder, [ENCODERS["siglip"]])
-    names = {question.video for question in questions}
-    found = f"{len(names & set(clips.videos))}/{len(names)} videos found in {clips.folder}"
-    print(f"{len(questions)} questions, {found}")
-    bad, total = 0, len(clips.groups)
-    loader = DataLoader(clips, None, sampler=range(total), num_workers=workers)
+    clips = Clips(questions, folder, [ENCODERS["siglip"]])  # any encoder: all decode alike
+    expected = {question.video for question in questions}
+    found = expected & set(clips.videos)
+    print(
+        f"{len(questions)} questions, {len(found)}/{len(expected)} videos found in {clips.folder}"
+    )
+    total = len(clips.groups)
+    bad = 0
+    loader = DataLoader(clips, batch_size=None, sampler=range(total), num_workers=workers)
     for number, _, failure in progress(loader, "decode"):
         if failure:
             bad += 1
@@ -85,234 +96,367 @@ def check(name: str, folder: str | Path, workers: int) -> int:
     return bad
 
 
-# ------------------------------------------------------------------------------------------ scoring
+# ------------------------------------------------------------------------------------------ answers
+
+
+def evaluate(
+    model: MERV,
+    name: str,  # of the benchmark
+    folder: str | Path,  # annotation files and videos/
+    output: str | Path,
+    config: EvalConfig | None = None,
+) -> list[Question] | None:
+    """Answer the questions that have no stored answer yet, and write OUTPUT/NAME.json.
+
+    Under torchrun each process answers its share of the clips. The process that finds all answers
+    on disk writes the result and returns the questions; the others return None.
+    FIX: the released code never merges the results once a single video has failed (ledger F10).
+    Here a failure is stored like an answer, so it cannot hold up the rest.
+    """
+    config = config or EvalConfig()
+    output = Path(output)
+    rank = int(os.environ.get("RANK", 0))
+    num_processes = int(os.environ.get("WORLD_SIZE", 1))
+    questions = load_questions(name, folder)
+    settings = {
+        "benchmark": name,
+        "data": str(folder),
+        "weights": trained_digest(model),
+        "max_new_tokens": config.max_new_tokens,
+        "likelihood": config.mcq_rule == "likelihood" and bool(questions[0].options),
+        "encoders": [encoder.name for encoder in model.config.encoders],
+    }
+    journal = Journal(output / f"{name}.answers", settings, rank)
+    done = stored_answers(journal)
+
+    clips = Clips(questions, folder, model.config.encoders)
+    mine = []
+    for number in range(rank, len(clips.groups), num_processes):
+        if clips.groups[number][0].id not in done:
+            mine.append(number)
+    loader = DataLoader(clips, batch_size=None, sampler=mine, num_workers=config.workers)
+    for number, pixels, failure in progress(loader, name):
+        asked = clips.groups[number]
+        answers, mixing_weights = [""] * len(asked), []
+        if not failure:
+            answers, mixing_weights = answer_clip(model, pixels, asked, config)
+        ids = [question.id for question in asked]
+        record = {"answers": dict(zip(ids, answers, strict=True))}
+        record |= {"mixing_weights": mixing_weights, "failure": failure}
+        journal.append(record)
+
+    done = stored_answers(journal)
+    had_work = bool(mine)
+    if len(done) < len(questions) or not (had_work or rank == 0):
+        return None
+    for question in questions:
+        record = done[question.id]
+        question.answer = record["answers"][question.id]
+        question.failure = record["failure"]
+        question.mixing_weights = tuple(record["mixing_weights"])
+    write_results(output / f"{name}.json", settings, questions, config.mcq_rule)
+    return questions
+
+
+def trained_digest(model: MERV) -> str:
+    """A fingerprint of the projectors and the mixer, to recognise answers of another model."""
+    digest = hashlib.sha256()
+    for parameter in [*model.projectors.parameters(), *model.mixer.parameters()]:
+        digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def stored_answers(journal: Journal) -> dict[str, dict]:
+    """Question id -> the record with its answer, from all processes.
+
+    Older journals say "weights" for mixing_weights.
+    """
+    found = {}
+    for record in journal.records():
+        record.setdefault("mixing_weights", record.get("weights"))
+        for id in record["answers"]:
+            found[id] = record
+    return found
+
+
+def answer_clip(
+    model: MERV,
+    pixels: dict[str, Tensor],  # encoder -> (T_e, 3, side, side)
+    asked: list[Question],
+    config: EvalConfig,
+) -> tuple[list[str], list[float]]:
+    """The answers to all questions about a clip, and its mixing weights, one for each encoder.
+
+    There is one set of mixing weights for all questions, because the mixer sees the clip and never
+    the question (equation 2). Rule "likelihood" generates nothing: an answer is the option letter
+    that the LLM would most likely write first, and no mixing weights are stored.
+    """
+    prompts = [question.prompt for question in asked]
+    if config.mcq_rule == "likelihood" and asked[0].options:
+        letters = [list(LETTERS[: len(question.options)]) for question in asked]
+        log_probabilities = model.likelihoods(pixels, prompts, letters)
+        return [LETTERS[int(row.argmax())] for row in log_probabilities], []
+    replies = model.answer(pixels, prompts, config.max_new_tokens)
+    return [reply.text for reply in replies], replies[0].weights.tolist()
+
+
+# ------------------------------------------------------------------------------------------- scores
 
 
 def normalise(text: str) -> str:
-    """Lower case, no punctuation, no articles: "A red Square." -> "red square"."""
+    """Lower case without punctuation and articles: "A red Square." -> "red square"."""
     words = re.sub(r"[^\w\s]", " ", text.lower()).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
 
 def parse_letter(reply: str, options: tuple[str, ...]) -> str:
-    """The letter that a reply chooses, or "": "B", "(B) red", "The answer is B." and "red" are B.
+    """The letter that a reply to a multiple-choice question chooses, or "" if there is none.
 
-    FIX: the authors take the first character, so "Both" is B and "The answer is B" is T (F9).
+    Of the options "red", "blue":
+
+        "B"  "B."  "(B)"  "B: blue"  "(B) blue"     B     a letter at the start
+        "The answer is B."  "Option (B)"            B     a letter after answer, option, choice
+        "I think (B)."                              B     a letter in brackets
+        "blue"  "Blue."                             B     the words of exactly one option
+        "Both"  "A cat"  "b"  "E"  ""               none
+
+    FIX: the released code takes the first character: "Both" is B, "The answer is B" is T (ledger
+    F9). `--mcq-rule released` does the same.
     """
     last = LETTERS[len(options) - 1]
-    for pattern in (
-        rf"(?!A\s+[a-z])\(?([A-{last}])\)?(?:[.:)]|\s|$)",  # "B", "(B) red", "B: red"; not "A cat"
+    patterns = (
+        # "A" followed by a word in lower case is an article: "A cat".
+        rf"(?!A\s+[a-z])\(?([A-{last}])\)?(?:[.:)]|\s|$)",
         rf".*\b(?:answer|option|choice)\b(?:\s+is)?:?\s+\(?([A-{last}])\b",
         rf".*\(([A-{last}])\)",
-    ):
+    )
+    for pattern in patterns:
         if match := re.match(pattern, reply.strip(), re.DOTALL):
             return match[1]
-    same = [i for i, option in enumerate(options) if normalise(option) == normalise(reply)]
-    return LETTERS[same[0]] if len(same) == 1 else ""
+    words = [normalise(option) for option in options]
+    if words.count(normalise(reply)) == 1:
+        return LETTERS[words.index(normalise(reply))]
+    return ""
 
 
 def token_f1(answer: str, expected: str) -> float:
-    """Harmonic mean of precision and recall of the words: "a red square", "red" -> 2/3."""
-    ours, theirs = Counter(normalise(answer).split()), Counter(normalise(expected).split())
-    return 2 * (ours & theirs).total() / max(1, ours.total() + theirs.total())
+    """Harmonic mean of the precision and recall of words: "a red square", "red" -> 2/3."""
+    ours = Counter(normalise(answer).split())
+    theirs = Counter(normalise(expected).split())
+    shared = (ours & theirs).total()
+    return 2 * shared / max(1, ours.total() + theirs.total())
 
 
 def score(question: Question, rule: str) -> None:
-    """Fill in what is right. A failed answer counts as wrong: else failing on hard clips would pay.
+    """Fill in `correct` and, for open-ended questions, `f1`.
 
-    Multiple choice: the letter, parsed or ("released", the authors' rule) the first character.
-    Open-ended: the judge's verdict if there is one, else exact match of the words.
+    Multiple choice compares letters: the parsed one, or with rule "released" the first character.
+    Open-ended: the judge's verdict if there is one, otherwise exact match of the words. A failed
+    answer is wrong; leaving it out would reward a model that fails on hard clips.
     """
     if question.options:
-        first, parsed = question.answer[:1], parse_letter(question.answer, question.options)
-        question.correct = question.expected == (first if rule == "released" else parsed)
+        if rule == "released":
+            letter = question.answer[:1]
+        else:
+            letter = parse_letter(question.answer, question.options)
+        question.correct = letter == question.expected
         return
-    exact = normalise(question.answer) == normalise(question.expected)
-    question.correct = question.verdict == "yes" if question.verdict else exact
-    question.correct &= not question.failure
+    if question.failure:
+        question.correct = False
+    elif question.verdict:
+        question.correct = question.verdict == "yes"
+    else:
+        question.correct = normalise(question.answer) == normalise(question.expected)
     question.f1 = token_f1(question.answer, question.expected)
 
 
-# -------------------------------------------------------------------------------------- answering
+# ------------------------------------------------------------------------------------------ a table
 
 
-def evaluate(model: MERV, name: str, folder, output, config=None) -> list[Question] | None:
-    """Answer the questions of a benchmark that are not answered yet and write OUTPUT/NAME.json.
+class Row(NamedTuple):
+    """A row of the results table: one kind of question."""
 
-    Under torchrun each process takes its share of the clips; the one that finds all answers there
-    writes the result and gives the questions, the others give None.
-    FIX: the authors never merge the results once a single video has failed (ledger F10).
-    """
-    config = config or EvalConfig()
-    rank, world = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1)))
-    questions, output = load_questions(name, folder), Path(output)
-    trained = [*model.projectors.parameters(), *model.mixer.parameters()]
-    digest = hashlib.sha256(b"".join(p.detach().float().cpu().numpy().tobytes() for p in trained))
-    likelihood = config.mcq_rule == "likelihood" and bool(questions[0].options)
-    settings = {"benchmark": name, "data": str(folder), "weights": digest.hexdigest()[:16]}
-    settings |= {"max_new_tokens": config.max_new_tokens, "likelihood": likelihood}
-    settings["encoders"] = [encoder.name for encoder in model.config.encoders]
-    journal = Journal(output / f"{name}.answers", settings, rank)
-    done = {id for record in journal.records() for id in record["answers"]}
-    clips = Clips(questions, folder, model.config.encoders)
-    mine = [n for n, g in enumerate(clips.groups) if n % world == rank and g[0].id not in done]
-    loader = DataLoader(clips, None, sampler=mine, num_workers=config.workers)
-    for number, pixels, failure in progress(loader, name):
-        asked, answers, weights = clips.groups[number], [""] * len(clips.groups[number]), []
-        if not failure:
-            prompts = [question.prompt for question in asked]
-            if likelihood:
-                letters = [list(LETTERS[: len(q.options)]) for q in asked]
-                scores = model.likelihoods(pixels, prompts, letters)
-                answers = [LETTERS[int(row.argmax())] for row in scores]
-            else:
-                replies = model.answer(pixels, prompts, config.max_new_tokens)
-                answers, weights = [r.text for r in replies], replies[0].weights.tolist()
-        answers = dict(zip((question.id for question in asked), answers, strict=True))
-        journal.append({"answers": answers, "weights": weights, "failure": failure})
-    outcome = {id: record for record in journal.records() for id in record["answers"]}
-    if len(outcome) < len(questions) or not (mine or rank == 0):
-        return None
-    for question in questions:
-        record = outcome[question.id]
-        question.answer, question.failure = record["answers"][question.id], record["failure"]
-        question.weights = tuple(record["weights"])
-    write_results(output / f"{name}.json", settings, questions, config.mcq_rule)
-    return questions
+    accuracy: float  # right answers / expected questions
+    answered: int  # questions with an answer
+    expected: int  # all questions
+    baseline: float  # accuracy of always giving the most common right answer
 
 
-# -------------------------------------------------------------------------------------------- judge
+def summarise(questions: list[Question], by: str = "kind") -> dict[str, Row]:
+    """Kind -> its Row; the last is "all". by: the attribute of Question to group by.
 
-
-def judge(path: Path, config: EvalConfig) -> None:
-    """Have an LLM judge the open-ended answers in a result file: yes or no, and 0 to 5 (paper 4).
-
-    Raw replies are kept beside it, so a rerun asks only about those that are not judged yet.
-    """
-    result = json.loads(path.read_text())
-    questions = [Question(**q) for q in result["questions"] if not q["options"]]
-    if not questions:
-        return
-    prompt = {"model": config.judge_model, "prompt": JUDGE_PROMPT}
-    journal = Journal(path.with_suffix(".judge"), prompt)
-    replies = {(r["id"], r["answer"]): r for r in journal.records()}
-    todo = [q for q in questions if not q.failure and (q.id, q.answer) not in replies]
-    key = os.environ.get("JUDGE_API_KEY", "none")
-    client = InferenceClient(base_url=config.judge, api_key=key, timeout=60)
-
-    def ask(question: Question) -> None:
-        if (reply := ask_judge(question, client, config)) is not None:
-            asked = {"id": question.id, "answer": question.answer}
-            record = {**asked, "reply": reply, "date": date.today().isoformat()}
-            journal.append(record)
-            replies[question.id, question.answer] = record
-
-    with ThreadPoolExecutor(config.judge_parallel) as pool:
-        for _ in progress(pool.map(ask, todo), "judge", len(todo)):
-            pass  # a refusal cancels the rest
-    for question in questions:
-        if not question.failure:
-            record = replies.get((question.id, question.answer), {"reply": None})
-            question.verdict, question.mark = parse_verdict(record["reply"])
-    dates = sorted({record["date"] for record in replies.values()})
-    result["settings"]["judge"] = {**prompt, "url": config.judge, "dates": dates}
-    write_results(path, result["settings"], questions, result["rule"])
-    print_table(path.stem, questions)
-
-
-# ------------------------------------------------------------------------------------------ results
-
-
-def write_results(path: Path, settings: dict, questions: list[Question], rule: str) -> None:
-    """Score, then write one JSON file with the table and every answer."""
-    for question in questions:
-        score(question, rule)
-    table = {kind: row[0] for kind, row in summarise(questions).items()}
-    result = {"settings": settings, "rule": rule, "accuracy": table}
-    result["questions"] = [asdict(question) for question in questions]
-    write_file(path, json.dumps(result, indent=1))
-
-
-def summarise(questions: list[Question], by: str = "kind") -> dict[str, tuple]:
-    """kind -> (accuracy over expected questions, answered, expected); "all" is the last row.
-
-    Answers that a judge has not given a verdict on count in neither number.
+    Answers without a readable verdict of the judge do not count towards the accuracy.
     """
     groups: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         groups[getattr(question, by)].append(question)
+    hits = baseline_hits(groups)
     rows = {}
     for kind, group in [*sorted(groups.items()), ("all", questions)]:
         judged = [q for q in group if q.verdict not in ("unparsable", "no reply")]
-        right = sum(q.correct for q in judged)
-        rows[kind] = (right / max(1, len(judged)), sum(not q.failure for q in group), len(group))
+        right = sum(question.correct for question in judged)
+        answered = sum(not question.failure for question in group)
+        same = sum(hits.values()) if group is questions else hits[kind]
+        expected = len(group)
+        rows[kind] = Row(right / max(1, len(judged)), answered, expected, same / expected)
     return rows
 
 
+def baseline_hits(groups: dict[str, list[Question]]) -> dict[str, int]:
+    """How many answers of each kind are right if all are the most common right answer of that kind.
+
+    The most common answer is counted on the asked questions themselves; for multiple choice it is a
+    letter. If the kinds are the answers, as in ssv2-open, it is the most common one of all kinds.
+    """
+    counts: dict[str, Counter] = {}
+    for kind, group in groups.items():
+        counts[kind] = Counter()
+        for question in group:
+            expected = question.expected
+            counts[kind][expected if question.options else normalise(expected)] += 1
+    kinds_are_answers = len(groups) > 1 and all(
+        set(count) == {normalise(kind)} for kind, count in counts.items()
+    )
+    if kinds_are_answers:
+        favourite, _ = sum(counts.values(), Counter()).most_common(1)[0]
+        return {kind: count[favourite] for kind, count in counts.items()}
+    return {kind: max(count.values()) for kind, count in counts.items()}
+
+
+def write_results(path: Path, settings: dict, questions: list[Question], rule: str) -> None:
+    """Score the answers; write settings, accuracy of each kind and all questions to a JSON file."""
+    for question in questions:
+        score(question, rule)
+    result = {
+        "settings": settings,
+        "rule": rule,
+        "accuracy": {kind: row.accuracy for kind, row in summarise(questions).items()},
+        "questions": [asdict(question) for question in questions],
+    }
+    write_file(path, json.dumps(result, indent=1))
+
+
 def print_table(title: str, questions: list[Question]) -> None:
-    """Accuracy by kind of question, how many were answered, and what the judge said."""
-    print(f"\n{title:<28} {'accuracy':>8}  {'answered/expected':>18}")
-    for kind, (accuracy, answered, expected) in summarise(questions).items():
-        print(f"  {kind:<26} {100 * accuracy:>7.1f}%  {f'{answered}/{expected}':>18}")
+    """Print accuracy and baseline of each kind, and a summary of the judge's verdicts."""
+    print(f"\n{title:<28} {'accuracy':>8} {'baseline':>9}  {'answered/expected':>18}")
+    for kind, row in summarise(questions).items():
+        percents = f"{100 * row.accuracy:>7.1f}% {100 * row.baseline:>8.1f}%"
+        print(f"  {kind:<26} {percents}  {f'{row.answered}/{row.expected}':>18}")
     if not questions[0].options:
-        print(f"  {'word F1':<26} {100 * sum(q.f1 for q in questions) / len(questions):>7.1f}%")
-    if verdicts := Counter(q.verdict for q in questions if q.verdict):
+        mean_f1 = sum(question.f1 for question in questions) / len(questions)
+        print(f"  {'word F1':<26} {100 * mean_f1:>7.1f}%")
+    verdicts = Counter(question.verdict for question in questions if question.verdict)
+    if verdicts:
         marks = [q.mark for q in questions if q.verdict in ("yes", "no")]
         print(f"  judged {dict(verdicts)}, mean score {sum(marks) / max(1, len(marks)):.2f} of 5")
 
 
-# ------------------------------------------------------------------------------------------- report
+def judge_results(path: Path, judge: Judge) -> None:
+    """Let an LLM judge the answers in a result file, then score and write it again.
+
+    Multiple-choice results are left as they are: their letters need no judge.
+    """
+    result = json.loads(path.read_text())
+    questions = [Question.from_dict(values) for values in result["questions"]]
+    if not questions or questions[0].options:
+        return
+    judged_by = judge_answers(questions, judge, path.with_suffix(".judge"))
+    settings = result["settings"] | {"judge": judged_by}
+    write_results(path, settings, questions, result["rule"])
+    print_table(path.stem, questions)
+
+
+# ------------------------------------------------------------------------------------- command line
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """The command line of eval.py."""
+    """The options of eval.py. The command line accepts `none` where a value may be None."""
 
-    benchmark: str = option("miniature-open", "which questions", BENCHMARKS)
-    data: str = option("data/miniature/test", "folder with the annotations and videos/")
-    checkpoint: str = option("", "a run, a checkpoint folder or a released name; '': latest run")
-    output: str = option("", "where results go; '': eval/ in the run, or runs/NAME/eval")
-    check: bool = option(False, "list what is missing or cannot be decoded, and stop")
-    mcq_rule: str = option("parse", "how a reply becomes a letter", MCQ_RULES)
-    max_new_tokens: int = option(64, "longest answer")
-    workers: int = option(2, "processes that decode videos ahead of the model")
-    device: str = option("auto", "auto, cuda, mps or cpu")
-    dtype: str = option("float32", "of weights and activations", ("float32", "bfloat16"))
-    tokenizer: str = option("", "tokenizer.model, where the checkpoint has none")
-    judge: str = option("", "base URL of an OpenAI-compatible endpoint: judge the results of RUNS")
-    judge_model: str = option("", "name of the judging model")
-    judge_parallel: int = option(8, "questions that the judge is asked at once")
-    judge_retries: int = option(6, "times that it is asked again, later and later")
-    report: str = option("", "write stored results of RUNS to this HTML file")
-    table: str = option("", "print tables 2a, 2c and 8 of the paper, next to ours", ("efficiency",))
-    runs: tuple[str, ...] = option((), "runs for --judge and --report")
+    # What is asked.
+    benchmark: str = option("miniature-open", "the benchmark", BENCHMARKS, group="questions")
+    data: str = option("data/miniature/test", "folder of annotations, videos/", group="questions")
+    check: bool = option(False, "only list missing and damaged videos", group="questions")
+    # Who answers. Without a checkpoint it is the latest run of train.py.
+    checkpoint: str | None = option(
+        None, "run, folder or released name; else latest", group="model"
+    )
+    tokenizer: str | None = option(
+        None, "tokenizer.model, if the checkpoint has none", group="model"
+    )
+    device: str = option("auto", "auto, cuda, mps or cpu", group="model")
+    dtype: str = option(
+        "float32", "of weights, activations", ("float32", "bfloat16"), group="model"
+    )
+    # How, and where the results go: by default to eval/ in the run, or to runs/NAME/eval.
+    max_new_tokens: int = option(64, "longest answer, in tokens", group="answers")
+    mcq_rule: str = option("parse", "how a reply becomes a letter", MCQ_RULES, group="answers")
+    workers: int = option(2, "processes that decode videos ahead of the model", group="answers")
+    output: str | None = option(None, "folder for results; else eval/ in the run", group="answers")
+    # Stored results: `runs` are folders of train.py, or others with eval/*.json.
+    runs: tuple[str, ...] = option((), "runs for --judge and --report", group="stored results")
+    report: str | None = option(None, "write RUNS to this HTML page", group="stored results")
+    judge: str | None = option(None, "base URL of an LLM that judges RUNS", group="stored results")
+    judge_model: str | None = option(None, "name of the judging model", group="stored results")
+    judge_parallel: int = option(8, "requests at once", group="stored results")
+    judge_retries: int = option(6, "attempts after a failed request", group="stored results")
+
+
+def read_options(arguments: list[str] | None = None) -> EvalConfig:
+    """Parse the command line; an option that has moved names the new command."""
+    moved = {"--table": "python cost.py table"}
+    return parse_options(
+        EvalConfig, arguments, "Evaluate a trained MERV on a benchmark.", moved=moved
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`eval.py`: score a checkpoint on a benchmark, or look at results that are stored."""
-    config = parse_options(EvalConfig, arguments, "Score a trained MERV on a benchmark.")
+    """Run the command line; an error that the user can fix is printed without a traceback."""
+    config = read_options(arguments)
     try:
-        if config.table:
-            return import_module("cost").print_efficiency()  # cost.py imports this module
-        if config.check:
-            sys.exit(bool(check(config.benchmark, config.data, config.workers)))
-        runs = config.runs or (str(config.checkpoint or latest_run()),)
-        if config.judge:
-            for path in [path for run in runs for path in sorted(Path(run).glob("eval/*.json"))]:
-                judge(path, config)
-        elif config.report:
-            write_report(list(runs), Path(config.report), summarise)
-        else:
-            device, dtype = cli.pick_device(config.device), getattr(torch, config.dtype)
-            checkpoint = config.checkpoint or latest_run()
-            model = MERV.from_pretrained(checkpoint, dtype, device, config.tokenizer or None)
-            base = Path(checkpoint) if Path(checkpoint).is_dir() else Path("runs") / checkpoint
-            output = Path(config.output or base / "eval")
-            if questions := evaluate(model, config.benchmark, config.data, output, config):
-                print_table(config.benchmark, questions)
-                print(f"\nevery answer: {output / config.benchmark}.json")
+        run_command(config)
     except UserError as error:
         sys.exit(f"error: {error}")
+
+
+def run_command(config: EvalConfig) -> None:
+    """Check a benchmark, judge or report stored results, or evaluate a checkpoint."""
+    if config.check:
+        bad = check_benchmark(config.benchmark, config.data, config.workers)
+        sys.exit(1 if bad else 0)
+    checkpoint = config.checkpoint
+    if checkpoint is None and not config.runs:
+        checkpoint = str(latest_run())
+    runs = list(config.runs) or [checkpoint]
+    if config.judge:
+        if config.judge_model is None:
+            why = "an endpoint usually serves several models."
+            raise UserError("--judge needs a model.", why, "add --judge-model NAME.")
+        judge = Judge(config.judge, config.judge_model, config.judge_parallel, config.judge_retries)
+        for run in runs:
+            for path in sorted(Path(run).glob("eval/*.json")):
+                judge_results(path, judge)
+    elif config.report:
+        write_report(runs, Path(config.report), summarise)
+    else:
+        evaluate_checkpoint(config, checkpoint or str(latest_run()))
+
+
+def evaluate_checkpoint(config: EvalConfig, checkpoint: str) -> None:
+    """Load a checkpoint, answer the benchmark's questions and print the table."""
+    dtype = getattr(torch, config.dtype)
+    device = pick_device(config.device)
+    model = MERV.from_pretrained(checkpoint, dtype, device, config.tokenizer)
+    if config.output is not None:
+        output = Path(config.output)
+    elif Path(checkpoint).is_dir():
+        output = Path(checkpoint) / "eval"
+    else:  # a released name
+        output = Path("runs") / checkpoint / "eval"
+    questions = evaluate(model, config.benchmark, config.data, output, config)
+    if questions:
+        print_table(config.benchmark, questions)
+        print(f"\nevery answer: {output / config.benchmark}.json")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The annotation layouts of published benchmarks, read into Questions."""
+"""Read the annotation files of published benchmarks into Questions, and find their videos."""
 
 from __future__ import annotations
 
@@ -19,164 +19,283 @@ from support.cli import choose
 from support.errors import UserError
 from support.video import IMAGE_SUFFIXES
 
+LETTERS = "ABCDEFGHIJ"  # of the options of a multiple-choice question
+
+FPS = (
+    3.0  # of videos that are folders of frames: VLEP and TVQA are distributed at 3 frames a second
+)
+
+WHOLE = (None, None, None)  # the value of Question.cut for a whole video
+
+TEMPORAL = {  # the classes of appendix B.2.2: played backwards, each looks like another class
+    "Approaching something with your camera",
+    "Moving away from something with your camera",
+    "Moving something away from the camera",
+    "Moving something towards the camera",
+    "Pulling something from left to right",
+    "Pulling something from right to left",
+    "Pushing something from left to right",
+    "Pushing something from right to left",
+    "Turning the camera downwards while filming something",
+    "Turning the camera upwards while filming something",
+    "Turning the camera left while filming something",
+    "Turning the camera right while filming something",
+}
+
 
 def mcq_prompt(question: str, options: list[str]) -> str:
-    """The multiple-choice prompt of the paper's evaluation."""
+    """The prompt of the paper's evaluation for a multiple-choice question."""
     letters = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"[: len(options)]
     choices = [f"{letter}. {option}" for letter, option in zip(letters, options, strict=True)]
     return (
         f"{question} Select the correct answer from the following options. Write your answer as "
         f"only one of {', '.join(letters)} and nothing else.\n\n    " + "\n".join(choices)
-        # QUIRK: the four blanks before the first option are the released prompt's (ledger K10).
+        # QUIRK: only the first option is indented by four spaces, as in the released code
+        # (ledger K10).
     )
-
-
-LETTERS = "ABCDEFGHIJ"  # of options
-
-
-FPS = 3.0  # of videos that are folders of frames, as VLEP and TVQA come
-
-
-TEMPORAL = {  # appendix B.2.2: played backwards, each looks like another class
-    "Approaching something with your camera", "Moving away from something with your camera",
-    "Moving something away from the camera", "Moving something towards the camera",
-    "Pulling something from left to right", "Pulling something from right to left",
-    "Pushing something from left to right", "Pushing something from right to left",
-    *(f"Turning the camera {where} while filming something" for where in
-      ("downwards", "upwards", "left", "right")),
-}  # fmt: skip
 
 
 @dataclass
 class Question:
-    """One question, what is expected, and later what came out."""
+    """A question about a video with its expected answer and, after evaluation, the model's."""
 
     id: str
-    video: str  # stem of its file
+    video: str  # file name without extension
     text: str  # without the options
-    expected: str  # the words, or the letter
-    kind: str = ""  # the row of the table it counts in; "": its first word, a WH-word (figure 5)
-    options: tuple[str, ...] = ()  # of multiple choice
-    cut: tuple = (None, None, None)  # start and end in seconds; the last frame that may be seen
+    expected: str  # the right answer in words, or the letter of the right option
+    kind: str = ""  # the row of the results table; by default the first word (figure 5)
+    options: tuple[str, ...] = ()  # empty if the question is open-ended
+    cut: tuple = WHOLE  # start and end in seconds, and the index of the last frame to show
     answer: str = ""
-    weights: tuple[float, ...] = ()  # mixing weights, in the order of the encoders
+    mixing_weights: tuple[float, ...] = ()  # in the order of the model's encoders
     failure: str = ""  # why there is no answer
     correct: bool = False
-    f1: float = 0.0  # of the words, where the answer is open
-    verdict: str = ""  # a judge's: "yes", "no", "unparsable" or "no reply"; its mark, 0 to 5, below
-    mark: int = 0
+    f1: float = 0.0  # word F1 of an open-ended answer
+    verdict: str = ""  # the judge's: "yes", "no", "unparsable" or "no reply"
+    mark: int = 0  # the judge's score, 0 to 5
 
     def __post_init__(self):
-        self.id, self.kind = str(self.id), self.kind or self.first_word
+        self.id = str(self.id)
+        if not self.kind:
+            self.kind = self.first_word
+
+    @classmethod
+    def from_dict(cls, values: dict) -> Question:
+        """A question as a result file stores it. Older files say "weights" for mixing_weights."""
+        values = dict(values)
+        if "weights" in values:
+            values["mixing_weights"] = values.pop("weights")
+        return cls(**values)
 
     @property
     def prompt(self) -> str:
-        """What the model is asked."""
-        return mcq_prompt(self.text, list(self.options)) if self.options else self.text
+        """The text that the model is asked."""
+        if self.options:
+            return mcq_prompt(self.text, list(self.options))
+        return self.text
 
     @property
     def first_word(self) -> str:
-        """ "What's there?" -> "what"."""
+        """The first word in lower case: "What's there?" -> "what"."""
         return re.match(r"\W*(\w*)", self.text)[1].lower()
 
+    @property
+    def weights(self) -> tuple[float, ...]:  # alias
+        """Former name of mixing_weights."""
+        return self.mixing_weights
 
-def read_pairs(folder: Path, questions: str = "test_q.json", answers: str = "test_a.json"):
-    """Most sets, as Video-LLaVA and the paper's authors ship them: two lists, joined by id."""
-    by_id = {a["question_id"]: a for a in json.loads((folder / answers).read_text())}
-    for q in json.loads((folder / questions).read_text()):
-        a, options = by_id[q["question_id"]], tuple(q.get("options", ()))
-        right = LETTERS[a["answer_id"]] if options else str(a["answer"])
-        asked, kind = (q["question_id"], q["video_name"], q["question"]), str(a.get("type", ""))
-        cut = tuple(q.get(key) for key in ("start", "end", "end_frame"))
-        yield Question(*asked, right, kind, options, cut)
+    @weights.setter
+    def weights(self, value: tuple[float, ...]) -> None:
+        self.mixing_weights = value
+
+
+# ------------------------------------------------------------------------------------------ readers
+# One function for each layout of annotation files. Each takes the folder and yields Questions.
+
+
+def read_pairs(
+    folder: Path, questions: str = "test_q.json", answers: str = "test_a.json"
+) -> Iterator[Question]:
+    """Read the layout of Video-LLaVA, which the paper's authors use for most benchmarks.
+
+    test_q.json: [{"question_id": 7, "video_name": "v1", "question": "who sings?"}, ...]
+    test_a.json: [{"question_id": 7, "answer": "a man", "type": 3}, ...]
+    Multiple choice adds "options" and perhaps "start", "end" (seconds) or "end_frame" to the
+    question, and "answer_id", counted from 0, to the answer.
+    """
+    answer_of = {}
+    for answer in json.loads((folder / answers).read_text()):
+        answer_of[answer["question_id"]] = answer
+    for row in json.loads((folder / questions).read_text()):
+        answer = answer_of[row["question_id"]]
+        options = tuple(row.get("options", ()))
+        yield Question(
+            id=row["question_id"],
+            video=row["video_name"],
+            text=row["question"],
+            expected=LETTERS[answer["answer_id"]] if options else str(answer["answer"]),
+            kind=str(answer.get("type", "")),
+            options=options,
+            cut=(row.get("start"), row.get("end"), row.get("end_frame")),
+        )
 
 
 def read_perception(folder: Path) -> Iterator[Question]:
-    """Perception Test; a positive number among the cuts is the last frame to be seen."""
-    cuts = json.loads((folder / "cut_frame_mapping_valid.json").read_text())
-    for video, found in json.loads((folder / "mc_question_valid.json").read_text()).items():
-        cut = (None, None, cuts[video] if cuts.get(video, -1) > 0 else None)
-        for q in found["mc_question"]:
-            right, asked = LETTERS[q["answer_id"]], (f"{video}_{q['id']}", video, q["question"])
-            yield Question(*asked, right, q["area"], tuple(q["options"]), cut)
+    """Read Perception Test; a positive number in the second file is the last frame to show.
+
+    mc_question_valid.json: {"v1": {"mc_question": [{"id": 0, "question": "what is it?",
+        "options": ["a", "b", "c"], "answer_id": 2, "area": "physics"}, ...]}, ...}
+    cut_frame_mapping_valid.json: {"v1": 120, "v2": -1, ...}
+    """
+    last_frames = json.loads((folder / "cut_frame_mapping_valid.json").read_text())
+    videos = json.loads((folder / "mc_question_valid.json").read_text())
+    for video, annotation in videos.items():
+        last_frame = last_frames.get(video, -1)
+        for row in annotation["mc_question"]:
+            yield Question(
+                id=f"{video}_{row['id']}",
+                video=video,
+                text=row["question"],
+                expected=LETTERS[row["answer_id"]],
+                kind=row["area"],
+                options=tuple(row["options"]),
+                cut=(None, None, last_frame) if last_frame > 0 else WHOLE,
+            )
 
 
 def read_nextqa(folder: Path) -> Iterator[Question]:
-    """NExT-QA, multiple choice. A type's first letter: causal, temporal or descriptive."""
-    for q in csv.DictReader(io.StringIO((folder / "val.csv").read_text())):
-        kind = {"C": "causal", "T": "temporal", "D": "descriptive"}[q["type"][0]]
-        right, options = LETTERS[int(q["answer"])], tuple(q[f"a{i}"] for i in range(5))
-        yield Question(f"{q['video']}_{q['qid']}", q["video"], q["question"], right, kind, options)
+    """Read NExT-QA. The first letter of a type says causal, temporal or descriptive.
+
+    val.csv: video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4
+             4010069381,369,640,480,how do they play,0,6,CH,roll it,sing,jump,run,walk
+    """
+    kinds = {"C": "causal", "T": "temporal", "D": "descriptive"}
+    for row in csv.DictReader(io.StringIO((folder / "val.csv").read_text())):
+        yield Question(
+            id=f"{row['video']}_{row['qid']}",
+            video=row["video"],
+            text=row["question"],
+            expected=LETTERS[int(row["answer"])],
+            kind=kinds[row["type"][0]],
+            options=tuple(row[f"a{i}"] for i in range(5)),
+        )
 
 
 def read_vlep(folder: Path) -> Iterator[Question]:
-    """VLEP: which of two events is likelier to follow what happens from ts[0] to ts[1]?"""
-    for q in map(json.loads, (folder / "vlep_dev_release.jsonl").read_text().splitlines()):
-        asked = q["example_id"], q["vid_name"], "Which of these is more likely to happen next?"
-        right, events = LETTERS[q["answer"]], tuple(q["events"])
-        yield Question(*asked, right, "all", events, (*q["ts"], None))
+    """Read VLEP: which of two events is more likely to follow the clip from ts[0] to ts[1]?
+
+    vlep_dev_release.jsonl: {"example_id": 1, "vid_name": "friends_s01e01_ep", "ts": [10.5, 13.5],
+        "events": ["He eats.", "He leaves."], "answer": 1}, one object a line
+    """
+    for line in (folder / "vlep_dev_release.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        start, end = row["ts"]
+        yield Question(
+            id=row["example_id"],
+            video=row["vid_name"],
+            text="Which of these is more likely to happen next?",
+            expected=LETTERS[row["answer"]],
+            kind="all",
+            options=tuple(row["events"]),
+            cut=(start, end, None),
+        )
 
 
 def read_tvqa(folder: Path) -> Iterator[Question]:
-    """TVQA: five answers, a stretch of the clip; "nan-nan" is the whole clip."""
-    for q in map(json.loads, (folder / "tvqa_val.jsonl").read_text().splitlines()):
-        times = (None if math.isnan(t) else t for t in map(float, q["ts"].split("-")))
-        right, options = LETTERS[int(q["answer_idx"])], tuple(q[f"a{i}"] for i in range(5))
-        yield Question(q["qid"], q["vid_name"], q["q"], right, "", options, (*times, None))
+    """Read TVQA. "ts" is the part of the clip to show, in seconds; "nan-nan" is the whole clip.
+
+    tvqa_val.jsonl: {"qid": 1, "q": "Who is it?", "a0": "Ann", ..., "a4": "Eve", "answer_idx": 1,
+        "ts": "76.01-84.2", "vid_name": "castle_s01e02_seg02_clip_09"}, one object a line
+    """
+    for line in (folder / "tvqa_val.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        start, end = (float(time) for time in row["ts"].split("-"))
+        yield Question(
+            id=row["qid"],
+            video=row["vid_name"],
+            text=row["q"],
+            expected=LETTERS[int(row["answer_idx"])],
+            options=tuple(row[f"a{i}"] for i in range(5)),
+            cut=(None if math.isnan(start) else start, None if math.isnan(end) else end, None),
+        )
 
 
-def read_ssv2(folder: Path, num_options: int, temporal: bool = False) -> Iterator[Question]:
-    """Something-Something v2 as questions (appendix B.2): the class in words, or one of five."""
+def read_ssv2(folder: Path, wrong_options: int, temporal_only: bool = False) -> Iterator[Question]:
+    """Turn Something-Something v2 into questions (appendix B.2): which class does a video show?
+
+    labels.json:     {"Holding something": "0", "Moving something up": "1", ...}
+    validation.json: [{"id": "74225", "template": "Holding [something]"}, ...]
+    wrong_options: how many other classes stand beside the right one; 0 asks for the class in words.
+    """
     classes = json.loads((folder / "labels.json").read_text())
     for row in json.loads((folder / "validation.json").read_text()):
         name = row["template"].replace("[", "").replace("]", "")
-        asked = row["id"], row["id"], "How is the object in the video being interacted with?"
-        draw = random.Random(f"MERV {row['id']}")  # the same wrong options on every machine
-        options = [name, *draw.sample(sorted(set(classes) - {name}), num_options)]
-        draw.shuffle(options)
-        if not num_options:
-            yield Question(*asked, name, name)
-        elif name in TEMPORAL or not temporal:
-            yield Question(*asked, LETTERS[options.index(name)], name, tuple(options))
+        if temporal_only and name not in TEMPORAL:
+            continue
+        expected = name
+        options = []
+        if wrong_options:
+            draw = random.Random(f"MERV {row['id']}")  # the same wrong options on every machine
+            others = sorted(set(classes) - {name})
+            options = [name, *draw.sample(others, wrong_options)]
+            draw.shuffle(options)
+            expected = LETTERS[options.index(name)]
+        text = "How is the object in the video being interacted with?"
+        yield Question(row["id"], row["id"], text, expected, name, tuple(options))
 
 
 BENCHMARKS: dict[str, Callable[[Path], Iterator[Question]]] = {
-    **dict.fromkeys(("msvd", "msrvtt", "tgif", "activitynet"), read_pairs),
-    "perception": read_perception, "nextqa": read_nextqa, "vlep": read_vlep, "tvqa": read_tvqa,
-    "ssv2-open": partial(read_ssv2, num_options=0),
-    "ssv2-mcq": partial(read_ssv2, num_options=4),
-    "ssv2-temporal": partial(read_ssv2, num_options=4, temporal=True),
+    "msvd": read_pairs,
+    "msrvtt": read_pairs,
+    "tgif": read_pairs,
+    "activitynet": read_pairs,
+    "perception": read_perception,
+    "nextqa": read_nextqa,
+    "vlep": read_vlep,
+    "tvqa": read_tvqa,
+    "ssv2-open": partial(read_ssv2, wrong_options=0),
+    "ssv2-mcq": partial(read_ssv2, wrong_options=4),
+    "ssv2-temporal": partial(read_ssv2, wrong_options=4, temporal_only=True),
     "miniature-open": partial(read_pairs, questions="open_q.json", answers="open_a.json"),
     "miniature-mcq": partial(read_pairs, questions="mcq_q.json", answers="mcq_a.json"),
-}  # fmt: skip
+}
 
 
 def load_questions(name: str, folder: str | Path) -> list[Question]:
-    """The questions of a benchmark, as it was published or, if there is one, as `read_pairs`."""
-    folder, read = Path(folder), choose(BENCHMARKS, name, "benchmark")
+    """The questions of a benchmark, from its published layout or that of `read_pairs`.
+
+    A file test_q.json in the folder means the latter. Raises UserError if the files cannot be read.
+    """
+    folder = Path(folder)
+    read = choose(BENCHMARKS, name, "benchmark")
     if (folder / "test_q.json").exists():
         read = read_pairs
     try:
         questions = list(read(folder))
-        if twice := [id for id, n in Counter(q.id for q in questions).items() if n > 1]:
-            raise ValueError(f"more than one question has the id {twice[0]}")
+        for id, count in Counter(question.id for question in questions).items():
+            if count > 1:
+                raise ValueError(f"more than one question has the id {id}")
         return questions
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        what, why = f"Cannot read {name} in {folder}.", f"{type(error).__name__}: {error}"
-        raise UserError(what, why, "lay it out as the README shows (Evaluate).") from error
+        what = f"Cannot read {name} in {folder}."
+        why = f"{type(error).__name__}: {error}"
+        fix = "arrange the files as docs/evaluate.md shows (Benchmarks)."
+        raise UserError(what, why, fix) from error
 
 
 def list_videos(folder: Path) -> dict[str, Path]:
-    """Stem -> file, or folder of frames, in a folder and the folders in it.
+    """Find the videos in a folder and its subfolders: name without extension -> path.
 
-    WHY: names in annotations are only looked up here, so none can lead out of the folder.
+    A subfolder with pictures in it is one video. WHY: names from annotation files are only looked
+    up in this table, so a name such as "../secret" cannot open a file outside the folder.
     """
     found: dict[str, Path] = {}
-    for place, folders, files in os.walk(folder, followlinks=True):
-        folders.sort()
-        images = any(Path(file).suffix.lower() in IMAGE_SUFFIXES for file in files)
-        if images and Path(place) != folder:
+    for place, subfolders, files in os.walk(folder, followlinks=True):
+        subfolders.sort()  # os.walk visits them in this order
+        has_pictures = any(Path(file).suffix.lower() in IMAGE_SUFFIXES for file in files)
+        if has_pictures and Path(place) != folder:
             found[Path(place).name] = Path(place)
-        else:
-            found |= {Path(file).stem: Path(place, file) for file in sorted(files)}
+            continue
+        for file in sorted(files):
+            found[Path(file).stem] = Path(place, file)
     return found

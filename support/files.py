@@ -1,4 +1,4 @@
-"""Text files and journals that a kill cannot leave half written."""
+"""Text files and journals that a killed process cannot leave half written."""
 
 from __future__ import annotations
 
@@ -11,28 +11,35 @@ from support.errors import UserError
 
 
 class Journal:
-    """Records on disk as they come, one JSON line each: a kill loses none, a rerun repeats none.
+    """An append-only log of results: a killed run keeps all of them, and a rerun skips them.
 
-    One file a process, so that processes never write into each other's lines. settings: of the run;
-    a journal of other settings is refused, because its answers are not this run's.
+    Each record is a line of JSON in FOLDER/RANK.jsonl. Each process of a run has a file of its own,
+    so that no two processes write into each other's lines. FOLDER/settings.json holds whatever the
+    records depend on. Opening a journal with other settings raises UserError, because its records
+    belong to another run.
     """
 
     def __init__(self, folder: Path, settings: dict, rank: int = 0):
-        self.file, known = folder / f"{rank}.jsonl", folder / "settings.json"
-        if known.exists() and json.loads(known.read_text()) != settings:
-            what = f"{folder} holds the answers of another run."
-            why = f"it was made with {known.read_text()}, this is {json.dumps(settings)}."
-            raise UserError(what, why, "give another --output, or delete that folder.")
-        write_file(known, json.dumps(settings))
+        self.file = folder / f"{rank}.jsonl"
+        settings_file = folder / "settings.json"
+        if settings_file.exists():
+            stored = settings_file.read_text()
+            if json.loads(stored) != settings:
+                what = f"{folder} holds the answers of another run."
+                why = f"it was made with {stored}, but this run has {json.dumps(settings)}."
+                raise UserError(what, why, "choose another --output, or delete that folder.")
+        write_file(settings_file, json.dumps(settings))
+        # Remove a last line that a kill cut short, so that the next record starts a new line.
         write_file(self.file, "".join(whole_lines(self.file)))
 
     def records(self) -> Iterator[dict]:
-        """Everything any process has written."""
+        """Read the records of all processes."""
         for path in sorted(self.file.parent.glob("*.jsonl")):
-            yield from map(json.loads, whole_lines(path))
+            for line in whole_lines(path):
+                yield json.loads(line)
 
     def append(self, record: dict) -> None:
-        """On disk when this returns."""
+        """Add a record. It is on disk when this returns."""
         with self.file.open("a") as file:
             file.write(json.dumps(record) + "\n")
             file.flush()
@@ -40,13 +47,22 @@ class Journal:
 
 
 def whole_lines(path: Path) -> list[str]:
-    """Without the last line, if a kill has cut it short or it is being written."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    """The complete lines of a file, with their line breaks; none if there is no such file.
+
+    A last line without a line break is left out: it was cut short, or is being written right now.
+    """
+    if not path.exists():
+        return []
+    lines = path.read_text().splitlines(keepends=True)
     return [line for line in lines if line.endswith("\n")]
 
 
 def write_file(path: Path, text: str) -> None:
-    """A text file, complete or as it was; also if several processes write it."""
+    """Write a text file atomically: readers see the old text or the new one, never a part.
+
+    The name of the temporary file contains the process id, so that several processes may write the
+    same file.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
     partial_path.write_text(text)

@@ -1,10 +1,11 @@
-"""One HTML page of stored results."""
+"""Write stored results as one HTML page; report.jinja, beside this file, is the page."""
 
 from __future__ import annotations
 
 import base64
 import io
 import json
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,14 +13,56 @@ import jinja2
 import torch
 from PIL import Image
 
-from support.benchmarks import FPS, TEMPORAL, Question, list_videos
+from support.benchmarks import FPS, LETTERS, TEMPORAL, Question, list_videos
 from support.errors import UserError, VideoError
 from support.files import write_file
 from support.video import load_video
 
+MOST_BARS = 16  # with more answers than this, a chart by answer is too long to read
+
+
+def write_report(runs: list[str], output: Path, summarise: Callable) -> None:
+    """Write one HTML page about the stored results of some runs; it needs no model and no network.
+
+    summarise: `eval.summarise`, which turns questions into rows of a table. The page has the
+    analyses of the paper's section 5. Jinja escapes all text from annotations, models and judges.
+    """
+    results = []
+    for run in runs:
+        results += read_results(Path(run))
+    source = Path(__file__).with_name("report.jinja").read_text()
+    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
+    page = jinja2.Template(source, undefined=jinja2.StrictUndefined, **options)
+    html = page.render(
+        results=results,
+        temporal=TEMPORAL | {"temporal"},
+        letters=LETTERS,
+        summarise=summarise,
+        film_strip=film_strip,
+        mixing_by_content=mixing_by_content,
+        quartiles=quartiles,
+    )
+    write_file(output, html)
+    print(f"report: {output}")
+
+
+def read_results(run: Path) -> list[dict]:
+    """The result files of a run, as eval.py writes them, with their questions as Questions."""
+    files = sorted(run.glob("eval/*.json"))
+    if not files:
+        fix = "run `python eval.py --checkpoint RUN --benchmark NAME --data DIR` first."
+        raise UserError(f"{run} has no results.", f"there is no {run}/eval/*.json.", fix)
+    results = []
+    for file in files:
+        result = json.loads(file.read_text())
+        result["run"] = run.name
+        result["questions"] = [Question.from_dict(values) for values in result["questions"]]
+        results.append(result)
+    return results
+
 
 def film_strip(question: Question, settings: dict, num_frames: int = 6) -> str:
-    """Frames of a question's clip side by side, as the address of an embedded JPEG; "" if gone."""
+    """Frames of a question's clip side by side, as a data: URL of a JPEG; "" if it is missing."""
     videos = list_videos(Path(settings["data"]) / "videos")
     try:
         frames = load_video(videos[question.video], num_frames, *question.cut, FPS)
@@ -32,24 +75,58 @@ def film_strip(question: Question, settings: dict, num_frames: int = 6) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def write_report(runs: list[str], output: Path, summarise: Callable) -> None:
-    """One HTML page of the stored results of some runs: no network, no script, no model needed.
+def mixing_by_content(questions: list[Question]) -> dict:
+    """Mean mixing weights of the clips that show the same: {"question": text, "rows": [...]}.
 
-    report.jinja says what is shown: the analyses of the paper's section 5. Jinja escapes whatever
-    comes from annotations, models and judges.
+    What a clip shows is the right answer to a question that most clips are asked, in the same words
+    and once a clip. Of several such questions the one with the most distinct answers is taken, up
+    to MOST_BARS. A row is (answer, number of clips, mean of each encoder). If there is no such
+    question, the text is "" and there are no rows.
     """
-    results = []
-    for run in runs:
-        files = sorted(Path(run).glob("eval/*.json"))
-        if not files:
-            fix = "run `python eval.py --checkpoint RUN --benchmark NAME --data DIR` first."
-            raise UserError(f"{run} has no results.", "there is no RUN/eval/*.json.", fix)
-        for result in (json.loads(file.read_text()) for file in files):
-            questions = [Question(**q) for q in result["questions"]]
-            results.append(result | {"run": Path(run).name, "questions": questions})
-    source = Path(__file__).with_name("report.jinja").read_text()
-    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    page = jinja2.Template(source, undefined=jinja2.StrictUndefined, **options)
-    shown = {"results": results, "temporal": TEMPORAL | {"temporal"}}
-    write_file(output, page.render(shown, summarise=summarise, film_strip=film_strip))
-    print(f"report: {output}")
+    clips = by_clip(questions)
+    shown: dict[str, dict[tuple, str]] = defaultdict(dict)  # text -> clip -> right answer
+    asked: Counter = Counter()
+    for question in questions:
+        clip = (question.video, *question.cut)
+        if clip in clips:
+            asked[question.text] += 1
+            shown[question.text][clip] = expected_words(question)
+    best = ""
+    most = 1
+    for text, answers in shown.items():
+        distinct = len(set(answers.values()))
+        once = asked[text] == len(answers)
+        if once and len(answers) > len(clips) / 2 and most < distinct <= MOST_BARS:
+            best = text
+            most = distinct
+    groups: dict[str, list[Question]] = defaultdict(list)
+    for clip, answer in shown[best].items():
+        groups[answer].append(clips[clip])
+    rows = []
+    for answer, group in sorted(groups.items()):
+        weights = torch.tensor([question.mixing_weights for question in group])
+        rows.append((answer, len(group), weights.mean(0).tolist()))
+    return {"question": best, "rows": rows}
+
+
+def quartiles(questions: list[Question]) -> list[list[float]]:
+    """Smallest, 25 %, median, 75 % and largest mixing weight over clips, for each encoder."""
+    weights = torch.tensor([question.mixing_weights for question in by_clip(questions).values()])
+    points = torch.tensor([0, 0.25, 0.5, 0.75, 1])
+    return weights.quantile(points, dim=0).T.tolist()
+
+
+def by_clip(questions: list[Question]) -> dict[tuple, Question]:
+    """Clip -> one of its questions with mixing weights; all questions of a clip have the same."""
+    clips = {}
+    for question in questions:
+        if question.mixing_weights:
+            clips[question.video, *question.cut] = question
+    return clips
+
+
+def expected_words(question: Question) -> str:
+    """The right answer in words, also for multiple choice."""
+    if question.options:
+        return question.options[LETTERS.index(question.expected)]
+    return question.expected

@@ -1,8 +1,9 @@
-"""eval.py: what counts as a right answer, and what happens to videos that cannot be read."""
+"""eval.py: which answers are right, damaged videos, killed runs, and the table with baselines."""
 
 import json
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,12 +87,12 @@ def test_videos_that_cannot_be_read_are_failed_answers(world, model, tmp_path):
     """One damaged and one missing clip: the rest is answered, the failures are counted as wrong."""
     questions = evaluate(model, "miniature-open", world, tmp_path)
     by_video = {v: [q for q in questions if q.video == v] for v in {q.video for q in questions}}
-    assert all(not q.failure and len(q.weights) == 4 for q in by_video["clip_000000"])
+    assert all(not q.failure and len(q.mixing_weights) == 4 for q in by_video["clip_000000"])
     assert all("cannot be decoded" in q.failure for q in by_video["clip_000001"])
     assert all("has no video" in q.failure for q in by_video["clip_000002"])
-    accuracy, answered, expected = eval.summarise(questions)["all"]
-    assert answered == len(by_video["clip_000000"]) and expected == len(questions)
-    assert accuracy == sum(q.correct for q in questions) / len(questions)
+    row = eval.summarise(questions)["all"]
+    assert row.answered == len(by_video["clip_000000"]) and row.expected == len(questions)
+    assert row.accuracy == sum(q.correct for q in questions) / len(questions)
 
 
 def test_accuracy_counts_by_kind():
@@ -106,10 +107,41 @@ def test_accuracy_counts_by_kind():
     for question in questions:
         eval.score(question, "parse")
     assert eval.summarise(questions) == {
-        "colour": (0.5, 2, 2),
-        "shape": (0.5, 1, 2),
-        "all": (0.5, 3, 4),
+        "colour": (0.5, 2, 2, 1),  # accuracy, answered, expected, baseline
+        "shape": (0.5, 1, 2, 1),
+        "all": (0.5, 3, 4, 1),
     }
+
+
+def rows_of(expected: dict[str, list[str]], **more) -> dict[str, eval.Row]:
+    """The table of unanswered questions with these right answers of each kind."""
+    questions = []
+    for kind, answers in expected.items():
+        for answer in answers:
+            number = str(len(questions))
+            questions.append(benchmarks.Question(number, "v", "Which?", answer, kind, **more))
+    return eval.summarise(questions)
+
+
+def test_the_baseline_is_the_most_common_right_answer_of_each_kind():
+    """For "all" it is the most common answer of each question's own kind."""
+    colours = ["red", "Red.", "the red", "blue"]
+    rows = rows_of({"colour": colours, "shape": ["ring", "cross"]})
+    baselines = {kind: row.baseline for kind, row in rows.items()}
+    assert baselines == {"colour": 3 / 4, "shape": 1 / 2, "all": 4 / 6}
+
+
+def test_the_baseline_of_multiple_choice_is_the_most_common_letter():
+    """Also if that is A, which as a word would be an article."""
+    rows = rows_of({"colour": ["A", "A", "B", "C"]}, options=("red", "blue", "pink"))
+    assert rows["all"].baseline == 1 / 2
+
+
+def test_the_baseline_does_not_know_the_kind_if_that_is_the_answer():
+    """ssv2-open has a row for each class: the most common class is right in its own row only."""
+    rows = rows_of({"Holding it": ["Holding it"] * 3, "Moving it": ["Moving it"]})
+    baselines = {kind: row.baseline for kind, row in rows.items()}
+    assert baselines == {"Holding it": 1, "Moving it": 0, "all": 3 / 4}
 
 
 def test_multiple_choice_is_asked_with_its_options_and_judged_by_the_letter(world):
@@ -178,7 +210,7 @@ def test_the_command_writes_every_answer(world, model, tmp_path):
     assert not list(tmp_path.rglob("*.partial"))
 
 
-def test_a_killed_run_goes_on_where_it_was(world, model, tmp_path, monkeypatch):
+def test_a_killed_run_continues_where_it_was(world, model, tmp_path, monkeypatch):
     """Whatever was on disk at the kill, a half-written line included, the result is the same file;
     no question is asked twice."""
     evaluate(model, "miniature-open", world, tmp_path / "straight")
@@ -201,6 +233,31 @@ def test_a_killed_run_goes_on_where_it_was(world, model, tmp_path, monkeypatch):
         results = [folder / "miniature-open.json" for folder in (tmp_path / "straight", output)]
         assert results[0].read_bytes() == results[1].read_bytes()
         assert left.read_bytes() == journal.read_bytes()
+
+
+def test_a_journal_of_an_older_version_continues(tmp_path, monkeypatch):
+    """Commit 07e06b2 called the mixing weights "weights": its answers are not asked for again."""
+    with tarfile.open(ROOT / "tests/legacy/07e06b2.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    (tmp_path / "07e06b2").rename(tmp_path / "legacy")
+    monkeypatch.chdir(tmp_path)  # a journal knows the data folder by its relative path
+    run = Path("legacy/runs/legacy-complete")
+    stored = json.loads((run / "eval/msvd.json").read_text())["questions"]
+    (run / "eval/msvd.json").unlink()
+    monkeypatch.delattr(MERV, "answer")
+    questions = eval.evaluate(
+        MERV.from_pretrained(run), "msvd", "legacy/data", run / "eval", eval.EvalConfig(workers=0)
+    )
+    assert [q.answer for q in questions] == [q["answer"] for q in stored]
+    assert [list(q.mixing_weights) for q in questions] == [q["weights"] for q in stored]
+    assert "mixing_weights" in (run / "eval/msvd.json").read_text()
+
+
+def test_the_option_that_moved_names_the_new_command():
+    """The paper's efficiency tables are printed by cost.py."""
+    command = [sys.executable, ROOT / "eval.py", "--table", "efficiency"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "python cost.py table" in done.stderr
 
 
 @pytest.mark.slow

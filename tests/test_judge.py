@@ -1,4 +1,4 @@
-"""eval.py --judge: an LLM behind a real HTTP endpoint: slow, failing, babbling, throttling."""
+"""eval.py --judge, against a real HTTP endpoint that is slow, fails, throttles or rambles."""
 
 import json
 import subprocess
@@ -89,8 +89,7 @@ def result_file(folder: Path, answers: list[str]) -> Path:
 
 def judge(path: Path, server: Endpoint, retries: int = 6) -> dict:
     """Judge a result file; the questions by id."""
-    config = eval.EvalConfig(judge=server.url, judge_model="grader", judge_retries=retries)
-    eval.judge(path, config)
+    eval.judge_results(path, judging.Judge(server.url, "grader", retries=retries))
     return {q["id"]: q for q in json.loads(path.read_text())["questions"]}
 
 

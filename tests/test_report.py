@@ -1,4 +1,4 @@
-"""eval.py --report: one page that needs nothing, shows what is stored, and runs in a browser."""
+"""eval.py --report: a self-contained page that shows stored results and renders in a browser."""
 
 import base64
 import html
@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 from dataclasses import replace
 from functools import partial
@@ -39,9 +40,16 @@ def runs(tmp_path_factory):
                 good = (number + index) % 3 == 0
                 question.answer = question.expected if good else EVIL
                 heavy = [0.1, 0.2, 0.3, 0.4]
-                question.weights = tuple(heavy[number % 4 :] + heavy[: number % 4])
+                question.mixing_weights = tuple(heavy[number % 4 :] + heavy[: number % 4])
             questions.append(
-                replace(questions[0], id="gone", video="gone", answer="", weights=(), failure=EVIL)
+                replace(
+                    questions[0],
+                    id="gone",
+                    video="gone",
+                    answer="",
+                    mixing_weights=(),
+                    failure=EVIL,
+                )
             )
             settings = {
                 "benchmark": name, "data": str(data),
@@ -82,9 +90,15 @@ def test_it_shows_what_is_stored(runs, page):
         for name in ("miniature-open", "miniature-mcq"):
             result = json.loads((runs / run / "eval" / f"{name}.json").read_text())
             assert f"{100 * result['accuracy']['all']:.1f} %" in page
-    for text in ("what happens", "how", "Without an answer", "temporal, %", "languagebind"):
+    for text in (
+        "what happens",
+        "how",
+        "Questions without an answer",
+        "temporal, %",
+        "languagebind",
+    ):
         assert text in page
-    assert "Clips that take most of each encoder (figure 12)" in page
+    assert "Clips with the largest mixing weight of each encoder (figure 12)" in page
 
 
 def test_strips_are_frames_of_the_clips(page):
@@ -93,6 +107,66 @@ def test_strips_are_frames_of_the_clips(page):
     assert len(strips) > 10
     for strip in strips:
         assert Image.open(io.BytesIO(base64.b64decode(strip))).size == (6 * 32, 32)
+
+
+def test_the_baseline_stands_beside_each_accuracy(runs, page):
+    """It depends on the questions only, so both runs share one column."""
+    result = json.loads((runs / "first/eval/miniature-open.json").read_text())
+    rows = eval.summarise([benchmarks.Question.from_dict(q) for q in result["questions"]])
+    assert page.count("<th>baseline</th>") == 1 + 2 * 2  # the overview; two tables a benchmark
+    for row in rows.values():
+        assert f'<td class="number dim">{100 * row.baseline:.1f}</td>' in page
+
+
+def clip_question(clip: str, text: str, expected: str, share: float, **more):
+    """A question about a clip of which the first of two encoders gets that share."""
+    mixing_weights = (share, 1 - share)
+    return benchmarks.Question(
+        clip + text, clip, text, expected, mixing_weights=mixing_weights, **more
+    )
+
+
+def test_mixing_weights_are_shown_by_what_the_clip_shows():
+    """Means over clips with the same answer, not over questions; the distribution counts clips."""
+    questions = [
+        clip_question("1", "What happens?", "moves left", 0.25),
+        clip_question("2", "What happens?", "moves left", 0.75),
+        clip_question("3", "What happens?", "A", 1.0, options=("stays", "moves left")),
+        clip_question("3", "What colour is the ring?", "red", 1.0),  # of one clip only
+    ]
+    content = report.mixing_by_content(questions)
+    assert content["question"] == "What happens?"
+    assert content["rows"] == [("moves left", 2, [0.5, 0.5]), ("stays", 1, [1.0, 0.0])]
+    first, second = report.quartiles(questions)
+    assert first == [0.25, 0.5, 0.75, 0.875, 1.0]
+    assert second == [0.0, 0.125, 0.25, 0.5, 0.75]
+
+
+@pytest.mark.parametrize("answers", [["red"] * 20, [f"word {n}" for n in range(20)]])
+def test_without_a_question_that_sorts_the_clips_only_the_distribution_is_shown(answers):
+    """One answer for all clips, or more answers than a chart has room for."""
+    questions = [clip_question(str(n), "What?", a, 0.5) for n, a in enumerate(answers)]
+    assert report.mixing_by_content(questions) == {"question": "", "rows": []}
+
+
+def test_the_page_says_that_mixing_weights_depend_on_the_clip_alone(page):
+    """The miniature's clips are sorted by what happens in them."""
+    assert "The mixing weights depend on the clip alone" in page
+    assert "answer to “What happens?”" in page
+    assert "Mixing weights by kind" not in page
+
+
+def test_a_result_of_an_older_version_goes_into_a_report(tmp_path):
+    """Commit 07e06b2 called the mixing weights of a question "weights"."""
+    with tarfile.open(ROOT / "tests/legacy/07e06b2.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    run = tmp_path / "07e06b2/runs/legacy-complete"
+    stored = json.loads((run / "eval/msvd.json").read_text())["questions"]
+    assert "weights" in stored[0]
+    found = report.read_results(run)[0]["questions"]
+    assert [list(q.mixing_weights) for q in found] == [q["weights"] for q in stored]
+    report.write_report([str(run)], tmp_path / "report.html", eval.summarise)
+    assert "answer to “What colour is it?”" in (tmp_path / "report.html").read_text()
 
 
 def test_a_single_run_has_a_report_too(runs):
