@@ -12,8 +12,8 @@ A ViT cuts an image into square patches, turns each into a vector (a *token*), a
 for its position and applies blocks in which the tokens attend to each other. A *class token*, which
 has no patch, collects a summary of the image.
 
-MERV never trains the encoders. Its features are not always those of the last block; blocks after
-the one that gives them are not built, loaded or run.
+MERV never trains the encoders. It takes features before the last block of most of them; blocks
+after that are not built, loaded or run.
 
 To add an encoder, add an entry to ENCODERS; if no class fits, also a subclass of `Encoder`.
 Read next: llama.py, data.py.
@@ -50,15 +50,15 @@ class EncoderConfig:
     hidden_size: int  # d_e
     num_heads: int
     released_layers: int  # blocks in the released checkpoint
-    num_layers: int  # blocks that we build; the features are the output of the last one
+    num_layers: int  # blocks that we build; the output of the last one is the features
     patch_size: int
     image_size: int = 224  # H = W of its frames
     num_frames: int = 16  # T of its clips
     tubelet_frames: int = 1  # frames in one patch: 2 for ViViT, so t = T / 2
     temporal_window: int = 0  # LanguageBind: how many frames attend to each other
     num_registers: int = 0  # DINOv2: extra tokens that have no patch and no position
-    class_token: bool = True
-    layer_scale: bool = False
+    class_token: bool = True  # whether it was trained with one
+    layer_scale: bool = False  # DINOv2: a learned factor per channel on each residual branch
     norm_eps: float = 1e-6
     activation: str = "gelu"  # a key of ACTIVATIONS
     resize: str = "squash"  # to a square; or "short_side": scale, then crop (data.preprocess)
@@ -138,12 +138,12 @@ ENCODERS |= {
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation, with which ViViT was trained."""
+    """The tanh approximation of GELU, as in the released ViViT."""
     return F.gelu(x, approximate="tanh")
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """GELU by a sigmoid, with which OpenAI's CLIP was trained."""
+    """The sigmoid approximation of GELU, as in OpenAI's CLIP."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -193,7 +193,7 @@ class Block(nn.Module):
         self.attention = Attention(config)
         self.mlp_norm = nn.LayerNorm(d_e, config.norm_eps)
         self.mlp = MLP(config)
-        # LayerScale (https://arxiv.org/abs/2103.17239): DINOv2 learns a factor per channel.
+        # LayerScale, https://arxiv.org/abs/2103.17239
         self.attention_scale = nn.Parameter(torch.ones(d_e)) if config.layer_scale else 1.0
         self.mlp_scale = nn.Parameter(torch.ones(d_e)) if config.layer_scale else 1.0
 
@@ -224,7 +224,7 @@ class Encoder(nn.Module):
 
     def __init_subclass__(cls, family: str = "", **kwargs):
         super().__init_subclass__(**kwargs)
-        if family:  # FSDP makes subclasses as well; those are no new family
+        if family:  # FSDP makes a subclass of each sharded class: that is not a new family
             FAMILIES[family] = cls
 
     def __init__(self, config: EncoderConfig):
@@ -458,7 +458,7 @@ def read_encoder(config: EncoderConfig, source: str | Path, dtype: torch.dtype) 
     skip = dict(released.skip)  # pattern of names that stay unread -> why
     for index in range(config.num_layers, config.released_layers):
         names_of_block = released.blocks.replace("*", f"{index}.*")
-        skip[names_of_block] = "comes after the block that gives the features"
+        skip[names_of_block] = "after the block whose output is the features"
     encoder = empty_encoder(config)
     what = f"{config.name} from {source}"
     weights.assign_weights(encoder, tensors, released.table, skip, what, dtype)
