@@ -442,7 +442,7 @@ def test_a_still_image_equals_the_long_way(model):
     """One frame through the encoders of single frames, repeated after: the same as a clip."""
     still = {name: frames[None] for name, frames in random_pixels(5, still=True).items()}
     copies = {e.name: still[e.name].expand(-1, e.num_frames, -1, -1, -1) for e in TINY.encoders}
-    short, long = model.features(still), model.features(copies)
+    short, long = model.pooled_features(still), model.pooled_features(copies)
     for name in short:
         assert (
             short[name].shape
@@ -460,7 +460,7 @@ def test_an_encoder_of_single_frames_sees_a_still_once(model):
         )
         for name, encoder in model.encoders.items()
     ]
-    model.features({name: frames[None] for name, frames in random_pixels(5, still=True).items()})
+    model.pooled_features({name: frames[None] for name, frames in random_pixels(5, still=True).items()})
     for hook in hooks:
         hook.remove()
     for e in TINY.encoders:
@@ -470,10 +470,10 @@ def test_an_encoder_of_single_frames_sees_a_still_once(model):
 def test_streams_change_nothing(model):
     """On CUDA each encoder may have its own; the same code runs on a CPU, whose streams are one."""
     pixels = {name: frames[None] for name, frames in random_pixels(1).items()}
-    plain = model.features(pixels)
+    plain = model.pooled_features(pixels)
     model.encoder_streams = True
     try:
-        streamed = model.features(pixels)
+        streamed = model.pooled_features(pixels)
     finally:
         model.encoder_streams = False
     assert all(torch.equal(streamed[name], plain[name]) for name in plain)
@@ -481,7 +481,7 @@ def test_streams_change_nothing(model):
 
 def test_features_carry_no_gradient_and_encode_does(model):
     pixels = {name: frames[None] for name, frames in random_pixels(1).items()}
-    assert not any(f.requires_grad for f in model.features(pixels).values())
+    assert not any(f.requires_grad for f in model.pooled_features(pixels).values())
     assert model.encode(pixels)[0].requires_grad
 
 
@@ -616,7 +616,7 @@ def test_cached_features_give_the_same_loss(model, mixed_rows, encoder_calls):
     batch = collate(mixed_rows)
     with torch.no_grad():
         expected, expected_weights = model(batch)
-        features = model.features(batch.pixels)
+        features = model.pooled_features(batch.pixels)
         encoder_calls.clear()
         loss, weights = model(replace(batch, pixels={}, features=features))
     assert encoder_calls.total() == 0
@@ -634,7 +634,7 @@ def test_a_batch_can_be_learnt_by_heart(tokenizer):
         example(model, "text", "left or right", "left"),
     ]
     batch = collate(rows)
-    batch = replace(batch, features=model.features(batch.pixels), pixels={})
+    batch = replace(batch, features=model.pooled_features(batch.pixels), pixels={})
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0)
     first = last = None
@@ -1009,7 +1009,7 @@ def test_features_of_clips_and_stills_go_into_the_cache(saved, clip, tmp_path, d
     """As train.py stores them, whatever the dtype of the model; they come back in bfloat16."""
     loaded = MERV.from_pretrained(saved, dtype=dtype)
     pixels = {name: frames[None] for name, frames in random_pixels(1, still).items()}
-    features = {name: value[0] for name, value in loaded.features(pixels).items()}
+    features = {name: value[0] for name, value in loaded.pooled_features(pixels).items()}
     cache = FeatureCache(tmp_path, loaded.fingerprints())
     cache.put(clip, features)
     found = cache.get(clip)
