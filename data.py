@@ -1,97 +1,127 @@
-"""From files to tensors: frames for the encoders, token ids and labels for LLaMA.
+"""From files to tensors: frames for the encoders, token ids and labels for LLaMA, batches.
 
     a video, GIF, image, folder of images  -> load_video   -> uint8 (T, 3, H, W)
-    those frames, for one encoder          -> preprocess   -> float (T_e, 3, 224, 224)
+    those frames, for one encoder          -> preprocess   -> float32 (T_e, 3, 224, 224)
     a conversation                         -> render_prompt, tokenize -> ids and labels
     a JSON file of conversations           -> ConversationDataset, collate         -> Batch
 
-    python data.py DIR --check                              every row that cannot be used, and why
-    python data.py DIR --show 3 --tokenizer tokenizer.model    what the model is given, and told
+    python data.py DIR --check                                 list unusable rows and the reasons
+    python data.py DIR --show 3 --tokenizer tokenizer.model    print the tokens and labels of rows
 
-Read before: encoders.py (what each encoder wants), llama.py (the tokenizer). Read next: merv.py.
+Shapes: T frames loaded, T_e frames of one encoder e, b rows of a batch, v rows with a video or
+image, s tokens of the longest row, k tokens with a loss; pooled features have t x h x w places.
+Read before: encoders.py (what each encoder expects), llama.py (the tokenizer). Read next: merv.py.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
 import random
 import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from encoders import EncoderConfig
 from llama import Tokenizer
-from support.cli import progress
+from support.cli import option, parse_options, progress
 from support.errors import DataError, UserError
 from support.features import FeatureCache
 from support.video import IMAGE_SUFFIXES, load_video
 
+# --------------------------------------------------------------------------------- frames -> pixels
+
 
 def preprocess(frames: Tensor, config: EncoderConfig) -> Tensor:
-    """What one encoder wants of a clip: uint8 (T, 3, H, W) -> float32 (T_e, 3, side, side).
+    """Sample, resize and normalise frames for one encoder.
 
-    Takes every (T / T_e)-th frame: of 32, ViViT sees all and the others every second one, so that
-    tubelet i of ViViT (frames 2i, 2i+1) lines up with frame i of the rest. One frame stays one.
+    frames: uint8 (T, 3, H, W), T a multiple of T_e. Returns float32 (T_e, 3, side, side).
+
+    Keeps every (T / T_e)-th frame. Of 32 frames ViViT takes all and the others every second one:
+
+        ViViT    (0 1) (2 3) (4 5) ... (30 31)     pairs of frames, its tubelets
+        others    0     2     4    ...  30         so frame i begins tubelet i
+
+    A single frame (a still image) stays a single frame.
     """
-    side, wanted = config.image_size, config.num_frames
+    wanted = config.num_frames
     if len(frames) > 1:
-        if len(frames) % wanted:
+        if len(frames) % wanted != 0:
             what = f"{config.name} wants {wanted} frames, got {len(frames)}."
-            raise DataError(what, "encoders see the same moments.", f"load a multiple of {wanted}.")
-        # QUIRK: of frames 0..31 that takes 0, 2 ... 30: the last one is never seen (ledger K7).
-        frames = frames[:: len(frames) // wanted]
-    if config.resize == "squash":  # antialiased as in Pillow, on uint8
-        frames = F.interpolate(frames, (side, side), mode=config.interpolation, antialias=True)
-        pixels = frames.float() / 255
+            why = "all encoders must see the same moments."
+            raise DataError(what, why, f"load a multiple of {wanted} frames.")
+        # QUIRK: of frames 0..31 this keeps 0, 2 ... 30; the last frame is never seen (ledger K7).
+        step = len(frames) // wanted
+        frames = frames[::step]
+
+    side = config.image_size
+    if config.resize == "squash":
+        # On uint8 with antialias=True, torch computes the same resize as Pillow.
+        size = (side, side)
+        squashed = F.interpolate(frames, size, mode=config.interpolation, antialias=True)
+        pixels = squashed.float() / 255
     else:
         pixels = torch.stack([_crop(frame, side, config.interpolation) for frame in frames])
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.pixel_mean, config.pixel_std))
+    mean = torch.tensor(config.pixel_mean).view(3, 1, 1)
+    std = torch.tensor(config.pixel_std).view(3, 1, 1)
     return (pixels.contiguous() - mean) / std
+
+
+def _crop(frame: Tensor, side: int, interpolation: str) -> Tensor:
+    """Scale the short side of a frame to `side` and crop the centre.
+
+    frame: uint8 (3, H, W). Returns float32 (3, side, side) in [0, 1].
+    """
+    # QUIRK: LanguageBind keeps the aspect ratio and crops, without antialiasing; the other three
+    # are squashed. On wide video their grids show different places (ledger K3).
+    # FIX: the released transform also flips half of all clips, at inference too (ledger F1).
+    _, h, w = frame.shape
+    if h < w:
+        size = (side, w * side // h)
+    else:
+        size = (h * side // w, side)
+    scaled = F.interpolate(frame[None] / 255, size, mode=interpolation, align_corners=False)[0]
+    top = round((size[0] - side) / 2)
+    left = round((size[1] - side) / 2)
+    return scaled[:, top : top + side, left : left + side]
 
 
 def load_pixels(
     path, encoders: Sequence[EncoderConfig], start=None, end=None, end_frame=None, fps=None
 ) -> dict[str, Tensor]:
-    """load_video as each encoder wants it: encoder -> (T_e, 3, side, side)."""
-    still = Path(path).suffix.lower() in IMAGE_SUFFIXES  # it stays one frame
-    num_frames = 1 if still else max(config.num_frames for config in encoders)
+    """Load a video or image for several encoders: encoder name -> float32 (T_e, 3, side, side).
+
+    start, end (seconds), end_frame, fps: the part of the video to load, see load_video.
+    Raises VideoError if the file is missing or damaged.
+    """
+    if Path(path).suffix.lower() in IMAGE_SUFFIXES:
+        num_frames = 1
+    else:
+        num_frames = max(config.num_frames for config in encoders)
     frames = load_video(path, num_frames, start, end, end_frame, fps)
     return {config.name: preprocess(frames, config) for config in encoders}
 
 
-def _crop(frame: Tensor, side: int, interpolation: str) -> Tensor:
-    """uint8 (3, H, W) -> float (3, side, side) in [0, 1]: scale the short side, crop the centre."""
-    # QUIRK: LanguageBind keeps the aspect ratio and crops, without antialiasing; the other three
-    # are squashed. On wide video the grids do not show the same places (ledger K3).
-    # FIX: the released transform also flips half of all clips left-right, at inference too (F1).
-    _, h, w = frame.shape
-    size = (side, w * side // h) if h < w else (h * side // w, side)
-    pixels = F.interpolate(frame[None] / 255, size, mode=interpolation, align_corners=False)[0]
-    top, left = round((size[0] - side) / 2), round((size[1] - side) / 2)
-    return pixels[:, top : top + side, left : left + side]
+# ------------------------------------------------------------------- conversations -> ids and labels
+
+IGNORE = -100  # the label of a position without a loss; torch's cross_entropy skips it by default
 
 
-# ---------------------------------------------------------------------------------- prompts, tokens
-
-IGNORE = -100  # the label of a position without loss
-
-
-# How a question becomes text, as (the first of a conversation, each later one).
+# A template turns questions into prompts: (for the first question, for each later question).
 BASE = "In: {question}\nOut:"
 TEMPLATES: dict[str, tuple[str, str]] = {
     "base": (BASE, BASE),
-    # QUIRK: the authors' models were trained with the literal text <video>, and asked without (K4).
+    # QUIRK: the released models saw a literal <video> in training but not in inference (K4).
     "base_video_tag": ("In: <video>\n{question}\nOut:", BASE),
     "vicuna": (
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
@@ -105,90 +135,99 @@ TEMPLATES: dict[str, tuple[str, str]] = {
         "of tasks using natural language.\n<</SYS>>\n\n{question} [/INST]",
         "[INST] {question} [/INST]",
     ),
-    "caption": ("", ""),  # stage 1: the picture, then its caption
+    "caption": ("", ""),  # stage 1 has no prompt: the caption follows the visual tokens
 }
 
 
 def render_prompt(conversation: list[dict], template: tuple[str, str]) -> list[tuple[str, bool]]:
-    """The turns as text, each with whether it is an answer, which is what the loss is taken on.
+    """Render a conversation as (text, is_answer) pairs; the loss covers answers only.
 
     conversation: [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]
-    [human "What?", gpt "A cat"] -> [("In: What?\\nOut:", False), ("A cat", True)]
-    FIX: one renderer for training and, without the last answer, for asking; the authors have two
-    that differ, for example in the system prompt (ledger F12).
+
+        human "What?"   ->  ("In: What?\\nOut:", False)
+        gpt   "A cat"   ->  ("A cat", True)
+
+    The placeholders <image> and <video> are removed: visual tokens stand before all text. Raises
+    DataError unless the turns alternate, starting with human.
+    FIX: training and inference share this renderer; inference just leaves out the last answer. The
+    authors have two that differ, for example in the system prompt (ledger F12).
     """
     roles = [turn.get("from") for turn in conversation]
-    if not roles or roles != ["human", "gpt"] * (len(roles) // 2) + ["human"] * (len(roles) % 2):
-        raise DataError(f"The roles are {roles}.", "human and gpt alternate.", 'correct "from".')
+    expected = ["human", "gpt"] * len(roles)  # human, gpt, human, gpt ... and longer than needed
+    if not roles or roles != expected[: len(roles)]:
+        why = "human and gpt must alternate, and human comes first."
+        raise DataError(f"The roles are {roles}.", why, 'correct "from" in the conversation.')
+
+    first, later = template
     turns = []
     for number, turn in enumerate(conversation):
         text = re.sub(r"\s*<(image|video)>\s*", " ", turn["value"]).strip()
-        if number % 2 == 0:
-            text = template[number > 0].replace("{question}", text)
-        turns.append((text, number % 2 == 1))
+        if turn["from"] == "gpt":
+            turns.append((text, True))
+        else:
+            prompt = first if number == 0 else later
+            # WHY: not str.format, because a question may contain braces.
+            turns.append((prompt.replace("{question}", text), False))
     return turns
 
 
 def tokenize(turns: list[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids and labels: BOS, then each turn tokenized on its own, </s> after each answer.
+    """Turn rendered text into token ids and labels, two lists of one length.
 
-    [("In: Hi\\nOut:", False), ("Yes", True)]
-      ids     <s>  ▁In : ▁Hi \\n Out :  ▁Yes </s>
-      labels   -    -  -  -   -  -  -   ▁Yes </s>       (- is IGNORE)
+    <s> comes first and </s> after each answer. Each turn is tokenized separately, so a prompt has
+    the same ids whether an answer follows or not. With LLaMA-2's tokenizer, - standing for IGNORE:
+
+        turns    ("In: Hi\\nOut:", False)   ("Yes", True)
+        ids      <s> ▁In : ▁Hi \\n Out :     ▁Yes </s>
+        labels    -   -  -  -   -  -  -     ▁Yes </s>
+
+    A label belongs to the token at its own position. The loss (merv.py) predicts it from the
+    position before, so `:` learns to predict ▁Yes, and ▁Yes learns to predict </s>.
     """
-    input_ids, labels = [tokenizer.bos_id], [IGNORE]
+    input_ids = [tokenizer.bos_id]
+    labels = [IGNORE]
     for text, is_answer in turns:
-        ids = tokenizer.encode(text.rstrip()) + [tokenizer.eos_id] * is_answer
-        input_ids += ids
-        labels += ids if is_answer else [IGNORE] * len(ids)
+        ids = tokenizer.encode(text.rstrip())
+        if is_answer:
+            ids = [*ids, tokenizer.eos_id]
+            labels.extend(ids)
+        else:
+            labels.extend([IGNORE] * len(ids))
+        input_ids.extend(ids)
     return input_ids, labels
 
 
-# ------------------------------------------------------------------------------------ training data
+# ---------------------------------------------------------------------------------- rows of a dataset
 
 
 @dataclass
 class Example:
-    """One row of a dataset. Of pixels and features at most one is filled; neither for text."""
+    """One row of a dataset, as tensors.
+
+    A row with a video or image fills either `pixels` or `pooled`; a text row fills neither.
+    """
 
     input_ids: Tensor  # (s,)
     labels: Tensor  # (s,), IGNORE where there is no loss
     pixels: dict[str, Tensor] = field(default_factory=dict)  # encoder -> (T_e or 1, 3, H, W)
-    features: dict[str, Tensor] = field(default_factory=dict)  # encoder -> (t, h, w, d_e), pooled
-    bad: list[dict] = field(default_factory=list)  # rows that this one replaces, and why
+    pooled: dict[str, Tensor] = field(default_factory=dict)  # encoder -> (t, h, w, d_e), cached
+    bad: list[dict] = field(default_factory=list)  # unusable rows that this one replaces
 
 
-@dataclass
-class Batch:
-    """Examples padded on the right to one length s; v of the b rows have a picture."""
-
-    input_ids: Tensor  # (b, s)
-    labelled: Tensor  # (2, k): row and place of each token that the loss is taken on
-    lengths: list[int]  # tokens of each of the b rows that are real
-    visual_rows: list[int]  # which v rows have a video or image
-    pixels: dict[str, Tensor]  # encoder -> (v, T_e, 3, H, W)
-    features: dict[str, Tensor]  # encoder -> (v, t, h, w, d_e)
-    bad: list[dict] = field(default_factory=list)  # {"row", "id", "file", "reason"} of each failure
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        move = partial(Tensor.to, device=device, non_blocking=True)
-        return Batch(**tree_map_only(Tensor, move, vars(self)))
-
-    @property
-    def num_labels(self) -> int:
-        """How many positions the loss is taken on."""
-        return self.labelled.shape[1]
-
-
-TRIES = 8  # rows that are read, at most, to find one that can be used
 ROW = '{"id", "image" | "video" | neither, "conversations": [{"from", "value"}, ...]}'
-MALFORMED = (KeyError, TypeError, AttributeError, UnicodeEncodeError)  # reading what is no ROW
+TRIES = 8  # read at most so many rows to find a usable one; neighbours often share a broken clip
+MALFORMED = (KeyError, TypeError, AttributeError, UnicodeEncodeError)  # raised by malformed rows
 
 
 @dataclass(eq=False)
 class ConversationDataset(Dataset):
-    """Rows of Video-LLaVA's JSON: {"id", "image" | "video" | neither, "conversations": [...]}."""
+    """Rows of a JSON file in Video-LLaVA's layout, a list of
+
+    {"id", "image" | "video" | neither, "conversations": [{"from", "value"}, ...]}
+
+    Paths are relative to the JSON file. Raises DataError if the file cannot be read; a malformed
+    row is found only when it is used.
+    """
 
     file: str | Path
     tokenizer: Tokenizer
@@ -206,194 +245,340 @@ class ConversationDataset(Dataset):
             fix = f"check the path and the file: a dataset is a JSON list of {ROW}."
             raise DataError(f"Cannot read {self.file}.", str(error), fix) from error
         self.rows = [row if isinstance(row, dict) else {} for row in rows]
-        self.modalities = kinds = [self.media(row)[0] for row in self.rows]
-        self.alike = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in set(kinds)}
-        self.lengths = [self._words(row) for row in self.rows]
+        self.modalities = []
+        self.lengths = []
+        self.rows_of: dict[str, list[int]] = {"video": [], "image": [], "text": []}
+        for index, row in enumerate(self.rows):
+            modality, _ = self.media(row)
+            self.modalities.append(modality)
+            self.lengths.append(self.approximate_length(row))
+            self.rows_of[modality].append(index)
 
     def media(self, row: dict) -> tuple[str, Path | None]:
-        """("video" | "image" | "text", the file)."""
-        for kind in ("video", "image"):
-            if kind in row:
-                return kind, Path(self.file).parent / str(row[kind])
+        """Return the modality of a row ("video", "image" or "text") and its file, if any."""
+        for modality in ("video", "image"):
+            if modality in row:
+                return modality, Path(self.file).parent / str(row[modality])
         return "text", None
 
-    def _words(self, row: dict) -> int:
-        """Words stand for tokens: good enough to put rows of like length together."""
+    def approximate_length(self, row: dict) -> int:
+        """Approximate the length by the number of words, good enough to group similar lengths."""
         try:
             return sum(len(turn["value"].split()) for turn in row["conversations"])
         except MALFORMED:
             return 0
 
     def turns(self, index: int) -> list[tuple[str, bool]]:
-        """The conversation of a row, rendered."""
+        """Render the conversation of row `index`; DataError if the row is malformed."""
         row = self.rows[index]
         try:
             turns = render_prompt(row["conversations"], self.template)
-            "".join(text for text, _ in turns).encode()  # half an emoji is no text
+            for text, _ in turns:
+                text.encode()  # rejects unpaired surrogates, which the tokenizer cannot read
             return turns
         except (DataError, *MALFORMED) as error:
             what = f"{self.file}, row {index} (id {row.get('id')}) is malformed: {error.args[0]}"
-            raise DataError(what, f"a row is {ROW}.", "correct the row or take it out.") from error
+            raise DataError(what, f"a row is {ROW}.", "correct or remove the row.") from error
 
     def read(self, index: int) -> Example:
-        """Row `index` itself; DataError or VideoError if it cannot be used."""
-        ids, labels = map(torch.tensor, tokenize(self.turns(index), self.tokenizer))
-        path = self.media(self.rows[index])[1]
-        features = self.cache.get(path) if self.cache and path else None
-        pixels = load_pixels(path, self.encoders) if path and not features else {}
-        return Example(ids[: self.max_length], labels[: self.max_length], pixels, features or {})
-
-    def failure(self, index: int, error: DataError) -> dict:
-        """What is written down about a row that cannot be used."""
-        row, path = self.rows[index], self.media(self.rows[index])[1]
-        return dict(row=index, id=row.get("id"), file=path and str(path), reason=str(error))
-
-    def check(self, index: int) -> dict | None:
-        """The failure of a row, or None; decodes four frames of its clip, both ends included."""
-        try:
-            self.turns(index)
-            if path := self.media(self.rows[index])[1]:
-                load_video(path, 4)
-        except DataError as error:
-            return self.failure(index, error)
+        """Read row `index`. Raises DataError or VideoError if it cannot be used."""
+        ids, labels = tokenize(self.turns(index), self.tokenizer)
+        example = Example(
+            input_ids=torch.tensor(ids)[: self.max_length],
+            labels=torch.tensor(labels)[: self.max_length],
+        )
+        _, path = self.media(self.rows[index])
+        if path and self.cache:
+            example.pooled = self.cache.get(path) or {}
+        if path and not example.pooled:
+            example.pixels = load_pixels(path, self.encoders)
+        return example
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Example:
-        """Row `index`, or another of its modality if it cannot be used; `bad` says which and why.
+        """Read row `index`; if it cannot be used, read another row of its modality instead.
 
+        `Example.bad` lists the rows that failed. Raises the first error if all tries fail. The
+        replacements depend on the index alone, so a resumed run sees the same rows.
         FIX: the authors replace a bad example silently by a random one, without end (ledger F4).
         """
-        alike, first, bad = self.alike[self.modalities[index]], None, []
-        others = random.Random(int(index)).sample(alike, min(TRIES, len(alike)))
-        for row in list(dict.fromkeys([index, *others]))[:TRIES]:
+        same_modality = self.rows_of[self.modalities[index]]
+        count = min(TRIES, len(same_modality))
+        candidates = [index]
+        for row in random.Random(int(index)).sample(same_modality, count):
+            if row != index:
+                candidates.append(row)
+
+        bad = []
+        first_error = None
+        for row in candidates[:TRIES]:
             try:
                 return replace(self.read(row), bad=bad)
             except DataError as error:
-                first = first or error
-                bad.append(self.failure(row, error))
-        raise first
+                first_error = first_error or error
+                bad.append(self.describe_bad_row(row, error))
+        raise first_error
+
+    def describe_bad_row(self, index: int, error: DataError) -> dict:
+        """Describe a row that cannot be used, for bad_examples.jsonl and `data.py --check`."""
+        row = self.rows[index]
+        _, path = self.media(row)
+        file = str(path) if path else None
+        return {"row": index, "id": row.get("id"), "file": file, "reason": str(error)}
+
+    def find_fault(self, index: int) -> dict | None:
+        """Describe what is wrong with row `index`, or return None.
+
+        Decodes four frames of the video, including the first and the last.
+        """
+        try:
+            self.turns(index)
+            _, path = self.media(self.rows[index])
+            if path:
+                load_video(path, 4)
+        except DataError as error:
+            return self.describe_bad_row(index, error)
+        return None
+
+
+# ------------------------------------------------------------------------------------ rows -> batches
+
+
+@dataclass
+class Batch:
+    """Several examples, padded on the right to the length s of the longest."""
+
+    input_ids: Tensor  # (b, s)
+    labelled: Tensor  # (2, k): row and position of each token that the loss predicts
+    lengths: list[int]  # tokens of each of the b rows, without padding
+    visual_rows: list[int]  # the v rows that have a video or image
+    pixels: dict[str, Tensor]  # encoder -> (v, T_e, 3, H, W)
+    pooled: dict[str, Tensor]  # encoder -> (v, t, h, w, d_e)
+    bad: list[dict] = field(
+        default_factory=list
+    )  # {"row", "id", "file", "reason"} of unusable rows
+
+    @property
+    def features(self) -> dict[str, Tensor]:  # alias
+        """The former name of `pooled`."""
+        return self.pooled
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Copy the batch to another device."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        # tree_map_only also reaches the tensors inside the dictionaries.
+        return Batch(**tree_map_only(Tensor, move, vars(self)))
+
+    @property
+    def num_labels(self) -> int:
+        """The number of tokens k that the loss predicts."""
+        return self.labelled.shape[1]
 
 
 def collate(examples: list[Example]) -> Batch:
-    """Examples -> one Batch: text, image and video rows may stand side by side."""
-    rows = [i for i, e in enumerate(examples) if e.pixels or e.features]
-    visual = [examples[i] for i in rows]
-    if any(e.pixels for e in visual) and any(e.features for e in visual):
+    """Combine examples into a Batch; text, image and video rows may be mixed.
+
+        row 0, text    ids 1 5 9      labels - 5 9         input_ids  1 5 9 0    lengths 3
+        row 1, video   ids 1 7 8 2    labels - - 8 2                  1 7 8 2            4
+
+        labelled = [[0, 0, 1, 1], [1, 2, 2, 3]] (rows, positions);  visual_rows = [1]
+
+    Raises DataError if some rows have cached features and others have pixels.
+    """
+    visual_rows = []
+    pixels = []
+    pooled = []
+    bad = []
+    for row, example in enumerate(examples):
+        bad.extend(example.bad)
+        if example.pixels:
+            pixels.append(example.pixels)
+        if example.pooled:
+            pooled.append(example.pooled)
+        if example.pixels or example.pooled:
+            visual_rows.append(row)
+    if pixels and pooled:
         what = "A batch mixes cached features and pixels."
         raise DataError(what, "only some clips are cached.", "cache them all before training.")
-    pad = torch.nn.utils.rnn.pad_sequence
-    labels = pad([e.labels for e in examples], batch_first=True, padding_value=IGNORE)
+
+    ids = [example.input_ids for example in examples]
+    labels = pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE)
     return Batch(
-        # WHY: 0 is a real token (<unk>), not a pad token. LLaMA-2 has none, and none is needed:
-        # lengths say what is real.
-        input_ids=pad([e.input_ids for e in examples], batch_first=True, padding_value=0),
+        # WHY: LLaMA-2 has no padding token, so 0 is a real token (<unk>). None is needed: lengths
+        # tell which positions are real.
+        input_ids=pad_sequence(ids, batch_first=True, padding_value=0),
         labelled=(labels != IGNORE).nonzero().T,
-        lengths=[len(e.input_ids) for e in examples],
-        visual_rows=rows,
-        pixels=stack([e.pixels for e in visual]),
-        features=stack([e.features for e in visual]),
-        bad=[failure for e in examples for failure in e.bad],
+        lengths=[len(row_ids) for row_ids in ids],
+        visual_rows=visual_rows,
+        pixels=stack(pixels),
+        pooled=stack(pooled),
+        bad=bad,
     )
 
 
-def stack(dicts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """[{encoder: (T_e, ...)}] -> {encoder: (v, T_e, ...)}; stills beside clips repeat to T_e."""
+def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack the tensors of v rows: [{encoder: (T_e, ...)}] -> {encoder: (v, T_e, ...)}.
+
+    A still has one frame. Beside clips it is repeated to T_e frames; among stills it stays one.
+    """
+    if not rows:
+        return {}
     stacked = {}
-    for encoder in dicts[0] if dicts else ():
-        tensors = [d[encoder] for d in dicts]
+    for encoder in rows[0]:
+        tensors = [row[encoder] for row in rows]
         length = max(len(tensor) for tensor in tensors)
-        stacked[encoder] = torch.stack([t.expand(length, *t.shape[1:]) for t in tensors])
+        stacked[encoder] = torch.stack([x.expand(length, *x.shape[1:]) for x in tensors])
     return stacked
 
 
-class GroupedBatchSampler(Sampler[list[int]]):
-    """One epoch of micro-batches for one rank: rows of one modality and of like length together.
+# ------------------------------------------------------------------------------- the order of batches
 
-    All follows from (seed, epoch): global batches are made first, then dealt out, so any number of
-    ranks and any micro-batch sees the same ones in the same order. Rows left over by the modalities
-    share mixed batches; the last is filled up with rows drawn again.
+
+class GroupedBatchSampler(Sampler[list[int]]):
+    """The micro-batches of one epoch for one rank, grouped by modality and by length.
+
+    Grouping saves padding, and a batch of text runs no encoder. By example, five videos and four
+    texts with global_batch=2:
+
+        shuffle each modality         video 3 0 8 5 6     text 7 1 4 2
+        cut whole batches             [3 0] [8 5]         [7 1] [4 2]
+        (before cutting, sort stretches of 16 batches by length)
+        mix what is left over, 6      [6 4]               4 is drawn a second time to fill the batch
+        shuffle the batches           [4 2] [3 0] [6 4] [7 1] [8 5]
+        deal each batch to 2 ranks    rank 0: [4] [3] [6] [7] [8]     rank 1: [2] [0] [4] [1] [5]
+
+    Everything follows from (seed, epoch). Global batches are made before they are dealt out, so the
+    optimizer sees the same ones in the same order for any number of ranks and any micro_batch.
+    Raises DataError unless global_batch is a multiple of micro_batch * world_size.
     """
 
     def __init__(self, dataset, global_batch, micro_batch, rank=0, world_size=1, seed=0, epoch=0):
-        if global_batch % (micro_batch * world_size):
-            what = f"A global batch of {global_batch} cannot be dealt out."
+        rows_at_once = micro_batch * world_size
+        if global_batch % rows_at_once != 0:
+            what = f"A global batch of {global_batch} cannot be dealt out evenly."
             why = f"{world_size} processes run whole micro-batches of {micro_batch}."
-            raise DataError(what, why, f"choose a multiple of {micro_batch * world_size}.")
-        self.lengths, self.modalities = dataset.lengths, dataset.modalities
-        self.global_batch, self.micro_batch = global_batch, micro_batch
-        self.rank, self.world_size, self.seed, self.epoch = rank, world_size, seed, epoch
+            raise DataError(what, why, f"choose a multiple of {rows_at_once}.")
+        self.lengths = dataset.lengths
+        self.modalities = dataset.modalities
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = epoch
 
     def global_batches(self) -> list[list[int]]:
-        """Every global batch of the epoch, in order."""
+        """Return every global batch of the epoch, in order: lists of row numbers."""
         rng = np.random.default_rng([self.seed, self.epoch])
-        size, batches, leftovers = self.global_batch, [], []
+        size = self.global_batch
+        batches = []
+        leftovers = []
         for modality in sorted(set(self.modalities)):
-            rows = [i for i, m in enumerate(self.modalities) if m == modality]
+            rows = [row for row, m in enumerate(self.modalities) if m == modality]
             rng.shuffle(rows)
-            whole = len(rows) // size * size
-            rows, leftovers = rows[:whole], leftovers + rows[whole:]
-            # Sort by length within stretches of 16 batches: alike within a batch, mixed over time.
-            for begin in range(0, whole, 16 * size):
-                stretch = sorted(rows[begin : begin + 16 * size], key=self.lengths.__getitem__)
-                batches += [stretch[i : i + size] for i in range(0, len(stretch), size)]
+            whole = len(rows) // size * size  # rows that fill whole batches
+            leftovers += rows[whole:]
+            # WHY: stretches of 16 batches are long enough to find rows of similar lengths. Sorting
+            # all rows at once would put the same rows together in every epoch.
+            for stretch in _cut(rows[:whole], 16 * size):
+                batches += _cut(sorted(stretch, key=self.lengths.__getitem__), size)
         rng.shuffle(leftovers)
         if leftovers:
-            again = np.resize(rng.permutation(len(self.lengths)), -len(leftovers) % size)
-            leftovers += again.tolist()
-            batches += [leftovers[i : i + size] for i in range(0, len(leftovers), size)]
+            drawn_again = itertools.cycle(rng.permutation(len(self.lengths)).tolist())
+            while len(leftovers) % size != 0:
+                leftovers.append(next(drawn_again))
+            batches += _cut(leftovers, size)
         rng.shuffle(batches)
         return batches
 
     def __iter__(self) -> Iterator[list[int]]:
         for batch in self.global_batches():
             mine = batch[self.rank :: self.world_size]
-            yield from np.reshape(mine, (-1, self.micro_batch)).tolist()
+            yield from _cut(mine, self.micro_batch)
 
 
-def check(dataset: ConversationDataset, workers: int) -> int:
-    """Try every row, in parallel, and print those that cannot be used; how many they are."""
-    rows = DataLoader(range(len(dataset)), None, collate_fn=dataset.check, num_workers=workers)
-    bad = [failure for failure in progress(rows, f"check {dataset.file.name}") if failure]
-    for failure in bad:
-        print("row {row}  id {id}  file {file}\n{reason}\n".format(**failure))
+def _cut(rows: list[int], size: int) -> list[list[int]]:
+    """Cut a list into pieces: [3, 0, 8, 5, 6], 2 -> [[3, 0], [8, 5], [6]]."""
+    return [rows[begin : begin + size] for begin in range(0, len(rows), size)]
+
+
+# ------------------------------------------------------------------------------------- command line
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The command line of `python data.py`."""
+
+    folders: tuple[str, ...] = option((), "folders, as for train.py --data", positional=True)
+    check: bool = option(False, "list the rows that cannot be used")
+    show: int = option(0, "number of rows of each file to print, with tokens and labels")
+    tokenizer: str = option("tokenizer.model", "LLaMA-2's tokenizer file, for --show")
+    workers: int = option(2, "processes that decode videos, for --check")
+
+
+def read_options(arguments: list[str] | None = None) -> DataOptions:
+    """Read the command line (None: of this process)."""
+    about = "Inspect the training data of a folder: its stage1.json, if any, and its stage2.json."
+    return parse_options(DataOptions, arguments, about)
+
+
+def print_bad_rows(dataset: ConversationDataset, workers: int) -> int:
+    """Print the rows that cannot be used, and return their number. Decodes in parallel."""
+    indices = range(len(dataset))
+    faults = DataLoader(indices, None, collate_fn=dataset.find_fault, num_workers=workers)
+    bad = [fault for fault in progress(faults, f"check {dataset.file.name}") if fault]
+    for fault in bad:
+        print(f"row {fault['row']}  id {fault['id']}  file {fault['file']}")
+        print(f"{fault['reason']}\n")
     print(f"{dataset.file}: {len(dataset)} rows, {len(bad)} of them cannot be used")
     return len(bad)
 
 
-def show(dataset: ConversationDataset, count: int) -> None:
-    """Print the first rows: the file, the text, and every token with its label."""
+def print_rows(dataset: ConversationDataset, count: int) -> None:
+    """Print the first rows: the file, the text, and each token with its label (- for none)."""
     for index, row in enumerate(dataset.rows[:count]):
-        turns, (kind, path) = dataset.turns(index), dataset.media(row)
-        print(f"\n{dataset.file}, row {index}  id {row.get('id')}  {kind} {path or ''}")
+        modality, path = dataset.media(row)
+        turns = dataset.turns(index)
+        print(f"\n{dataset.file}, row {index}  id {row.get('id')}  {modality} {path or ''}")
         for text, is_answer in turns:
-            print(f"  {'answer' if is_answer else 'prompt'}  {text!r}")
+            kind = "answer" if is_answer else "prompt"
+            print(f"  {kind}  {text!r}")
         print(f"  {'id':>6}  {'piece':<16}  label")
-        for number, label in zip(*tokenize(turns, dataset.tokenizer), strict=True):
-            piece = dataset.tokenizer.pieces.id_to_piece(number)
-            print(f"  {number:>6}  {piece:<16}  {'-' if label == IGNORE else label}")
+        for token_id, label in zip(*tokenize(turns, dataset.tokenizer), strict=True):
+            piece = dataset.tokenizer.pieces.id_to_piece(token_id)
+            escaped = repr(piece)[1:-1]  # a newline as \n: the table keeps one line a token
+            shown = "-" if label == IGNORE else label
+            print(f"  {token_id:>6}  {escaped:<16}  {shown}")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`data.py`: find bad rows before a training run does, see what the model is given."""
-    parser = argparse.ArgumentParser(description="Look at DIR/stage1.json and DIR/stage2.json.")
-    parser.add_argument("folder", type=Path, metavar="DIR", help="what train.py takes as --data")
-    parser.add_argument("--check", action="store_true", help="list the rows that cannot be used")
-    parser.add_argument("--show", type=int, default=0, help="print so many rows of each file")
-    parser.add_argument("--tokenizer", default="tokenizer.model", help="LLaMA-2's, for --show")
-    parser.add_argument("--workers", type=int, default=2, help="processes that decode videos")
-    args, bad = parser.parse_args(arguments), 0
+    """Run `python data.py`; the exit status is 1 if --check finds unusable rows."""
+    options = read_options(arguments)
+    num_bad = 0
     try:
-        tokenizer = Tokenizer(args.tokenizer) if args.show else None
-        for file in (*args.folder.glob("stage1.json"), args.folder / "stage2.json"):
-            template = TEMPLATES["caption" if file.name == "stage1.json" else "base"]
-            dataset = ConversationDataset(file, tokenizer, template, encoders=[])
-            show(dataset, args.show)
-            bad += check(dataset, args.workers) if args.check else 0
+        if not options.folders:
+            raise UserError(
+                "No folder given.", "there is no default.", "python data.py DIR --check"
+            )
+        tokenizer = Tokenizer(options.tokenizer) if options.show else None
+        for folder in options.folders:
+            for file in (Path(folder, "stage1.json"), Path(folder, "stage2.json")):
+                if file.name == "stage1.json" and not file.exists():
+                    continue  # the first stage is optional
+                template = TEMPLATES["caption" if file.name == "stage1.json" else "base"]
+                dataset = ConversationDataset(file, tokenizer, template, encoders=[])
+                print_rows(dataset, options.show)
+                if options.check:
+                    num_bad += print_bad_rows(dataset, options.workers)
     except UserError as error:
         sys.exit(f"error: {error}")
-    sys.exit(bad > 0)
+    if num_bad > 0:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

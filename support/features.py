@@ -1,4 +1,4 @@
-"""Pooled features of clips on disk, so that frozen encoders run once per clip."""
+"""A cache of pooled features on disk, so that frozen encoders run once per clip."""
 
 from __future__ import annotations
 
@@ -16,30 +16,37 @@ from support.weights import save_tensors
 class FeatureCache:
     """Pooled features of clips on disk, so that frozen encoders run once per clip, not per epoch.
 
-    An entry is named by hashes of the file's bytes, the encoder's weights and preprocessing and the
-    pooled size, so a stale one is never found.
+    folder/FINGERPRINT/ab/abcdef....safetensors, where FINGERPRINT is a hash of an encoder's
+    weights, its preprocessing and the pooled size, and abcdef... a hash of the clip's bytes. If any
+    of these changes the path changes, so stale features are never found.
     """
 
     folder: str | Path
-    fingerprints: dict[str, str]  # encoder -> hash
+    fingerprints: dict[str, str]  # encoder -> FINGERPRINT
 
     def paths(self, file: Path) -> dict[str, Path]:
-        """encoder -> where its features of one file lie, or would lie."""
+        """Return where the features of a clip belong: encoder -> path, existing or not."""
         content = hashlib.sha256()
-        for part in sorted(file.iterdir()) if file.is_dir() else [file]:
+        parts = sorted(file.iterdir()) if file.is_dir() else [file]
+        for part in parts:
             content.update(part.read_bytes())
         name = content.hexdigest()
-        entry = f"{name[:2]}/{name}.safetensors"
-        return {e: Path(self.folder, h, entry) for e, h in self.fingerprints.items()}
+        paths = {}
+        for encoder, fingerprint in self.fingerprints.items():
+            paths[encoder] = Path(self.folder, fingerprint, name[:2], f"{name}.safetensors")
+        return paths
 
     def get(self, file: Path) -> dict[str, Tensor] | None:
-        """encoder -> (t, h, w, d_e), or None if any, or the file itself, is missing."""
-        paths = self.paths(file) if file.exists() else {}
-        if paths and all(path.exists() for path in paths.values()):
-            return {encoder: load_file(path)["features"] for encoder, path in paths.items()}
-
-    def put(self, file: Path, features: dict[str, Tensor]) -> None:
-        """Store encoder -> (t, h, w, d_e) in bfloat16."""
+        """Load encoder -> (t, h, w, d_e), or None unless all encoders have features of the clip."""
+        if not file.exists() or not self.fingerprints:
+            return None
         paths = self.paths(file)
-        for encoder, tensor in features.items():
+        if not all(path.exists() for path in paths.values()):
+            return None
+        return {encoder: load_file(path)["features"] for encoder, path in paths.items()}
+
+    def put(self, file: Path, pooled: dict[str, Tensor]) -> None:
+        """Save encoder -> (t, h, w, d_e) in bfloat16, the dtype in which encoders run on a GPU."""
+        paths = self.paths(file)
+        for encoder, tensor in pooled.items():
             save_tensors({"features": tensor.bfloat16().cpu().contiguous()}, paths[encoder])

@@ -874,13 +874,13 @@ def test_a_batch_of_text_has_no_pixels(mixed):
     batch = collate([mixed[1], mixed[1]])
     assert batch.visual_rows == []
     assert batch.pixels == {}
-    assert batch.features == {}
+    assert batch.pooled == {}
 
 
 def test_features_and_pixels_do_not_mix():
     """A half-filled feature cache is said, not worked around."""
     ids = torch.tensor([1, 5])
-    cached = Example(ids, ids, features={"x": torch.zeros(1)})
+    cached = Example(ids, ids, pooled={"x": torch.zeros(1)})
     with pytest.raises(DataError, match="cache"):
         collate([cached, Example(ids, ids, pixels={"x": torch.zeros(1)})])
 
@@ -1201,7 +1201,7 @@ def test_a_dataset_takes_features_from_the_cache(mixed_folder, tiny_tokenizer):
     assert batch.visual_rows == [0, 2]
     for config in SMALL:
         expected = stored[config.name].bfloat16().expand(2, -1, -1, -1, -1)
-        assert torch.equal(batch.features[config.name], expected)
+        assert torch.equal(batch.pooled[config.name], expected)
     assert data[2].pixels  # the image is not in the cache
 
 
