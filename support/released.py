@@ -350,15 +350,3 @@ def fold_query(fusion: dict[str, Tensor]) -> Tensor:
     assign_weights(module, fusion, None, {}, "the fusion module", torch.float64)
     query = attention.q_proj_weight @ module.Q[0] + attention.in_proj_bias[:d_inner]
     return attention.k_proj_weight.mT @ query * math.sqrt(d / d_inner)
-
-
-_authors_tensors = authors_tensors
-
-
-def authors_tensors(encoder_names, hidden_size, parts=None):
-    """Alias for callers that pass a MERVConfig."""
-    if parts is None:
-        config, parts = encoder_names, hidden_size
-        encoder_names = [e.name for e in config.encoders]
-        hidden_size = config.llm.hidden_size
-    return _authors_tensors(encoder_names, hidden_size, parts)

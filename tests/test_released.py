@@ -194,7 +194,7 @@ def test_the_manifest_of_the_authors_fits_the_full_size_model(shared_folder):
     }
     found = {"model": {"video_backbone_ids": list(AUTHORS_ENCODERS)}}
     config = merv.authors_config("merv-frozen", found)
-    tensors, names = released.authors_tensors(config, parts)
+    tensors, names = released.authors_tensors(FOUR, config.llm.hidden_size, parts)
     with torch.device("meta"):
         model = MERV(config, [nn.Module() for _ in FOUR], Llama(config.llm), None)
     merv.assign_weights(model, tensors, names, merv.LLAMA_SKIP, "manifest", torch.bfloat16)
