@@ -53,9 +53,7 @@ class Clips:
     the questions about clip n. A DataLoader with workers decodes clips while the model answers.
     """
 
-    def __init__(
-        self, questions: list[Question], folder: str | Path, encoders: list[EncoderConfig]
-    ):
+    def __init__(self, questions: list[Question], folder, encoders: list[EncoderConfig]):
         self.encoders = encoders
         self.folder = Path(folder) / "videos"
         self.videos = list_videos(self.folder)
@@ -121,7 +119,7 @@ def evaluate(
     settings = {
         "benchmark": name,
         "data": str(folder),
-        "weights": trained_digest(model),
+        "weights": trained_digest(model),  # the key that older journals have
         "max_new_tokens": config.max_new_tokens,
         "likelihood": config.mcq_rule == "likelihood" and bool(questions[0].options),
         "encoders": [encoder.name for encoder in model.config.encoders],
@@ -129,6 +127,7 @@ def evaluate(
     journal = Journal(output / f"{name}.answers", settings, rank)
     done = stored_answers(journal)
 
+    # This process answers every num_processes-th clip, unless its answers are stored already.
     clips = Clips(questions, folder, model.config.encoders)
     mine = []
     for number in range(rank, len(clips.groups), num_processes):
@@ -137,14 +136,18 @@ def evaluate(
     loader = DataLoader(clips, batch_size=None, sampler=mine, num_workers=config.workers)
     for number, pixels, failure in progress(loader, name):
         asked = clips.groups[number]
-        answers, mixing_weights = [""] * len(asked), []
-        if not failure:
+        if failure:
+            answers = [""] * len(asked)
+            mixing_weights = []
+        else:
             answers, mixing_weights = answer_clip(model, pixels, asked, config)
-        ids = [question.id for question in asked]
-        record = {"answers": dict(zip(ids, answers, strict=True))}
-        record |= {"mixing_weights": mixing_weights, "failure": failure}
+        record = {"answers": {}, "mixing_weights": mixing_weights, "failure": failure}
+        for question, answer in zip(asked, answers, strict=True):
+            record["answers"][question.id] = answer
         journal.append(record)
 
+    # Other processes may still be at work. The last one to finish sees all answers; if there was
+    # nothing left to do for anyone, process 0 writes the result.
     done = stored_answers(journal)
     had_work = bool(mine)
     if len(done) < len(questions) or not (had_work or rank == 0):
@@ -234,9 +237,8 @@ def parse_letter(reply: str, options: tuple[str, ...]) -> str:
         if match := re.match(pattern, reply.strip(), re.DOTALL):
             return match[1]
     words = [normalise(option) for option in options]
-    if words.count(normalise(reply)) == 1:
-        return LETTERS[words.index(normalise(reply))]
-    return ""
+    chosen = normalise(reply)
+    return LETTERS[words.index(chosen)] if words.count(chosen) == 1 else ""
 
 
 def token_f1(answer: str, expected: str) -> float:
@@ -276,14 +278,16 @@ def score(question: Question, rule: str) -> None:
 class Row(NamedTuple):
     """A row of the results table: one kind of question."""
 
-    accuracy: float  # right answers / expected questions
+    accuracy: float  # right answers / expected questions, failures included
     answered: int  # questions with an answer
     expected: int  # all questions
     baseline: float  # accuracy of always giving the most common right answer
 
 
 def summarise(questions: list[Question], by: str = "kind") -> dict[str, Row]:
-    """Kind -> its Row; the last is "all". by: the attribute of Question to group by.
+    """Turn scored questions into the rows of a table: kind -> Row; the last row is "all".
+
+    by: the attribute of Question that is the kind, such as "first_word".
 
     Answers without a readable verdict of the judge do not count towards the accuracy.
     """
@@ -293,6 +297,7 @@ def summarise(questions: list[Question], by: str = "kind") -> dict[str, Row]:
     hits = baseline_hits(groups)
     rows = {}
     for kind, group in [*sorted(groups.items()), ("all", questions)]:
+        # The judge may have failed on an answer; that says nothing about the answer.
         judged = [q for q in group if q.verdict not in ("unparsable", "no reply")]
         right = sum(question.correct for question in judged)
         answered = sum(not question.failure for question in group)
@@ -312,12 +317,12 @@ def baseline_hits(groups: dict[str, list[Question]]) -> dict[str, int]:
     for kind, group in groups.items():
         counts[kind] = Counter()
         for question in group:
-            expected = question.expected
-            counts[kind][expected if question.options else normalise(expected)] += 1
-    kinds_are_answers = len(groups) > 1 and all(
-        set(count) == {normalise(kind)} for kind, count in counts.items()
-    )
-    if kinds_are_answers:
+            right = question.expected
+            if not question.options:
+                right = normalise(right)
+            counts[kind][right] += 1
+    # Otherwise each row of ssv2-open would have a baseline of 100 %.
+    if all(set(count) == {normalise(kind)} for kind, count in counts.items()):
         favourite, _ = sum(counts.values(), Counter()).most_common(1)[0]
         return {kind: count[favourite] for kind, count in counts.items()}
     return {kind: max(count.values()) for kind, count in counts.items()}
@@ -345,8 +350,7 @@ def print_table(title: str, questions: list[Question]) -> None:
     if not questions[0].options:
         mean_f1 = sum(question.f1 for question in questions) / len(questions)
         print(f"  {'word F1':<26} {100 * mean_f1:>7.1f}%")
-    verdicts = Counter(question.verdict for question in questions if question.verdict)
-    if verdicts:
+    if verdicts := Counter(question.verdict for question in questions if question.verdict):
         marks = [q.mark for q in questions if q.verdict in ("yes", "no")]
         print(f"  judged {dict(verdicts)}, mean score {sum(marks) / max(1, len(marks)):.2f} of 5")
 
@@ -377,17 +381,11 @@ class EvalConfig:
     benchmark: str = option("miniature-open", "the benchmark", BENCHMARKS, group="questions")
     data: str = option("data/miniature/test", "folder of annotations, videos/", group="questions")
     check: bool = option(False, "only list missing and damaged videos", group="questions")
-    # Who answers. Without a checkpoint it is the latest run of train.py.
-    checkpoint: str | None = option(
-        None, "run, folder or released name; else latest", group="model"
-    )
-    tokenizer: str | None = option(
-        None, "tokenizer.model, if the checkpoint has none", group="model"
-    )
+    # Who answers: without --checkpoint, the latest run of train.py.
+    checkpoint: str | None = option(None, "run, folder or released name", group="model")
+    tokenizer: str | None = option(None, "tokenizer.model, if it has none", group="model")
     device: str = option("auto", "auto, cuda, mps or cpu", group="model")
-    dtype: str = option(
-        "float32", "of weights, activations", ("float32", "bfloat16"), group="model"
-    )
+    dtype: str = option("float32", "of the computation", ("float32", "bfloat16"), group="model")
     # How, and where the results go: by default to eval/ in the run, or to runs/NAME/eval.
     max_new_tokens: int = option(64, "longest answer, in tokens", group="answers")
     mcq_rule: str = option("parse", "how a reply becomes a letter", MCQ_RULES, group="answers")
@@ -405,9 +403,7 @@ class EvalConfig:
 def read_options(arguments: list[str] | None = None) -> EvalConfig:
     """Parse the command line; an option that has moved names the new command."""
     moved = {"--table": "python cost.py table"}
-    return parse_options(
-        EvalConfig, arguments, "Evaluate a trained MERV on a benchmark.", moved=moved
-    )
+    return parse_options(EvalConfig, arguments, "Evaluate a trained MERV.", moved=moved)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -91,8 +91,9 @@ def mixing_by_content(questions: list[Question]) -> dict:
         if clip in clips:
             asked[question.text] += 1
             shown[question.text][clip] = expected_words(question)
+    # Find the question that tells the clips apart best and still fits into a chart.
     best = ""
-    most = 1
+    most = 1  # one answer for all clips tells nothing apart
     for text, answers in shown.items():
         distinct = len(set(answers.values()))
         once = asked[text] == len(answers)
@@ -111,7 +112,8 @@ def mixing_by_content(questions: list[Question]) -> dict:
 
 def quartiles(questions: list[Question]) -> list[list[float]]:
     """Smallest, 25 %, median, 75 % and largest mixing weight over clips, for each encoder."""
-    weights = torch.tensor([question.mixing_weights for question in by_clip(questions).values()])
+    clips = by_clip(questions).values()
+    weights = torch.tensor([question.mixing_weights for question in clips])  # (clips, encoders)
     points = torch.tensor([0, 0.25, 0.5, 0.75, 1])
     return weights.quantile(points, dim=0).T.tolist()
 
