@@ -2,36 +2,49 @@
 
     torchrun train.py                                     the paper in miniature, from nothing
     torchrun --nproc-per-node 8 train.py --model merv --data DIR --tokenizer FILE
-    python train.py --plan --model merv --gpus 8          what that needs, before it is paid for
-    python train.py --help                                every option
+    python train.py --help --model merv                   every option, with the paper's values
 
-One loop, any number of processes: FSDP2 shards every parameter over them, so what one GPU cannot
-hold several can. Losses are sums over tokens divided by the tokens of the whole step, so one
+One loop, any number of processes: FSDP2 shards every parameter over them, so several GPUs can hold
+a model that one cannot. Losses are sums over tokens divided by the tokens of the whole step, so one
 process with a batch of 128 and eight with micro-batches of 4 take the same steps.
 
-Leaves runs/NAME/ with config.json, metrics.jsonl, loss.svg, saves/ to go on from, and checkpoint/
-(for merv.py and eval.py). The command that began a run also goes on with it, bit for bit.
+Leaves runs/NAME/ with config.json, metrics.jsonl, loss.svg, saves/ to resume from, and checkpoint/
+(for merv.py and eval.py). The command that began a run also resumes it, bit for bit.
+
+    metric in metrics.jsonl   meaning
+    step                      optimizer steps so far, over all stages
+    loss                      cross-entropy per answer token of this step's rows, in nats
+    held_out_loss             the same on fixed rows that are never trained on, every
+                              --held-out-every steps. Rows of a batch have similar lengths and short
+                              ones are harder, so `loss` jumps between batches; this one does not
+    learning_rate             of AdamW in this step
+    gradient_norm             before clipping
+    tokens_per_second         text and visual tokens, over all processes
+    data_wait                 fraction of the step spent waiting for data
+    memory_gb                 most memory held at once by the first process (GPU, else CPU)
+    mixing_weights            mean of equation 2's weights over the first process's clips
+
 Read before: merv.py, eval.py. Read next: miniature/.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.checkpoint import state_dict as distributed_state
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import ConcatDataset, DataLoader
@@ -42,101 +55,188 @@ import merv
 import miniature
 from encoders import ENCODERS
 from merv import MERV, MERVS, MIXERS, PROJECTORS
-from miniature import specialists
-from support import errors, features, report
-from support.cli import choose, leave, option, parse_options, progress
+from miniature import preset as small
+from support import errors, features, report, runs
+from support.cli import choose, exit_now, option, parse_options, progress
 from support.errors import UserError
-from support.runs import (
-    Run,
-    draw_loss,
-    fail,
-    load_state,
-    log,
-    open_run,
-    peak_memory,
-    report_bad,
-    resumed,
-    save_state,
-)
+from support.muon import Muon
+from support.runs import Run
 
-MINIATURE = Path("data/miniature")  # where the default data and encoders are made
+# --------------------------------------------------------------------------------- recipes, options
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One pass over conversations (paper 4; stage 1: table 5)."""
+    """One training run over conversations (paper 4; stage 1: table 5)."""
 
-    files: tuple[tuple[str, str], ...]  # in the data folder, with data.TEMPLATES; "": the LLM's own
+    files: tuple[tuple[str, str | None], ...]  # in the data folder, with its key of data.TEMPLATES
     trained: tuple[str, ...]  # parts of the model; encoders are always frozen
-    lr: float  # peak
+    learning_rate: float  # peak
     global_batch: int
     weight_decay: float = 0.1
-    miniature_lr: float = 2e-3  # for a small LLM that starts from random weights
 
 
-PLACES = ("shard", "copy", "streams")  # of the encoders, which are frozen
-ALIGN, ALL = ("projectors", "mixer"), ("projectors", "mixer", "llm")
-CAPTIONS, CONVERSATIONS = ("stage1.json", "caption"), ("stage2.json", "")
-INSTRUCT = Stage((CONVERSATIONS,), ALL, lr=2e-5, global_batch=128)
+CAPTIONS = ("stage1.json", "caption")
+CONVERSATIONS = ("stage2.json", None)  # None: the template of the LLM
+ALIGNING_PARTS = ("projectors", "mixer")
+TRAINABLE_PARTS = ("projectors", "mixer", "llm")
+
+ALIGN = Stage((CAPTIONS,), ALIGNING_PARTS, learning_rate=1e-3, global_batch=256, weight_decay=0.0)
+ALIGN_ALL = Stage((CAPTIONS,), TRAINABLE_PARTS, learning_rate=1e-4, global_batch=256)
+INSTRUCT = Stage((CONVERSATIONS,), TRAINABLE_PARTS, learning_rate=2e-5, global_batch=128)
 RECIPES: dict[str, tuple[Stage, ...]] = {
     "frozen": (INSTRUCT,),
-    "video-llava": (Stage((CAPTIONS,), ALIGN, 1e-3, 256, 0.0, miniature_lr=5e-3), INSTRUCT),
-    "full": (Stage((CAPTIONS,), ALL, 1e-4, 256), INSTRUCT),
+    "video-llava": (ALIGN, INSTRUCT),
+    "full": (ALIGN_ALL, INSTRUCT),
     "mixed": (replace(INSTRUCT, files=(CAPTIONS, CONVERSATIONS)),),
 }
+
+PLACES = ("shard", "copy", "streams")
+OPTIMIZERS = ("adamw", "muon")
+HELD_OUT_ROWS = 64  # enough for a loss that is stable to about 0.01, few enough to be cheap
+NUM_SAMPLES = 3  # held-out questions that are shown with their answers
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The command line of train.py."""
+    """The options of train.py. The defaults are the paper's; `preset` has those of each model."""
 
-    model: str = option("miniature", "which encoders, which LLM", MERVS)
-    recipe: str = option("frozen", "which stages, which parts are trained", RECIPES)
-    encoders: str = option("", "other encoders than the model's, such as dinov2,vivit")
-    projector: str = option("avg2d", "table 2a", PROJECTORS)
-    mixer: str = option("cross_attention", "table 2c", MIXERS)
-    pooled_side: int = option(0, "table 2b: side of a pooled frame; 0: 8, and 2 in miniature")
-    data: str = option("miniature", "folder with stage1.json and stage2.json; miniature makes one")
-    tokenizer: str = option("", "LLaMA-2's tokenizer.model; the miniature makes its own")
-    name: str = option("", "the run is runs/NAME, or NAME-2 ...; MODEL-RECIPE if empty")
-    epochs: int = option(0, "passes over the data of each stage; 0: 1, and 4 in miniature")
-    max_steps: int = option(0, "stop each stage after so many steps; 0: no limit")
-    lr: float = option(0.0, "peak learning rate; 0: the recipe's")
-    muon_lr: float = option(-1.0, "Muon's, for the LLM's matrices; 0: AdamW; -1: 0.01 in miniature")
-    global_batch: int = option(0, "rows of one step over all processes; 0: the recipe's, or 32")
-    micro_batch: int = option(0, "rows a process runs at once; 0: 4, or 32 in miniature")
-    warmup: float = option(0.03, "fraction of the steps in which the learning rate rises")
-    clip: float = option(1.0, "largest gradient norm")
-    seed: int = option(0, "of new weights and of the order of the data")
-    encoder_seed: int = option(0, "of the miniature's specialists")
-    workers: int = option(2, "processes per rank that decode videos")
-    activation_checkpointing: bool = option(True, "recompute LLM layers: less memory, more work")
-    replicas: int = option(1, "whole copies of the model, each sharded over its part of the GPUs")
-    place_encoders: str = option("shard", "over all GPUs; whole on each; and in parallel", PLACES)
-    cache_features: str = option("auto", "folder for pooled features; none; auto: in miniature")
-    resume: str = option("", "go on with this run, such as runs/NAME, in its folder, as it began")
-    save_every: int = option(500, "steps between two saves to go on from; 0: end of a stage only")
-    keep: int = option(2, "how many of these to keep; 0: all")
-    max_bad: float = option(0.01, "stop when more than this fraction of rows, and 10, are unusable")
-    evaluate: bool = option(True, "after training, score the miniature's test clips")
-    device: str = option("auto", "cuda or cpu; auto takes cuda if there is one")
-    plan: bool = option(False, "print what the run would need, by the options below, and stop")
-    gpus: int = option(8, "plan: number of GPUs")
-    gpu_memory: float = option(48.0, "plan: GB of each")
-    tflops: float = option(60.0, "plan: what each achieves, 10^12 operations a second")
-    text_tokens: int = option(512, "plan: tokens of a conversation, half of them answers")
+    model: str = option("merv", "which encoders and which LLM", MERVS, "model")
+    encoders: str = option(
+        "languagebind,dinov2,vivit,siglip", "names, separated by commas", group="model"
+    )
+    encoder_files: str | None = option(
+        None, "folder with NAME.safetensors of each encoder; none: released weights", group="model"
+    )
+    encoder_seed: int = option(0, "replaces {encoder_seed} in --encoder-files", group="model")
+    projector: str = option("avg2d", "a row of table 2a", PROJECTORS, "model")
+    mixer: str = option("cross_attention", "a row of table 2c", MIXERS, "model")
+    pooled_side: int = option(8, "side of a pooled frame in tokens, table 2b", group="model")
+
+    data: str | None = option(
+        None, "folder with stage1.json and stage2.json; miniature: drawn if missing", group="data"
+    )
+    tokenizer: str | None = option(None, "LLaMA-2's tokenizer.model", group="data")
+    held_out: str | None = option(None, "file of rows that are not trained on", group="data")
+    workers: int = option(2, "processes per rank that decode videos", group="data")
+    cache_features: str | None = option(None, "folder for pooled features", group="data")
+    max_bad: float = option(
+        0.01, "stop if 10 rows and more than this fraction cannot be used", group="data"
+    )
+
+    recipe: str = option("frozen", "which stages, which parts", RECIPES, "optimisation")
+    epochs: int = option(1, "passes over the data of each stage", group="optimisation")
+    max_steps: int | None = option(None, "most steps of each stage", group="optimisation")
+    learning_rate: tuple[float, ...] = option(
+        (2e-5,), "peak, one for all stages or one each", group="optimisation"
+    )
+    global_batch: tuple[int, ...] = option(
+        (128,), "rows of a step, one number for all stages or one each", group="optimisation"
+    )
+    optimizer: str = option(
+        "adamw", "muon: Muon for the matrices of LLM layers", OPTIMIZERS, "optimisation"
+    )
+    muon_learning_rate: float = option(0.01, "peak, with --optimizer muon", group="optimisation")
+    warmup: float = option(
+        0.03, "fraction of the steps in which the learning rate rises", group="optimisation"
+    )
+    clip: float = option(1.0, "largest gradient norm", group="optimisation")
+    seed: int = option(0, "of new weights and of the order of the data", group="optimisation")
+
+    micro_batch: int = option(4, "most rows that a process runs at once", group="machine")
+    device: str = option("auto", "auto: cuda if there is one", ("auto", "cuda", "cpu"), "machine")
+    activation_checkpointing: bool = option(
+        True, "recompute LLM layers: less memory, more work", group="machine"
+    )
+    replicas: int = option(
+        1, "copies of the model, each sharded over its share of the GPUs", group="machine"
+    )
+    place_encoders: str = option(
+        "shard", "over all GPUs; copy: whole on each; streams: and in parallel", PLACES, "machine"
+    )
+
+    name: str = option("merv-frozen", "the run is runs/NAME, or NAME-2 ...", group="run")
+    resume: str | None = option(None, "resume this run, such as runs/NAME", group="run")
+    save_every: int | None = option(
+        500, "steps between saves; none: only at the end of a stage", group="run"
+    )
+    keep: int | None = option(2, "how many saves to keep; none: all", group="run")
+    held_out_every: int | None = option(
+        100, "steps between evaluations of the held-out rows", group="run"
+    )
+    evaluate: bool = option(False, "afterwards, score the miniature's test clips", group="run")
 
 
-# --------------------------------------------------------------------------------- processes, model
+MOVED = dict.fromkeys(
+    ("--plan", "--gpus", "--gpu-memory", "--tflops", "--text-tokens"), "use `python cost.py plan`"
+)
+MOVED |= {"--lr": "use --learning-rate", "--muon-lr": "use --muon-learning-rate or --optimizer"}
+
+
+def preset(model: str, recipe: str) -> TrainConfig:
+    """The options with which a model is trained by a recipe, unless the command line says else."""
+    labels = [encoder.label for encoder in MERVS[model].encoders]
+    config = TrainConfig(
+        model=model,
+        recipe=recipe,
+        name=f"{model}-{recipe}",
+        encoders=",".join(labels),
+        pooled_side=MERVS[model].pooled_side,
+        learning_rate=tuple(stage.learning_rate for stage in RECIPES[recipe]),
+        global_batch=tuple(stage.global_batch for stage in RECIPES[recipe]),
+    )
+    if model == "miniature":
+        config = replace(config, **small.SETTINGS, learning_rate=small.LEARNING_RATES[recipe])
+    return config
+
+
+def read_options(arguments: list[str] | None = None) -> TrainConfig:
+    """Read the command line: --model and --recipe choose a preset, --resume the options of a run;
+    all other options change fields of it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--model", default="miniature", choices=list(MERVS))
+    first.add_argument("--recipe", default="frozen", choices=list(RECIPES))
+    first.add_argument("--resume")
+    chosen = first.parse_known_args(arguments)[0]
+    if chosen.resume in (None, "none"):
+        began = preset(chosen.model, chosen.recipe)
+    else:
+        began = runs.saved_options(chosen.resume, TrainConfig, preset)
+    config = parse_options(TrainConfig, arguments, "Train MERV.", began, MOVED)
+    if config.resume:
+        runs.check_resumed(config, began)
+    return config
+
+
+def stages_of(config: TrainConfig) -> list[Stage]:
+    """The stages of the recipe, with the learning rates and batch sizes of the options."""
+    recipe = RECIPES[config.recipe]
+    rates, sizes = config.learning_rate, config.global_batch
+    for name, values in (("learning-rate", rates), ("global-batch", sizes)):
+        if len(values) not in (1, len(recipe)):
+            what = f"--{name} has {len(values)} values, the recipe has {len(recipe)} stages."
+            raise UserError(what, "each stage needs one.", "give one value for all or one each.")
+    stages = []
+    for number, stage in enumerate(recipe):
+        rate = rates[number % len(rates)]
+        size = sizes[number % len(sizes)]
+        stages.append(replace(stage, learning_rate=rate, global_batch=size))
+    return stages
+
+
+# ------------------------------------------------------------------------------ processes and model
 
 
 def join_processes(device: str) -> torch.device:
-    """Join the process group that torchrun describes, or be a group of one; our device."""
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    local_rank, backend = int(os.environ.get("LOCAL_RANK", 0)), "gloo"
-    if cuda:
+    """Join the process group that torchrun describes, or be a group of one; return our device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
+        place = torch.device("cuda", local_rank)
         torch.cuda.set_device(local_rank)
         backend = "cpu:gloo,cuda:nccl"
+    else:
+        place = torch.device("cpu")
+        backend = "gloo"
     store, rank, world = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
@@ -145,44 +245,66 @@ def join_processes(device: str) -> torch.device:
         # dead processes, for which gloo would wait half an hour.
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    return place
 
 
-def configure(config: TrainConfig) -> merv.MERVConfig:
-    """The model that the options describe; in miniature its encoders are this folder's."""
-    model, small = MERVS[config.model], config.model == "miniature"
-    encoders = list(model.encoders)
-    if config.encoders:
-        names = [f"miniature-{name}" if small else name for name in config.encoders.split(",")]
-        encoders = [choose(ENCODERS, name, "encoder") for name in names]
-    several = len(set(encoders)) < len(encoders)  # of one: a control
-    for i, e in enumerate(encoders):
-        own = MINIATURE / f"encoders-{config.encoder_seed}" / e.name.removeprefix("miniature-")
-        source, name = f"{own}.safetensors" if small else e.source, e.name
-        encoders[i] = replace(e, source=source, name=f"{name}-{i + 1}" if several else name)
-    side = config.pooled_side or model.pooled_side
-    shape = dict(projector=config.projector, mixer=config.mixer, pooled_side=side)
-    return replace(model, encoders=tuple(encoders), **shape)
+def choose_encoders(model: merv.MERVConfig, names: list[str]) -> list:
+    """Encoder configurations by name; a name means the model's own encoder if it has one. One that
+    is named several times (a control) gets a number for each copy."""
+    own = {encoder.label: encoder for encoder in model.encoders}
+    chosen = []
+    for number, name in enumerate(names, start=1):
+        encoder = own[name] if name in own else choose(ENCODERS, name, "encoder")
+        if len(set(names)) < len(names):
+            encoder = replace(encoder, name=f"{encoder.name}-{number}", label=f"{name}-{number}")
+        chosen.append(encoder)
+    return chosen
+
+
+def model_config(config: TrainConfig) -> merv.MERVConfig:
+    """The model that the options describe."""
+    model = MERVS[config.model]
+    names = config.encoders.split(",")
+    encoders = choose_encoders(model, names)
+    if config.encoder_files:
+        folder = Path(config.encoder_files.format(encoder_seed=config.encoder_seed))
+        for index, name in enumerate(names):
+            source = str(folder / f"{name}.safetensors")
+            encoders[index] = replace(encoders[index], source=source)
+    return replace(
+        model,
+        encoders=tuple(encoders),
+        projector=config.projector,
+        mixer=config.mixer,
+        pooled_side=config.pooled_side,
+    )
 
 
 def make_mesh(device: str, replicas: int) -> DeviceMesh:
-    """(replicas, shards): parameters are cut over the second, each part held once a replica."""
+    """Processes as a grid (replicas, shards): each row of it holds the parameters once."""
     world = dist.get_world_size()
     if world % replicas:
         what = f"{world} processes cannot hold {replicas} replicas."
-        raise UserError(what, "each takes as many.", f"choose a divisor of {world}.")
-    sizes, names, only = (replicas, world // replicas), ("replicate", "shard"), replicas == 1
-    return init_device_mesh(device, sizes[only:], mesh_dim_names=names[only:])
+        raise UserError(what, "each takes equally many.", f"choose a divisor of {world}.")
+    if replicas == 1:
+        return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+    sizes = (replicas, world // replicas)
+    return init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype) -> None:
     """FSDP2: each LLM layer, each encoder and the rest are gathered when they run, else sharded.
-    Each part moves from the CPU as it is sharded, so no GPU ever holds all of the model."""
+
+    Each part moves from the CPU as it is sharded, so no GPU ever holds all of the model.
+    """
     # WHY: bfloat16 holds activations well but not sums of many small gradients.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    parts, whole = [*model.llm.layers, *model.encoders.values()], set()
-    if place_encoders != "shard":
-        parts, whole = parts[: len(model.llm.layers)], set(model.encoders.parameters())
+    parts = list(model.llm.layers)
+    whole: set[nn.Parameter] = set()  # parameters that every process holds
+    if place_encoders == "shard":
+        parts += model.encoders.values()
+    else:
+        whole = set(model.encoders.parameters())
         for parameter in whole:
             parameter.data = parameter.data.to(mesh.device_type, dtype)
     model.encoder_streams = place_encoders == "streams"
@@ -191,32 +313,198 @@ def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
+# --------------------------------------------------------------------------------------------- data
+
+
+def make_datasets(model: MERV, stage: Stage, config: TrainConfig, cache) -> ConcatDataset:
+    """The files of a stage as one dataset; with a cache, what it lacks is encoded now."""
+    datasets = []
+    for file, template in stage.files:
+        datasets.append(read_rows(model, data_folder(config) / file, template, cache))
+        if cache:
+            fill_cache(model, datasets[-1], config)
+    return concatenate(datasets)
+
+
+def data_folder(config: TrainConfig) -> Path:
+    """The folder of stage1.json and stage2.json."""
+    return small.FOLDER / "train" if config.data == "miniature" else Path(config.data)
+
+
+def read_rows(model: MERV, file: Path, template: str | None, cache) -> data.ConversationDataset:
+    """A file of conversations, for this model."""
+    form = data.TEMPLATES[template or model.config.llm.template]
+    encoders = list(model.config.encoders)
+    return data.ConversationDataset(file, model.tokenizer, form, encoders, cache=cache)
+
+
+def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConfig) -> None:
+    """Encode the files that the cache lacks, each by one process."""
+    cache = dataset.cache
+    media = sorted({dataset.media(row) for row in dataset.rows} - {("text", None)})
+    mine = media[dist.get_rank() :: dist.get_world_size()]
+    # Sorted by kind, so that few batches mix stills and clips (ledger F8).
+    missing = [file for _, file in mine if not cache.get(file)]
+    load = partial(decode, encoders=dataset.encoders)
+    loader = DataLoader(missing, config.micro_batch, collate_fn=load, num_workers=config.workers)
+    for usable, pixels in progress(loader, "encode clips once"):
+        pooled = model.features(pixels) if usable else {}
+        for index, file in enumerate(usable):
+            clip = {name: value[index] for name, value in pooled.items()}
+            cache.put(file, clip)
+            if file == missing[0]:
+                size = sum(2 * value.numel() for value in clip.values()) / 1e6  # bfloat16
+                print(f"{cache.folder}: {len(media)} clips or stills of {size:.3f} MB each")
+    dist.barrier()
+
+
+def decode(files: list[Path], encoders: list) -> tuple[list[Path], dict]:
+    """The files that can be decoded, and encoder -> pixels. Unreadable files are reported by the
+    dataset, with their rows."""
+    usable, clips = [], []
+    for file in files:
+        with suppress(errors.DataError):
+            clips.append(data.load_pixels(file, encoders))
+            usable.append(file)
+    return usable, data.stack(clips)
+
+
+def concatenate(datasets: list[data.ConversationDataset]) -> ConcatDataset:
+    """Several files as one dataset, with the fields that the sampler and a failure's dump read."""
+    together = ConcatDataset(datasets)
+    together.rows, together.lengths, together.modalities = [], [], []
+    for dataset in datasets:
+        together.rows += dataset.rows
+        together.lengths += dataset.lengths
+        together.modalities += dataset.modalities
+    return together
+
+
+def order_data(dataset: ConcatDataset, stage: Stage, config: TrainConfig) -> tuple[list, int, int]:
+    """This process's micro-batches of all epochs, how many make a step, and the number of steps."""
+    world = dist.get_world_size()
+    rows = max(1, min(config.micro_batch, stage.global_batch // world))
+    sizes = (stage.global_batch, rows, dist.get_rank(), world, config.seed)
+    order: list[list[int]] = []
+    for epoch in range(config.epochs):
+        order += data.GroupedBatchSampler(dataset, *sizes, epoch)
+    accumulation = stage.global_batch // (rows * world)
+    steps = len(order) // accumulation
+    if config.max_steps is not None:
+        steps = min(steps, config.max_steps)
+    return order, accumulation, steps
+
+
+# ------------------------------------------------------------------------------------ held-out rows
+
+
+class HeldOut:
+    """A fixed set of rows that are not trained on: their loss, and some answers to their questions.
+
+    The rows are spread evenly over the file. Nothing here is random or needs a gradient, so it does
+    not change the training.
+    """
+
+    def __init__(self, dataset: data.ConversationDataset, config: TrainConfig):
+        rank, world = dist.get_rank(), dist.get_world_size()
+        count = max(1, HELD_OUT_ROWS // world)  # rows of each process: equally many
+        rows = torch.linspace(0, len(dataset) - 1, count * world).long().tolist()
+        self.dataset = dataset
+        self.samples = rows[:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES]
+        self.batches = []
+        for begin in range(0, count, config.micro_batch):
+            mine = rows[rank::world][begin : begin + config.micro_batch]
+            self.batches.append(data.collate([dataset[row] for row in mine]))
+        self.join = config.place_encoders == "shard" and dataset.cache is None
+
+    def evaluate(self, model: MERV, number: int) -> float:
+        """The loss after step `number`, printed with some answers."""
+        loss = self.loss(model)
+        if dist.get_rank() == 0:
+            print(f"step {number}, held-out loss {loss:.3f}")
+        self.show_answers(model)
+        return loss
+
+    @torch.no_grad()
+    def loss(self, model: MERV) -> float:
+        """Mean cross-entropy per answer token over all rows, in nats."""
+        totals = torch.zeros(2)  # sum of losses, number of labels
+        for batch in self.batches:
+            loss, _ = model(batch.to(model.device), join=self.join)
+            totals += torch.tensor([loss.item(), batch.num_labels])
+        model.reshard()  # else the next step would use the parameters gathered here
+        dist.all_reduce(totals)
+        return (totals[0] / totals[1]).item()
+
+    @torch.no_grad()
+    def show_answers(self, model: MERV) -> None:
+        """Print some questions with the model's answers and the true ones; all processes run it."""
+        model.eval()
+        # MERV.answer does not pass through MERV.forward, where FSDP would gather these parameters.
+        model.unshard()
+        for number, row in enumerate(self.samples):
+            turns = self.dataset.rows[row]["conversations"]
+            turn = 2 * number % len(turns)  # another kind of question for each
+            asked, truth = turns[turn]["value"], turns[turn + 1]["value"]
+            video = self.dataset.media(self.dataset.rows[row])[1]
+            reply = model.answer(video, asked, max_new_tokens=16)[0].text
+            if dist.get_rank() == 0:
+                print(f"  {asked:<40} answer: {reply:<12} truth: {truth}")
+        model.reshard()
+        model.train()
+
+
+def read_held_out(model: MERV, config: TrainConfig, cache) -> HeldOut | None:
+    """The held-out rows that the options name; without its file the loss on them is not logged."""
+    if config.held_out is None:
+        return None
+    file = Path(config.held_out)
+    if not file.is_file():
+        print(f"There is no {file}, so the loss on held-out rows is not logged.")
+        return None
+    rows = read_rows(model, file, None, cache)
+    if cache:
+        fill_cache(model, rows, config)
+    return HeldOut(rows, config)
+
+
 # ---------------------------------------------------------------------------------------- one stage
 
 
-def make_optimizers(model: MERV, stage: Stage, muon_lr: float) -> list[torch.optim.Optimizer]:
-    """AdamW for all that the stage trains or, with a muon_lr, Muon for matrices of LLM layers.
+def make_optimizers(
+    model: MERV, stage: Stage, muon_learning_rate: float | None = None
+) -> list[torch.optim.Optimizer]:
+    """AdamW for all that the stage trains or, given a learning rate for it, Muon for the matrices
+    of LLM layers and AdamW for the rest.
 
-    All else is frozen: it needs neither gradient nor optimizer. Matrices decay, vectors (norms,
-    biases, the query) do not.
+    Other parameters are frozen: they need neither gradient nor optimizer. Matrices decay, vectors
+    (norms, biases, the query) do not.
     FIX: the authors configured decay too, but grouped parameters after sharding had flattened them
     all to vectors, so none ever decayed (ledger K8).
-    WHY: a small LLM that starts from random weights learns more in a step of Muon (README).
+    WHY: a small LLM that starts from random weights learns more in a step of Muon (docs/train.md).
     """
     muon, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in stage.trained)
-        inside = muon_lr > 0 and name.startswith("llm.layers.") and parameter.ndim == 2
-        if parameter.requires_grad:
-            group = vectors if parameter.ndim < 2 else muon if inside else matrices
-            group.append(parameter)
-    groups = [{"params": matrices, "weight_decay": stage.weight_decay}]
-    groups += [{"params": vectors, "weight_decay": 0.0}]
-    optimizers = [torch.optim.AdamW(groups, lr=stage.lr, betas=(0.9, 0.999))]
+        part = name.split(".")[0]
+        parameter.requires_grad_(part in stage.trained)
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        elif muon_learning_rate is not None and name.startswith("llm.layers."):
+            muon.append(parameter)
+        else:
+            matrices.append(parameter)
+    groups = [
+        {"params": matrices, "weight_decay": stage.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizers = [torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.999))]
     if muon:
-        optimizers.append(torch.optim.Muon(muon, lr=muon_lr, weight_decay=0.0))
-    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-        group["peak"] = group["lr"]
+        optimizers.append(Muon(muon, lr=muon_learning_rate, weight_decay=0.0))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
     return optimizers
 
 
@@ -228,221 +516,247 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConfig) -> None:
-    """Encode what the cache lacks, split over the processes; no still beside clips (ledger F8)."""
-    cache, rank, world = dataset.cache, dist.get_rank(), dist.get_world_size()
-    media = sorted({dataset.media(row) for row in dataset.rows} - {("text", None)})
-    missing = [file for _, file in media[rank::world] if not cache.get(file)]
-    load = partial(decode, encoders=dataset.encoders)
-    loader = DataLoader(missing, config.micro_batch, collate_fn=load, num_workers=config.workers)
-    for usable, pixels in progress(loader, "encode clips once"):
-        features = model.features(pixels) if usable else {}
-        for index, file in enumerate(usable):
-            clip = {name: value[index] for name, value in features.items()}
-            cache.put(file, clip)
-            if file == missing[0]:
-                size = sum(2 * value.numel() for value in clip.values()) / 1e6  # bfloat16
-                print(f"{cache.folder}: {len(media)} clips or stills of {size:.3f} MB each")
-    dist.barrier()
+@dataclass
+class Counts:
+    """What the processes tell each other before a step, summed over all of them."""
+
+    labels: int  # tokens that the loss covers
+    text_tokens: int
+    bad: int  # rows that could not be used
+    stop: int  # processes that have received SIGTERM
+    visual_rows: list[int]  # rows with a picture, for each micro-batch
 
 
-def decode(files: list[Path], encoders: list) -> tuple[list[Path], dict]:
-    """The files that can be decoded, and encoder -> their clips; the others' rows will say so."""
-    usable, clips = [], []
-    for file in files:
-        with suppress(errors.DataError):
-            clips.append(data.load_pixels(file, encoders))
-            usable.append(file)
-    return usable, data.stack(clips)
+def count_over_processes(batches: list[data.Batch], stop: bool) -> Counts:
+    """Sum the counts of the micro-batches of one step over all processes."""
+    labels = sum(batch.num_labels for batch in batches)
+    tokens = sum(sum(batch.lengths) for batch in batches)
+    bad = sum(len(batch.bad) for batch in batches)
+    visual_rows = [len(batch.visual_rows) for batch in batches]
+    counts = torch.tensor([labels, tokens, bad, int(stop), *visual_rows])
+    dist.all_reduce(counts)
+    all_labels, all_tokens, all_bad, all_stop, *all_visual_rows = counts.tolist()
+    return Counts(all_labels, all_tokens, all_bad, all_stop, all_visual_rows)
 
 
-def concatenate(datasets: list[data.ConversationDataset]) -> ConcatDataset:
-    """Several files as one dataset, with what the sampler and the dump of a failure read of it."""
-    together = ConcatDataset(datasets)
-    for name in ("rows", "lengths", "modalities"):
-        setattr(together, name, [value for one in datasets for value in getattr(one, name)])
-    return together
+def forward_backward(
+    model: MERV, batches: list[data.Batch], counts: Counts, config: TrainConfig
+) -> tuple[float, list[float]]:
+    """Accumulate the gradients of one step; return its loss and this process's mean mixing weights.
 
-
-def train_stage(model: MERV, stage: Stage, dataset: ConcatDataset, run: Run, before: int) -> int:
-    """One stage of a recipe, on a sharded model. The README explains what is logged.
-
-    before: steps of the earlier stages; gives them plus this stage's. Those up to run.done are
-    behind us: skipped, without reading their data.
+    FIX: dividing each micro-batch by its own number of labels would weigh a label in a short batch
+    more than one in a long batch (ledger F5).
     """
-    config, rank, world = run.config, dist.get_rank(), dist.get_world_size()
+    world = dist.get_world_size()
+    encoders_sharded = config.place_encoders == "shard" and config.cache_features is None
+    total, mixing = torch.zeros(()), []
+    for batch, pictures in zip(batches, counts.visual_rows, strict=True):
+        join = encoders_sharded and pictures > 0  # sharded encoders run on all processes or none
+        loss, mixing_weights_be = model(batch.to(model.device), join=join)
+        # FSDP takes the mean of the processes' gradients; times their number it is the sum.
+        (loss * world / counts.labels).backward()
+        total += loss.detach().cpu()
+        mixing.append(mixing_weights_be.float().cpu())
+    dist.all_reduce(total)
+    together = torch.cat(mixing)
+    mean = together.mean(0).tolist() if len(together) else []
+    return total.item() / counts.labels, mean
 
-    # 1. What is trained, and how.
-    optimizers = make_optimizers(model, stage, config.muon_lr)
+
+def update(optimizers: list, step: int, steps: int, warmup: float) -> float:
+    """One step of every optimizer, with the learning rate of this step; return that of AdamW."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, group["peak"], warmup)
+        optimizer.step()
+        optimizer.zero_grad()
+    return optimizers[0].param_groups[0]["lr"]
+
+
+def train_stage(
+    model: MERV, stage: Stage, dataset: ConcatDataset, held_out, run: Run, steps_done: int
+) -> int:
+    """Train one stage on a sharded model; return the number of steps up to its end.
+
+    held_out: a HeldOut, or None. steps_done: steps of the earlier stages. Steps up to run.done are
+    skipped without reading their data.
+    """
+    config, rank = run.config, dist.get_rank()
+
+    # 1. Choose what is trained, and how.
+    muon = config.muon_learning_rate if config.optimizer == "muon" else None
+    optimizers = make_optimizers(model, stage, muon)
     model.train()
 
-    # 2. The order of the data: `accumulation` micro-batches of every process make one step.
-    sizes, order = (stage.global_batch, config.micro_batch, rank, world, config.seed), []
-    for epoch in range(config.epochs):
-        order += data.GroupedBatchSampler(dataset, *sizes, epoch)
-    sharded = config.place_encoders == "shard" and config.cache_features == "none"
-    accumulation = stage.global_batch // (config.micro_batch * world)
-    steps = min(len(order) // accumulation, config.max_steps or len(order))
-    start = min(steps, max(0, run.done - before))
+    # 2. Order the data: `accumulation` micro-batches of every process make one step.
+    order, accumulation, steps = order_data(dataset, stage, config)
+    start = min(steps, max(0, run.done - steps_done))
     order = order[start * accumulation : steps * accumulation]
-    loading = {"num_workers": config.workers, "collate_fn": data.collate}
-    loader = iter(DataLoader(dataset, batch_sampler=order, **loading))
+    loader = load_in_order(dataset, order, config.workers)
     run.seen += start * stage.global_batch
-    if before < run.done <= before + steps:
-        load_state(model, optimizers, run)
+    if steps_done < run.done <= steps_done + steps:
+        runs.load_state(model, optimizers, run)
 
-    for step in (bar := progress(range(start, steps), "train")):
-        # 3. Load the micro-batches of this step.
-        started, number = time.perf_counter(), before + step + 1
+    bar = progress(range(start, steps), f"train {', '.join(stage.trained)}", show=rank == 0)
+    for step in bar:
+        # 3. Load the micro-batches of this step, and count over all processes.
+        started = time.perf_counter()
+        number = steps_done + step + 1
         batches: list[data.Batch] = [next(loader) for _ in range(accumulation)]
         waited = time.perf_counter() - started
-
-        # 4. Over all ranks: labels, tokens, unusable rows, who must stop, batches with pictures.
-        counts = [[b.num_labels, sum(b.lengths), len(b.bad)] for b in batches]
-        counts = [*map(sum, zip(*counts, strict=True)), run.stop]
-        counts = torch.tensor(counts + [len(b.visual_rows) for b in batches])
-        dist.all_reduce(counts)
-        labels, tokens, bad, stop, *pictures = counts.tolist()
+        counts = count_over_processes(batches, run.stop)
         run.seen += stage.global_batch
-        if bad:
-            report_bad([row for batch in batches for row in batch.bad], bad, run, number)
+        runs.report_bad(batches, counts.bad, run, number)
 
-        # 5. Forward and backward. FIX: dividing each micro-batch by its own number of labels would
-        #    weigh a label in a short batch more than one in a long batch (ledger F5).
-        total, weights = torch.zeros(()), []
-        for batch, anywhere in zip(batches, pictures, strict=True):
-            loss, weight_be = model(batch.to(model.device), join=sharded and anywhere > 0)
-            # FSDP gives the mean of the ranks' gradients; times their number it is the sum.
-            (loss * world / labels).backward()
-            total += loss.detach().cpu()
-            weights.append(weight_be.float().cpu())
-
-        # 6. Clip, then step with this step's learning rate.
-        dist.all_reduce(total)
-        loss = total.item() / labels
+        # 4. Forward and backward; then clip the gradients.
+        loss, mixing_weights = forward_backward(model, batches, counts, config)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).full_tensor().item()
         if not math.isfinite(loss + norm):
-            indices = order[(step - start) * accumulation :][:accumulation]
-            rows = [dataset.rows[i] for micro_batch in indices for i in micro_batch]
-            what = f"the loss is {loss}, the gradient norm {norm}"
-            fail(model, batches, rows, run.folder / f"failure-step-{number}", what)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, steps, group["peak"], config.warmup)
-            with specialists.muon_in_float32():
-                optimizer.step()
-            optimizer.zero_grad()
+            rows = rows_of(dataset, order, (step - start) * accumulation, accumulation)
+            runs.dump_and_raise(
+                model, batches, rows, run, number, f"the loss is {loss}, the gradient norm {norm}"
+            )
 
-        # 7. Log.
+        # 5. Update the parameters.
+        rate = update(optimizers, step, steps, config.warmup)
+
+        # 6. Log; from time to time, evaluate the held-out rows.
+        metrics = {"step": number, "loss": loss, "gradient_norm": norm}
+        metrics |= {"learning_rate": rate, "mixing_weights": mixing_weights}
+        metrics |= speed(model, counts, waited, time.perf_counter() - started)
+        last = step + 1 == steps
+        if held_out and (last or due(number, config.held_out_every)):
+            metrics["held_out_loss"] = held_out.evaluate(model, number)
         if rank == 0:
-            seconds, lr = time.perf_counter() - started, optimizers[0].param_groups[0]["lr"]
-            tokens += sum(pictures) * model.config.num_visual
-            metrics = {"step": number, "loss": loss, "lr": lr, "gradient_norm": norm}
-            metrics |= {"tokens_per_second": tokens / seconds, "data_wait": waited / seconds}
-            mixed = torch.cat(weights).mean(0).tolist() if any(map(len, weights)) else []
-            log(run, metrics | {"memory_gb": peak_memory(model.device), "weights": mixed})
-            bar.set_postfix_str(f"loss {loss:.3f}")
+            runs.log(run, metrics)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
 
-        # 8. Save what the next step needs, now and then; leave if asked to.
-        if stop or step + 1 == steps or (config.save_every and number % config.save_every == 0):
-            save_state(model, optimizers, run, number)
-        if stop:
-            print(f"Stopped after step {number}; the same command goes on." * (rank == 0))
-            leave()
-    return before + steps
+        # 7. Save what the next step needs, now and then; stop if asked to.
+        if counts.stop or last or due(number, config.save_every):
+            runs.save_state(model, optimizers, run, number)
+        if counts.stop:
+            stop(number)
+    return steps_done + steps
 
 
-# -------------------------------------------------------------------------------- what a run leaves
+def load_in_order(dataset: ConcatDataset, order: list[list[int]], workers: int) -> Iterator:
+    """Batches of the rows in `order`, read ahead by other processes."""
+    loader = DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=data.collate)
+    return iter(loader)
+
+
+def rows_of(dataset: ConcatDataset, order: list[list[int]], first: int, count: int) -> list[dict]:
+    """The rows of `count` micro-batches from `first`, as they stand in the file."""
+    rows = []
+    for indices in order[first : first + count]:
+        rows += [dataset.rows[index] for index in indices]
+    return rows
+
+
+def speed(model: MERV, counts: Counts, waited: float, seconds: float) -> dict[str, float | None]:
+    """Metrics of time and memory for one step that took so many seconds."""
+    tokens = counts.text_tokens + sum(counts.visual_rows) * model.config.num_visual
+    return {
+        "tokens_per_second": tokens / seconds,
+        "data_wait": waited / seconds,
+        "memory_gb": runs.peak_memory(model.device),
+    }
+
+
+def stop(number: int) -> None:
+    """End the process after a step, because SIGTERM was received."""
+    if dist.get_rank() == 0:
+        print(f"Stopped after step {number}; the same command resumes the run.")
+    exit_now()
+
+
+def due(number: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens after this one."""
+    return every is not None and number % every == 0
 
 
 # ------------------------------------------------------------------------------------ the whole run
 
 
-def settle(config: TrainConfig) -> TrainConfig:
-    """Fill in what depends on the model's size."""
-    small, cache = config.model == "miniature", config.cache_features
-    if cache == "auto":
-        cache = str(MINIATURE / "features") if small else "none"
-    return replace(
-        config,
-        epochs=config.epochs or (4 if small else 1),
-        muon_lr=config.muon_lr if config.muon_lr >= 0 else 0.01 * small,
-        micro_batch=config.micro_batch or (config.global_batch or 32 if small else 4),
-        cache_features=cache,
-        name=config.name or f"{config.model}-{config.recipe}",
-    )
+def begin(config: TrainConfig) -> Run:
+    """Make the miniature's data if it is asked for; open the run's folder on every process."""
+    opened: list[Run | None] = [None]
+    if config.data is None or config.tokenizer is None:
+        why = f"the model {config.model} comes without them."
+        raise UserError("--data and --tokenizer are missing.", why, "see docs/train.md.")
+    if dist.get_rank() == 0:
+        if config.data == "miniature":
+            print(small.BANNER, flush=True)
+            miniature.prepare(small.FOLDER, config.encoder_seed)
+        opened = [runs.open_run(config)]
+    dist.broadcast_object_list(opened)
+    return opened[0]
 
 
 def train(config: TrainConfig) -> Run:
-    """Every stage of the recipe, then the checkpoint; or what is left of a run that has begun."""
-    device, model_config = join_processes(config.device), configure(config)
-    rank, small = dist.get_rank(), config.model == "miniature"
-    folder, tokenizer = Path(config.data), config.tokenizer
-    if config.data == "miniature":
-        if rank == 0:
-            miniature.prepare(MINIATURE, config.encoder_seed)
-        dist.barrier()
-        folder, tokenizer = MINIATURE / "train", tokenizer or str(MINIATURE / "tokenizer.model")
-    found = [open_run(config) if rank == 0 else None]
-    dist.broadcast_object_list(found)
-    run: Run = found[0]
+    """Run the stages of the recipe that are not done yet, then write the checkpoint."""
+    device = join_processes(config.device)
+    architecture = model_config(config)
+    stages = stages_of(config)
+    run = begin(config)
     if (run.folder / "checkpoint").is_dir():
         return run
-    if rank == 0 and find_spec("tensorboard"):
-        run.board = import_module("torch.utils.tensorboard").SummaryWriter(run.folder)
+    if dist.get_rank() == 0:
+        runs.open_board(run)
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
-    model = MERV.create(model_config, tokenizer, config.seed)
-    llm, encoders, cache, stages = model_config.llm, list(model.config.encoders), None, []
-    if config.cache_features != "none":
+    model = MERV.create(architecture, config.tokenizer, config.seed)
+    cache = None
+    if config.cache_features:
         cache = features.FeatureCache(config.cache_features, model.fingerprints())
-    for stage in RECIPES[config.recipe]:
-        lr = config.lr or (stage.miniature_lr if small else stage.lr)
-        size, files = config.global_batch or (32 if small else stage.global_batch), []
-        for file, template in stage.files:
-            parts = (model.tokenizer, data.TEMPLATES[template or llm.template], encoders)
-            files.append(data.ConversationDataset(folder / file, *parts, cache=cache))
-            if cache:
-                model.encoders.to(device)
-                fill_cache(model, files[-1], config)
-        stages.append((replace(stage, lr=lr, global_batch=size), concatenate(files)))
-    model.llm.activation_checkpointing = config.activation_checkpointing and not small
+        model.encoders.to(device)
+    datasets = [make_datasets(model, stage, config, cache) for stage in stages]
+    held_out = read_held_out(model, config, cache)
+    model.llm.activation_checkpointing = config.activation_checkpointing
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     shard(model, make_mesh(device.type, config.replicas), config.place_encoders, dtype)
-    steps = 0
-    for stage, dataset in stages:
-        steps = train_stage(model, stage, dataset, run, steps)
+    steps_done = 0
+    for number, (stage, dataset) in enumerate(zip(stages, datasets, strict=True), start=1):
+        if dist.get_rank() == 0:
+            print(f"stage {number} of {len(stages)}: train {', '.join(stage.trained)}")
+        steps_done = train_stage(model, stage, dataset, held_out, run, steps_done)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    whole = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = sharded.get_model_state_dict(model, options=whole)
-    if rank == 0:
-        draw_loss(run.folder)
+    whole = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = distributed_state.get_model_state_dict(model, options=whole)
+    if dist.get_rank() == 0:
+        runs.draw_loss(run.folder)
         model.save_pretrained(run.folder / "checkpoint", state)
     dist.barrier()
     return run
 
 
+def evaluate(run: Run) -> None:
+    """Score the miniature's test clips, print a table and write the report."""
+    name, test = "miniature-open", small.FOLDER / "test"
+    model = MERV.from_pretrained(run.folder)
+    answered = eval.evaluate(model, name, test, run.folder / "eval")
+    if answered:  # None on all processes but the last to finish its share
+        eval.print_table(name, answered)
+        report.write_report([str(run.folder)], run.folder / "report.html", eval.summarise)
+        clip = test / "videos" / "clip_000000.mp4"
+        print(f'ask it: python merv.py {clip} "What happens?"')
+
+
 def main(arguments: list[str] | None = None) -> None:
     """`train.py`: train, then score the miniature."""
-    config = parse_options(TrainConfig, arguments, "Train MERV.")
     try:
-        config = settle(resumed(config) if config.resume else config)
-        if config.plan:
-            return import_module("cost").plan(config)  # cost.py imports this module
-        run = train(config)
+        run = train(read_options(arguments))
         dist.destroy_process_group()
         if run.config.evaluate and run.config.data == "miniature":
-            model, name = MERV.from_pretrained(run.folder), "miniature-open"
-            answered = eval.evaluate(model, name, MINIATURE / "test", run.folder / "eval")
-            if answered:  # by all processes, each its share
-                eval.print_table(name, answered)
-                report.write_report([str(run.folder)], run.folder / "report.html", eval.summarise)
-                clip = MINIATURE / "test" / "videos" / "clip_000000.mp4"
-                print(f'ask it: python merv.py {clip} "What happens?"')
+            evaluate(run)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        leave(1)
+        exit_now(1)
 
+
+# Old names, which other files still use.
+MINIATURE = small.FOLDER  # alias
+configure = model_config  # alias
 
 if __name__ == "__main__":
     main()
-    leave()
+    exit_now()

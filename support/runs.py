@@ -1,15 +1,16 @@
-"""The folder of a training run: config, metrics, saves, resume, bad rows, the loss curve."""
+"""The folder of a training run: options, metrics, saves, resuming, bad rows, the loss curve."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import resource
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields
-from itertools import accumulate, count
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,6 +20,40 @@ from torch.distributed.checkpoint import state_dict as sharded
 
 from support import files
 from support.errors import CheckpointError, UserError
+
+ROOT = Path(__file__).parents[1]
+
+# Frozen parameters are not saved: encoders are read from their own files.
+TRAINED = sharded.StateDictOptions(ignore_frozen_params=True)
+
+# The options that --resume may change: how a run is computed, not what it computes.
+RESUME_MAY_CHANGE = {
+    "resume",
+    "micro_batch",
+    "workers",
+    "activation_checkpointing",
+    "replicas",
+    "place_encoders",
+    "save_every",
+    "keep",
+    "max_bad",
+    "evaluate",
+    "device",
+    "held_out_every",
+}
+
+
+@dataclass
+class Run:
+    """A run while it is under way."""
+
+    config: object  # the options, a train.TrainConfig
+    folder: Path
+    done: int  # steps, over all stages, up to the save that it resumes from
+    bad: int  # rows that could not be used so far, over all processes
+    seen: int = 0  # rows so far, over all processes
+    stop: bool = False  # whether SIGTERM has been received
+    board: object = None  # TensorBoard's writer
 
 
 def latest_run(folder: str | Path = "runs") -> Path:
@@ -30,34 +65,129 @@ def latest_run(folder: str | Path = "runs") -> Path:
     return runs[-1].parent.parent
 
 
-TRAINED = sharded.StateDictOptions(ignore_frozen_params=True)  # encoders come from their sources
+# --------------------------------------------------------------------------------- begin and resume
 
 
-# What --resume may change: how a run is computed, not what. All else stays as it began.
-HOW = {"resume", "micro_batch", "workers", "activation_checkpointing", "replicas"}
+def open_run(config) -> Run:
+    """On rank 0: the folder of a new run, or of one to resume, with its logs cut to the last save.
+
+    A run is resumed if --resume names it, or if the same options and the same code began it and it
+    has not ended. So a command that is given again, by hand or by torchrun --max-restarts, resumes.
+    """
+    saved = describe(config)
+    folder, resuming = find_folder(config, saved)
+    if not resuming:
+        files.write_file(folder / "config.json", json.dumps(saved, indent=2))
+    saves = folder / "saves"
+    for unfinished in saves.glob("*.partial"):
+        shutil.rmtree(unfinished)
+    done = max((int(save.name) for save in saves.glob("*")), default=0)
+    cut_log(folder / "metrics.jsonl", done)
+    bad = cut_log(folder / "bad_examples.jsonl", done)
+    print(f"{folder}, from step {done}; its options are in config.json")
+    return Run(config, folder, done, bad)
 
 
-HOW |= {"place_encoders", "save_every", "keep", "max_bad", "evaluate", "device"}
+def describe(config) -> dict:
+    """What config.json holds: a hash of the code, the commit, the version of torch, the options."""
+    code = hashlib.sha256()
+    for file in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("support/*.py"))]:
+        code.update(file.read_bytes())
+    git = ["git", "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # git is not installed
+        commit = ""
+    saved = {"code": code.hexdigest()[:16], "commit": commit, "torch": torch.__version__}
+    options = json.loads(json.dumps(asdict(config)))  # as JSON gives them back: lists, not tuples
+    return saved | options
 
 
-@dataclass
-class Run:
-    """A run while it is under way."""
+def find_folder(config, saved: dict) -> tuple[Path, bool]:
+    """The run's folder, NAME or else the first free NAME-2, NAME-3 ..., and whether it resumes."""
+    if config.resume:
+        return Path(config.resume), True
+    number = 1
+    folder = Path("runs") / config.name
+    while folder.exists():
+        file = folder / "config.json"
+        ended = (folder / "checkpoint").exists()
+        if file.exists() and not ended:
+            began = json.loads(file.read_text())
+            if began | {"commit": saved["commit"]} == saved:
+                return folder, True
+        number += 1
+        folder = Path("runs") / f"{config.name}-{number}"
+    return folder, False
 
-    config: object
-    folder: Path
-    done: int  # steps, over all stages, of the save that it goes on from; 0: from the start
-    bad: int  # rows that could not be used so far, over all processes
-    seen: int = 0  # rows so far
-    stop: bool = False  # SIGTERM came
-    board: object = None  # TensorBoard's writer
+
+def cut_log(file: Path, done: int) -> int:
+    """Drop the lines of a log that belong to steps after `done`; return how many stay."""
+    lines = [line for line in files.whole_lines(file) if json.loads(line)["step"] <= done]
+    files.write_file(file, "".join(lines))
+    return len(lines)
+
+
+def saved_options(folder: str, cls: type, preset: Callable):
+    """The options that a run began with, as an instance of `cls`. preset: see train.preset."""
+    file = Path(folder) / "config.json"
+    if not file.is_file():
+        raise UserError(f"No run at {folder}.", f"{file} is missing.", "check the path.")
+    saved = json.loads(file.read_text())
+    options = asdict(preset(saved["model"], saved["recipe"]))
+    if "muon_lr" in saved:
+        options |= translate_legacy(saved)
+    else:
+        options |= {name: saved[name] for name in options}
+    for name, value in options.items():
+        if isinstance(value, list):
+            options[name] = tuple(value)
+    return cls(**options)
+
+
+def translate_legacy(saved: dict) -> dict:
+    """Options as commit 07e06b2 wrote them -> today's. Where they said 0, -1 or "" for the usual
+    value, the preset has it, and the option is left out here."""
+    kept = ["model", "recipe", "projector", "mixer", "data", "name", "epochs", "micro_batch"]
+    kept += ["warmup", "clip", "seed", "encoder_seed", "workers", "replicas", "place_encoders"]
+    kept += ["max_bad", "evaluate", "device"]
+    options = {name: saved[name] for name in kept}
+    for name in ("encoders", "pooled_side", "tokenizer"):
+        if saved[name]:
+            options[name] = saved[name]
+    for name in ("max_steps", "save_every", "keep"):
+        options[name] = saved[name] or None
+    if saved["lr"]:
+        options["learning_rate"] = (saved["lr"],)
+    if saved["global_batch"]:
+        options["global_batch"] = (saved["global_batch"],)
+    options["optimizer"] = "adamw"
+    if saved["muon_lr"] > 0:
+        options["optimizer"] = "muon"
+        options["muon_learning_rate"] = saved["muon_lr"]
+    options["cache_features"] = saved["cache_features"]
+    if saved["cache_features"] == "none":
+        options["cache_features"] = None
+    options["held_out"] = None  # did not exist
+    return options
+
+
+def check_resumed(config, began) -> None:
+    """UserError if the command line changes an option that decides what the run computes."""
+    for name, value in asdict(config).items():
+        if value != getattr(began, name) and name not in RESUME_MAY_CHANGE:
+            option = "--" + name.replace("_", "-")
+            what = f"{option} contradicts {config.resume}/config.json."
+            why = f"the run began with {getattr(began, name)}, and a resumed run stays the same."
+            allowed = ", ".join(sorted(RESUME_MAY_CHANGE))
+            raise UserError(what, why, f"leave {option} out; these may change: {allowed}.")
 
 
 def save_state(model, optimizers: list, run: Run, number: int) -> None:
-    """saves/NUMBER: the shards of every process after so many steps, complete or not there.
+    """Write saves/NUMBER, the shards of every process after that step, atomically.
 
     FIX: the authors save the optimizer state of rank 0 only (ledger F6). Data order and learning
-    rate follow from the number, and nothing is random, so nothing else is needed.
+    rate follow from the step, and nothing is random, so nothing else is needed.
     WHY: not in the background. At 7B on 8 GPUs it is 10 GB each, some seconds every 500 steps.
     """
     folder = run.folder / "saves" / f"{number:08d}"
@@ -67,119 +197,152 @@ def save_state(model, optimizers: list, run: Run, number: int) -> None:
     dist.barrier()
     if dist.get_rank() == 0:
         partial.rename(folder)
-        saved = sorted(f for f in folder.parent.iterdir() if not f.suffix)
-        for old in saved[: -run.config.keep] if run.config.keep else []:
-            shutil.rmtree(old.rename(old.with_suffix(".partial")))  # never half a save
+        if run.config.keep is not None:
+            saves = sorted(save for save in folder.parent.iterdir() if not save.suffix)
+            for old in saves[: -run.config.keep]:
+                # Renamed first, so that a kill never leaves half a save under its name.
+                shutil.rmtree(old.rename(old.with_suffix(".partial")))
     dist.barrier()
 
 
 def load_state(model, optimizers: list, run: Run) -> None:
-    """All as it was after step run.done, however many processes saved it."""
+    """Restore everything as it was after step run.done, however many processes saved it."""
     weights, moments = sharded.get_state_dict(model, optimizers, options=TRAINED)
     state = {"model": weights, "optimizers": moments}  # the weights are the model's own tensors
     dcp.load(state, checkpoint_id=run.folder / "saves" / f"{run.done:08d}")
     sharded.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=TRAINED)
 
 
-def open_run(config) -> Run:
-    """On rank 0: the folder of a new run or, in that of one under way, all as at its last save.
-
-    Under way is --resume's run, or one that the same options and code began and did not end: a
-    command given again goes on, by hand as by torchrun --max-restarts.
-    """
-    here = Path(__file__).parents[1]
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(here.glob("*.py"))))
-    git = {"shell": True, "cwd": here, "capture_output": True, "text": True}
-    commit = subprocess.run("git describe --always --dirty", **git).stdout.strip()
-    saved = {"code": code.hexdigest()[:16], "commit": commit, "torch": torch.__version__}
-    saved |= asdict(config)
-    for number in count(1):
-        folder = Path(config.resume or f"runs/{config.name}{f'-{number}' * (number > 1)}")
-        file, ended = folder / "config.json", (folder / "checkpoint").exists()
-        began = json.loads(file.read_text()) | {"commit": commit} if file.exists() else None
-        if config.resume or not folder.exists() or (began == saved and not ended):
-            break
-    if not began:
-        files.write_file(file, json.dumps(saved, indent=2))
-    for rest in (folder / "saves").glob("*.partial"):
-        shutil.rmtree(rest)
-    done, lines = max((int(f.name) for f in (folder / "saves").glob("*")), default=0), []
-    for file in (folder / "metrics.jsonl", folder / "bad_examples.jsonl"):
-        lines = [x for x in files.whole_lines(file) if json.loads(x)["step"] <= done]
-        files.write_file(file, "".join(lines))
-    print(f"{folder}, from step {done}: {json.dumps(asdict(config))}")
-    return Run(config, folder, done, bad=len(lines))
+# ------------------------------------------------------------------------------------ write and log
 
 
-def resumed(config):
-    """The options that the run to resume began with, and the HOW of this command line."""
-    file = Path(config.resume) / "config.json"
-    if not file.is_file():
-        raise UserError(f"No run at {config.resume}.", f"{file} is missing.", "check the path.")
-    saved, now = json.loads(file.read_text()), asdict(config)
-    began = {f.name: saved[f.name] for f in fields(config)}
-    given = {f.name for f in fields(config) if now[f.name] not in (f.default, began[f.name])}
-    if odd := sorted(given - HOW):
-        what, why = f"--{odd[0]} {now[odd[0]]} contradicts {file}.", "a run goes on as it began."
-        raise UserError(what, why, f"leave that out; what may change is {', '.join(sorted(HOW))}.")
-    return type(config)(**began | {name: now[name] for name in given})
+def open_board(run: Run) -> None:
+    """Log to TensorBoard too, if it is installed."""
+    if find_spec("tensorboard"):
+        run.board = import_module("torch.utils.tensorboard").SummaryWriter(run.folder)
 
 
 def log(run: Run, metrics: dict) -> None:
-    """One line of metrics.jsonl; its numbers to TensorBoard too, if that is installed."""
+    """Append one line to metrics.jsonl, and its numbers to TensorBoard."""
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(metrics) + "\n")
-    for name in metrics.keys() - {"step", "weights"} if run.board else ():
-        run.board.add_scalar(name, metrics[name], metrics["step"])
+    if run.board is None:
+        return
+    for name, value in metrics.items():
+        if name != "step" and not isinstance(value, list):
+            run.board.add_scalar(name, value, metrics["step"])
 
 
-def draw_loss(folder: Path) -> None:
-    """loss.svg: the loss of every step, grey, and its running average, red."""
-    losses = [json.loads(line)["loss"] for line in files.whole_lines(folder / "metrics.jsonl")]
-    average, curves = accumulate(losses, lambda mean, loss: 0.95 * mean + 0.05 * loss), []
-    for values, colour in ((losses, "#bbb"), (average, "#c33")):
-        scaled = (200 - 180 * value / max(losses) for value in values)
-        points = " ".join(f"{600 * i / len(losses):.1f},{y:.1f}" for i, y in enumerate(scaled))
-        curves.append(f'<polyline fill="none" stroke="{colour}" points="{points}"/>')
-    axes = f"loss: {max(losses):.2f} nats a token at the top, 0 at the bottom; {len(losses)} steps"
-    frame = '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 200">'
-    text = f'<text x="4" y="14" font-family="sans-serif" font-size="12" fill="#888">{axes}</text>'
-    files.write_file(folder / "loss.svg", "\n".join([frame, *curves, text, "</svg>\n"]))
-
-
-def peak_memory(device: torch.device) -> float:
-    """The most that was held at once, in GB: of the GPU, else by this process."""
+def peak_memory(device: torch.device) -> float | None:
+    """The most memory held at once, in GB: of the GPU, else of this process (None on Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    if not find_spec("resource"):
+        return None
+    usage = import_module("resource")
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, kilobytes on Linux
+    return usage.getrusage(usage.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
-def report_bad(mine: list[dict], total: int, run: Run, step: int) -> None:
-    """Write the rows of a step that could not be used to a file; stop if they become too many.
+def report_bad(batches: list, total: int, run: Run, step: int) -> None:
+    """Log the rows of a step that could not be used; UserError if they are too many by now.
 
     FIX: the authors replace them silently (ledger F4).
     """
-    records = [None] * dist.get_world_size()
-    dist.all_gather_object(records, [{"step": step, **row} for row in mine])
+    if total == 0:
+        return
+    mine = []
+    for batch in batches:
+        mine += [{"step": step, **row} for row in batch.bad]
+    records: list = [None] * dist.get_world_size()
+    dist.all_gather_object(records, mine)
     file = run.folder / "bad_examples.jsonl"
     if dist.get_rank() == 0:
         with file.open("a") as lines:
-            lines.writelines(json.dumps(row) + "\n" for rows in records for row in rows)
+            for rows in records:
+                for row in rows:
+                    lines.write(json.dumps(row) + "\n")
     run.bad += total
     if run.bad >= 10 and run.bad > run.config.max_bad * run.seen:
         what = f"{run.bad} of the {run.seen} rows so far could not be used."
-        why = f"with more than --max-bad {run.config.max_bad} of them, this is another data set."
+        why = f"that is more than --max-bad {run.config.max_bad}, so the data set is not as meant."
         raise UserError(what, why, f"repair the rows that {file} lists.")
 
 
-def fail(model, batches: list, rows: list[dict], folder: Path, what: str) -> None:
-    """Write what reproduces this step to a folder (weights, batches, rows), then raise."""
+def dump_and_raise(model, batches: list, rows: list, run: Run, number: int, what: str) -> None:
+    """Write what reproduces a step (weights, batches, rows) to a folder, then raise UserError."""
+    folder = run.folder / f"failure-step-{number}"
     dcp.save(sharded.get_model_state_dict(model, options=TRAINED), checkpoint_id=folder)
     step = {"batches": [vars(batch) for batch in batches], "rows": rows}
     torch.save(step, folder / f"rank-{dist.get_rank()}.pt")
-    everyone = [None] * dist.get_world_size()
+    everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [row.get("id") for row in rows])
-    why = f"the cause is among the rows with these ids, a list for each rank: {everyone}."
-    fix = f"see {folder} (weights, batches, rows); a smaller --lr may help."
+    why = f"the cause is among the rows with these ids, one list per process: {everyone}."
+    fix = f"see {folder} (weights, batches, rows); a smaller --learning-rate may help."
     raise UserError(f"{folder.name}: {what}.", why, fix)
+
+
+# ----------------------------------------------------------------------------------- the loss curve
+
+WIDTH, HEIGHT, MARGIN = 640, 300, 45  # pixels; the margin holds ticks and labels
+BETA = 0.95  # of the running average: about the last 20 steps
+
+
+def running_average(losses: list[float]) -> list[float]:
+    """Exponential average. Dividing by 1 - BETA^step removes the pull of its start at 0."""
+    averages = []
+    total = 0.0
+    for step, loss in enumerate(losses, start=1):
+        total = BETA * total + (1 - BETA) * loss
+        averages.append(total / (1 - BETA**step))
+    return averages
+
+
+def draw_loss(folder: Path) -> None:
+    """Write loss.svg: loss of each step (grey), running average (red), held-out loss (blue)."""
+    steps, losses, held_steps, held_losses = [], [], [], []
+    for line in files.whole_lines(folder / "metrics.jsonl"):
+        metrics = json.loads(line)
+        steps.append(metrics["step"])
+        losses.append(metrics["loss"])
+        if "held_out_loss" in metrics:
+            held_steps.append(metrics["step"])
+            held_losses.append(metrics["held_out_loss"])
+    top = max(losses + held_losses)
+    last = steps[-1]
+
+    def x_of(step: float) -> float:
+        return MARGIN + (WIDTH - 2 * MARGIN) * step / last
+
+    def y_of(loss: float) -> float:
+        return HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * loss / top
+
+    def curve(at: list[int], values: list[float], colour: str) -> str:
+        points = []
+        for step, value in zip(at, values, strict=True):
+            points.append(f"{x_of(step):.1f},{y_of(value):.1f}")
+        return f'<polyline fill="none" stroke="{colour}" points="{" ".join(points)}"/>'
+
+    def text(x: float, y: float, words: str, anchor: str = "middle", colour: str = "#666") -> str:
+        return (
+            f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
+        )
+
+    style = 'font-family="sans-serif" font-size="12"'
+    shapes = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {style}>']
+    for quarter in range(5):
+        step, loss = last * quarter / 4, top * quarter / 4
+        shapes.append(text(x_of(step), HEIGHT - MARGIN + 16, f"{step:.0f}"))
+        shapes.append(text(MARGIN - 6, y_of(loss) + 4, f"{loss:.2f}", "end"))
+        line = f'x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{y_of(loss):.1f}" y2="{y_of(loss):.1f}"'
+        shapes.append(f'<line {line} stroke="#eee"/>')
+    shapes.append(curve(steps, losses, "#bbb"))
+    shapes.append(curve(steps, running_average(losses), "#c33"))
+    shapes.append(text(MARGIN, 16, "loss, nats per token", "start"))
+    shapes.append(text(WIDTH - MARGIN, 16, "each step", "end", "#999"))
+    shapes.append(text(WIDTH - MARGIN, 30, "running average", "end", "#c33"))
+    if held_losses:
+        shapes.append(curve(held_steps, held_losses, "#36c"))
+        shapes.append(text(WIDTH - MARGIN, 44, "held-out rows", "end", "#36c"))
+    shapes.append(text(WIDTH / 2, HEIGHT - 8, "step"))
+    files.write_file(folder / "loss.svg", "\n".join([*shapes, "</svg>\n"]))

@@ -23,7 +23,7 @@ DATA = ("--data", "data/miniature/train", "--tokenizer", "data/miniature/tokeniz
 def curve(workplace: Path, name: str) -> list[tuple]:  # noqa: F811
     """What a run logged, without the times."""
     lines = (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    keys = ("step", "loss", "lr", "gradient_norm", "weights")
+    keys = ("step", "loss", "learning_rate", "gradient_norm", "mixing_weights")
     return [tuple(json.loads(line)[key] for key in keys) for line in lines]
 
 
@@ -74,7 +74,7 @@ def wait_for_steps(process: subprocess.Popen, log: Path, steps: int) -> None:
 @pytest.fixture(scope="module")
 def straight(workplace):  # noqa: F811
     """A run of ten steps that nobody disturbs; Muon and AdamW, all its saves kept."""
-    options = ("--micro-batch", "1", "--keep", "0")
+    options = ("--micro-batch", "1", "--keep", "none")
     done = run(workplace, "straight", *STEPS, *options, processes=2)
     assert done.returncode == 0, done.stderr
     assert len(losses(workplace, "straight")) == 10
@@ -111,7 +111,7 @@ def test_after_a_kill_torchrun_starts_the_run_again_and_it_ends_bit_for_bit(work
 @pytest.mark.slow
 def test_sigterm_saves_and_resume_goes_on_bit_for_bit(workplace, straight):  # noqa: F811
     """What a cluster sends before it takes its machines back: leave at once, lose no step."""
-    options = (*STEPS, "--micro-batch", "1", "--name", "stopped", "--save-every", "0")
+    options = (*STEPS, "--micro-batch", "1", "--name", "stopped", "--save-every", "none")
     process = start(workplace, *options)
     wait_for_steps(process, workplace / "runs" / "stopped" / "metrics.jsonl", 3)
     for rank in ranks(process.pid):
@@ -120,7 +120,7 @@ def test_sigterm_saves_and_resume_goes_on_bit_for_bit(workplace, straight):  # n
     output = output_of(process)
     assert process.returncode == 0, output
     stopped_at = len(losses(workplace, "stopped"))
-    assert f"Stopped after step {stopped_at}; the same command goes on." in output
+    assert f"Stopped after step {stopped_at}; the same command resumes the run." in output
     assert [f.name for f in (workplace / "runs" / "stopped" / "saves").iterdir()] == [
         f"{stopped_at:08d}"
     ]
@@ -151,7 +151,7 @@ def test_a_commit_in_between_does_not_begin_another_run(workplace, straight):  #
     file = workplace / "runs" / "committed" / "config.json"
     began = json.loads(file.read_text()) | {"name": "committed", "commit": "another"}
     file.write_text(json.dumps(began))
-    done = run(workplace, "committed", *STEPS, "--micro-batch", "1", "--keep", "0", processes=2)
+    done = run(workplace, "committed", *STEPS, "--micro-batch", "1", "--keep", "none", processes=2)
     assert done.returncode == 0, done.stderr
     assert "runs/committed, from step 6" in done.stdout
     assert not (workplace / "runs" / "committed-2").exists()
@@ -162,7 +162,7 @@ def test_a_commit_in_between_does_not_begin_another_run(workplace, straight):  #
     ("options", "wanted"),
     [
         (["--resume", "runs/nowhere"], "No run at runs/nowhere"),
-        (["--resume", "runs/straight", "--lr", "0.5"], "--lr 0.5 contradicts"),
+        (["--resume", "runs/straight", "--learning-rate", "0.5"], "--learning-rate contradicts"),
     ],
 )
 def test_a_resume_that_cannot_be_is_explained(workplace, straight, options, wanted):  # noqa: F811

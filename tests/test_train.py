@@ -41,7 +41,7 @@ def workplace(tmp_path_factory):
     four stills, captioned and asked about, and four rows of text alone."""
     folder = tmp_path_factory.mktemp("workplace")
     world = folder / "data" / "miniature"
-    write_world(world, {"train": 10, "test": 2})
+    write_world(world, {"train": 10, "val": 4, "test": 2})
     rows = {stage: json.loads((world / "train" / f"{stage}.json").read_text()) for stage in STAGES}
     for number in range(4):
         still = load_video(world / "train" / rows["stage1"][number]["video"], 8)[number]
@@ -79,7 +79,7 @@ def loss_of(folder: Path) -> list[float]:
 
 
 STEPS = ("--global-batch", "4", "--epochs", "1", "--cache-features", "none")
-MUON, ADAMW = ("--muon-lr", "0.01"), ("--muon-lr", "0")
+MUON, ADAMW = ("--optimizer", "muon"), ("--optimizer", "adamw")
 
 
 @pytest.fixture(scope="module")
@@ -176,14 +176,18 @@ def test_a_run_describes_itself(workplace):
     assert done.returncode == 0, done.stderr
     folder = workplace / "runs" / "described"
     config = json.loads((folder / "config.json").read_text())
-    assert config["max_steps"] == 2 and config["encoders"] == "dinov2,vivit"
+    assert (
+        config["max_steps"] == 2
+        and config["held_out_every"] == 100
+        and config["encoders"] == "dinov2,vivit"
+    )
     moved = folder.rename(workplace / "moved")
     model = MERV.from_pretrained(moved)
     assert list(model.encoders) == ["miniature-dinov2", "miniature-vivit"]
     line = json.loads((moved / "metrics.jsonl").read_text().splitlines()[0])
-    assert set(line) >= {"step", "loss", "lr", "gradient_norm", "tokens_per_second", "weights"}
+    assert set(line) >= {"step", "loss", "learning_rate", "gradient_norm", "mixing_weights"}
     curve = xml.etree.ElementTree.parse(moved / "loss.svg").getroot()
-    grey, red = (line.get("points").split() for line in curve.findall("{*}polyline"))
+    grey, red, _ = (line.get("points").split() for line in curve.findall("{*}polyline"))
     assert len(grey) == len(red) == 2  # a point a step
     higher = float(grey[1].split(",")[1]) > float(grey[0].split(",")[1])  # y points down
     assert higher == (loss_of(moved)[1] < loss_of(moved)[0])
@@ -197,9 +201,11 @@ def test_a_run_describes_itself(workplace):
         (["--modle", "miniature"], "did you mean --model?"),
         (["--recipe", "froozen"], "invalid choice: 'froozen' (choose from 'frozen'"),
         (["--replicas", "2"], "1 processes cannot hold 2 replicas"),
-        (["--encoders", "clip"], "No encoder miniature-clip"),
+        (["--encoders", "clip"], "There is no encoder clip"),
         (["--global-batch", "5", "--micro-batch", "2"], "choose a multiple of 2"),
         (["--data", "nowhere"], "Cannot read nowhere/stage2.json"),
+        (["--plan", "--gpus", "8"], "use `python cost.py plan`"),
+        (["--lr", "1e-3"], "use --learning-rate"),
     ],
 )
 def test_a_wrong_option_is_explained(workplace, options, wanted):
@@ -229,7 +235,7 @@ def test_vectors_do_not_decay(workplace):
     tokenizer = Tokenizer(workplace / "data" / "miniature" / "tokenizer.model")
     model = MERV.create(MERVS["miniature"], tokenizer)
     (stage,) = train.RECIPES["frozen"]
-    (adamw,) = train.make_optimizers(model, stage, muon_lr=0)
+    (adamw,) = train.make_optimizers(model, stage)
     matrices, vectors = adamw.param_groups
     assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0
     assert all(parameter.ndim >= 2 for parameter in matrices["params"])
@@ -237,7 +243,7 @@ def test_vectors_do_not_decay(workplace):
     trained = [p for group in (matrices, vectors) for p in group["params"]]
     assert {id(p) for p in trained} == {id(p) for p in model.parameters() if p.requires_grad}
     assert not {id(p) for p in trained} & {id(p) for p in model.encoders.parameters()}
-    smaller, muon = train.make_optimizers(model, stage, muon_lr=0.01)
+    smaller, muon = train.make_optimizers(model, stage, 0.01)
     inner = {id(p) for p in model.llm.layers.parameters() if p.ndim == 2}
     assert {id(p) for p in muon.param_groups[0]["params"]} == inner
     assert sum(len(group["params"]) for group in smaller.param_groups) == len(trained) - len(inner)
@@ -285,13 +291,14 @@ def test_mixed_has_the_rows_of_both_stages_each_in_its_own_form(workplace):
     assert mixed.rows[14] == instructions.rows[0]
     asked = tokenizer.decode(mixed[14].input_ids[mixed[14].labels == -100].tolist())
     assert asked.startswith("In: ") and asked.endswith("Out:")
-    assert stage.lr == 2e-5 and stage.global_batch == 128
+    assert stage.learning_rate == 2e-5 and stage.global_batch == 128
 
 
 SPOILED = """
 import sys
 sys.path.insert(0, {root!r})
 import data, train
+from support import cli
 from functools import partial
 whole = data.collate
 def spoil(examples):
@@ -300,7 +307,7 @@ def spoil(examples):
     return batch
 data.collate = spoil
 train.main(sys.argv[1:])
-cli.leave()
+cli.exit_now()
 """
 
 

@@ -1,0 +1,40 @@
+"""The settings of the miniature: plain values from which train.py builds its preset.
+
+They differ from the paper's because the LLM is small and starts from random weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+FOLDER = Path("data/miniature")  # where the drawn clips and the encoders are written
+HELD_OUT = FOLDER / "val" / "stage2.json"
+
+# Learning rate of each stage of a recipe. It is higher where the LLM is frozen, as in the paper.
+LEARNING_RATES = {
+    "frozen": (2e-3,),
+    "video-llava": (5e-3, 2e-3),
+    "full": (2e-3, 2e-3),
+    "mixed": (2e-3,),
+}
+
+SETTINGS = {
+    "data": "miniature",
+    "tokenizer": str(FOLDER / "tokenizer.model"),
+    "encoder_files": str(FOLDER / "encoders-{encoder_seed}"),
+    "held_out": str(HELD_OUT),
+    "epochs": 4,
+    "global_batch": (32,),
+    "micro_batch": 32,
+    "optimizer": "muon",
+    "activation_checkpointing": False,  # the model is small enough without
+    "cache_features": str(FOLDER / "features"),
+    "evaluate": True,
+}
+
+# Times on a CPU with two cores.
+BANNER = """\
+The miniature: train a video language model from nothing, on clips that this program draws.
+1. draw clips, about 15 s        2. pre-train four small encoders, about 2 min
+3. encode the clips, about 20 s  4. train projectors, mixer and LLM, about 90 s
+5. score answers about test clips, 15 to 50 s.  Times are for two CPU cores; finished parts stay."""

@@ -1,0 +1,120 @@
+"""Command lines: what --help shows, `none`, tuples, misspelled and moved options, progress."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+import train
+from support import cli
+from support.cli import option, parse_options, pick_device
+from support.errors import UserError
+
+
+@dataclass(frozen=True)
+class Options:
+    """A small command line."""
+
+    steps: int = option(10, "how far", group="run")
+    limit: float | None = option(None, "stop above", group="run")
+    rates: tuple[float, ...] = option((0.1,), "one for each stage", group="optimisation")
+    loud: bool = option(False, "print more", group="run")
+    words: tuple[str, ...] = option((), "anything")
+
+
+def parse(*words: str, **how) -> Options:
+    """The options that these words mean."""
+    return parse_options(Options, list(words), "Count.", **how)
+
+
+def test_every_type_of_field_is_read_from_the_command_line():
+    """Numbers, `none`, several values, flags, and arguments without a name."""
+    assert parse() == Options()
+    given = parse("a", "b", "--steps", "3", "--limit", "0.5", "--rates", "1e-3", "2e-5", "--loud")
+    assert given == Options(3, 0.5, (1e-3, 2e-5), True, ("a", "b"))
+    preset = Options(limit=2.0, loud=True)
+    assert parse("--limit", "none", "--no-loud", preset=preset) == Options()
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--stps", "3"], "did you mean --steps?"),
+        (["--steps", "many"], "invalid int value: 'many'"),
+        (["--pace", "3"], "--pace has moved: use --steps"),
+    ],
+)
+def test_a_wrong_option_is_explained(capsys, words, wanted):
+    """Misspelled, of the wrong type, or moved."""
+    with pytest.raises(SystemExit):
+        parse(*words, moved={"--pace": "use --steps"})
+    assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (
+            [],
+            [
+                "(default: 0.002)",
+                "(default: 32)",
+                "(default: muon)",
+                "(default: data/miniature/features)",
+            ],
+        ),
+        (["--model", "merv"], ["(default: 2e-05)", "(default: 128)", "(default: adamw)"]),
+        (["--model", "merv", "--recipe", "video-llava"], ["0.001 2e-05", "256 128"]),
+        (["--model", "siglip-single"], ["(default: siglip)", "(default: siglip-single-frozen)"]),
+    ],
+)
+def test_help_shows_the_values_that_will_be_used(capsys, words, wanted):
+    """Those of the preset that --model and --recipe choose, in five groups."""
+    with pytest.raises(SystemExit):
+        train.read_options(["--help", *words])
+    text = "".join(capsys.readouterr().out.split())  # lines break within values
+    for value in [*wanted, "model:", "data:", "optimisation:", "machine:", "run:"]:
+        assert value.replace(" ", "") in text
+
+
+def test_the_command_line_changes_fields_of_the_preset():
+    """One learning rate for both stages, or one for each; else an error."""
+    words = ["--model", "merv", "--recipe", "video-llava", "--learning-rate"]
+    (first, second) = train.stages_of(train.read_options([*words, "3e-4"]))
+    assert first.learning_rate == second.learning_rate == 3e-4
+    assert (first.global_batch, second.global_batch) == (256, 128)
+    with pytest.raises(UserError, match="3 values, the recipe has 2 stages"):
+        train.stages_of(train.read_options([*words, "1", "2", "3"]))
+
+
+LOOP = """
+import sys, time
+sys.path.insert(0, {root!r})
+from support import cli
+bar = cli.progress(range(40), "count")
+for number in bar:
+    bar.set_postfix_str(f"loss {{number}}", refresh=False)
+    time.sleep(0.005)
+"""
+
+
+def test_a_log_gets_a_line_every_ten_seconds_not_one_a_step():
+    """Without a terminal a loop of a fifth of a second prints its start and its end."""
+    script = LOOP.format(root=str(train.runs.ROOT))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 2 and "40/40" in lines[-1] and "\r" not in done.stderr
+
+
+def test_devices_are_checked(monkeypatch):
+    """ "auto" is never MPS; a device that is missing is an error with its reason."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert pick_device("auto") == torch.device("cpu")
+    for name in ("cuda", "mps"):
+        with pytest.raises(UserError, match=f"--device {name} cannot be used"):
+            pick_device(name)
+    with pytest.raises(UserError, match="There is no device gpu"):
+        cli.pick_device("gpu")
