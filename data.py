@@ -86,10 +86,8 @@ def _crop(frame: Tensor, side: int, interpolation: str) -> Tensor:
     # are squashed. On wide video their grids show different places (ledger K3).
     # FIX: the released transform also flips half of all clips, at inference too (ledger F1).
     _, h, w = frame.shape
-    if h < w:
-        size = (side, w * side // h)
-    else:
-        size = (h * side // w, side)
+    short = min(h, w)
+    size = (h * side // short, w * side // short)  # the long side is rounded down
     scaled = F.interpolate(frame[None] / 255, size, mode=interpolation, align_corners=False)[0]
     top = round((size[0] - side) / 2)
     left = round((size[1] - side) / 2)
@@ -104,15 +102,13 @@ def load_pixels(
     start, end (seconds), end_frame, fps: the part of the video to load, see load_video.
     Raises VideoError if the file is missing or damaged.
     """
-    if Path(path).suffix.lower() in IMAGE_SUFFIXES:
-        num_frames = 1
-    else:
-        num_frames = max(config.num_frames for config in encoders)
+    still = Path(path).suffix.lower() in IMAGE_SUFFIXES
+    num_frames = 1 if still else max(config.num_frames for config in encoders)
     frames = load_video(path, num_frames, start, end, end_frame, fps)
     return {config.name: preprocess(frames, config) for config in encoders}
 
 
-# ------------------------------------------------------------------- conversations -> ids and labels
+# ------------------------------------------------------------------ conversations -> ids and labels
 
 IGNORE = -100  # the label of a position without a loss; torch's cross_entropy skips it by default
 
@@ -197,7 +193,7 @@ def tokenize(turns: list[tuple[str, bool]], tokenizer: Tokenizer) -> tuple[list[
     return input_ids, labels
 
 
-# ---------------------------------------------------------------------------------- rows of a dataset
+# -------------------------------------------------------------------------------- rows of a dataset
 
 
 @dataclass
@@ -211,7 +207,9 @@ class Example:
     labels: Tensor  # (s,), IGNORE where there is no loss
     pixels: dict[str, Tensor] = field(default_factory=dict)  # encoder -> (T_e or 1, 3, H, W)
     pooled: dict[str, Tensor] = field(default_factory=dict)  # encoder -> (t, h, w, d_e), cached
-    bad: list[dict] = field(default_factory=list)  # unusable rows that this one replaces
+    bad: list[dict] = field(
+        default_factory=list
+    )  # {"row", "id", "file", "reason"} of each row it replaces
 
 
 ROW = '{"id", "image" | "video" | neither, "conversations": [{"from", "value"}, ...]}'
@@ -221,9 +219,7 @@ MALFORMED = (KeyError, TypeError, AttributeError, UnicodeEncodeError)  # raised 
 
 @dataclass(eq=False)
 class ConversationDataset(Dataset):
-    """Rows of a JSON file in Video-LLaVA's layout, a list of
-
-    {"id", "image" | "video" | neither, "conversations": [{"from", "value"}, ...]}
+    """Read rows of a JSON file in Video-LLaVA's layout: a list of ROW.
 
     Paths are relative to the JSON file. Raises DataError if the file cannot be read; a malformed
     row is found only when it is used.
@@ -283,10 +279,8 @@ class ConversationDataset(Dataset):
     def read(self, index: int) -> Example:
         """Read row `index`. Raises DataError or VideoError if it cannot be used."""
         ids, labels = tokenize(self.turns(index), self.tokenizer)
-        example = Example(
-            input_ids=torch.tensor(ids)[: self.max_length],
-            labels=torch.tensor(labels)[: self.max_length],
-        )
+        size = self.max_length
+        example = Example(torch.tensor(ids)[:size], torch.tensor(labels)[:size])
         _, path = self.media(self.rows[index])
         if path and self.cache:
             example.pooled = self.cache.get(path) or {}
@@ -306,14 +300,12 @@ class ConversationDataset(Dataset):
         """
         same_modality = self.rows_of[self.modalities[index]]
         count = min(TRIES, len(same_modality))
-        candidates = [index]
-        for row in random.Random(int(index)).sample(same_modality, count):
-            if row != index:
-                candidates.append(row)
-
+        others = random.Random(int(index)).sample(same_modality, count)
+        if index in others:
+            others.remove(index)
         bad = []
         first_error = None
-        for row in candidates[:TRIES]:
+        for row in [index, *others][:TRIES]:
             try:
                 return replace(self.read(row), bad=bad)
             except DataError as error:
@@ -343,7 +335,7 @@ class ConversationDataset(Dataset):
         return None
 
 
-# ------------------------------------------------------------------------------------ rows -> batches
+# ---------------------------------------------------------------------------------- rows -> batches
 
 
 @dataclass
@@ -356,9 +348,7 @@ class Batch:
     visual_rows: list[int]  # the v rows that have a video or image
     pixels: dict[str, Tensor]  # encoder -> (v, T_e, 3, H, W)
     pooled: dict[str, Tensor]  # encoder -> (v, t, h, w, d_e)
-    bad: list[dict] = field(
-        default_factory=list
-    )  # {"row", "id", "file", "reason"} of unusable rows
+    bad: list[dict] = field(default_factory=list)  # rows that could not be used
 
     @property
     def features(self) -> dict[str, Tensor]:  # alias
@@ -390,18 +380,9 @@ def collate(examples: list[Example]) -> Batch:
 
     Raises DataError if some rows have cached features and others have pixels.
     """
-    visual_rows = []
-    pixels = []
-    pooled = []
-    bad = []
-    for row, example in enumerate(examples):
-        bad.extend(example.bad)
-        if example.pixels:
-            pixels.append(example.pixels)
-        if example.pooled:
-            pooled.append(example.pooled)
-        if example.pixels or example.pooled:
-            visual_rows.append(row)
+    visual_rows = [row for row, e in enumerate(examples) if e.pixels or e.pooled]
+    pixels = [e.pixels for e in examples if e.pixels]
+    pooled = [e.pooled for e in examples if e.pooled]
     if pixels and pooled:
         what = "A batch mixes cached features and pixels."
         raise DataError(what, "only some clips are cached.", "cache them all before training.")
@@ -417,7 +398,7 @@ def collate(examples: list[Example]) -> Batch:
         visual_rows=visual_rows,
         pixels=stack(pixels),
         pooled=stack(pooled),
-        bad=bad,
+        bad=list(itertools.chain.from_iterable(e.bad for e in examples)),
     )
 
 
@@ -436,7 +417,7 @@ def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return stacked
 
 
-# ------------------------------------------------------------------------------- the order of batches
+# ----------------------------------------------------------------------------- the order of batches
 
 
 class GroupedBatchSampler(Sampler[list[int]]):
@@ -473,7 +454,7 @@ class GroupedBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
     def global_batches(self) -> list[list[int]]:
-        """Return every global batch of the epoch, in order: lists of row numbers."""
+        """Return every global batch of the epoch, in order: each a list of row numbers."""
         rng = np.random.default_rng([self.seed, self.epoch])
         size = self.global_batch
         batches = []
@@ -562,9 +543,7 @@ def main(arguments: list[str] | None = None) -> None:
     num_bad = 0
     try:
         if not options.folders:
-            raise UserError(
-                "No folder given.", "there is no default.", "python data.py DIR --check"
-            )
+            raise UserError("Which folder?", "none was given.", "python data.py DIR --check")
         tokenizer = Tokenizer(options.tokenizer) if options.show else None
         for folder in options.folders:
             for file in (Path(folder, "stage1.json"), Path(folder, "stage2.json")):
