@@ -317,9 +317,7 @@ class MERV(nn.Module):
         visual = None
         mixing_weights = torch.empty(0, len(self.encoders))
         if batch.visual_rows:
-            visual, mixing_weights = self.encode(
-                batch.pixels, getattr(batch, "pooled", None) or batch.features
-            )
+            visual, mixing_weights = self.encode(batch.pixels, batch.pooled)
         elif join:
             self.run_encoders_on_nothing()
         hidden = self.llm.hidden_states(inputs_embeds=self.interleave(batch, visual))

@@ -1,0 +1,257 @@
+"""Saving and loading a MERV, and what happens if a file is missing, damaged or foreign."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from safetensors.torch import load_file, save_file
+from tiny_merv import QUESTIONS, TINY, random_pixels
+
+from merv import MERV
+from support.errors import CheckpointError
+from support.features import FeatureCache
+
+pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, clip, tokenizer
+pytestmark = pytest.mark.usefixtures("no_hub")
+
+# -------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_saved_model_is_loaded_exactly(model, saved, clip):
+    """Config, every tensor and every answer; encoders without a hub id are copied along."""
+    loaded = MERV.from_pretrained(saved)
+    assert not loaded.training
+    state, expected = loaded.state_dict(), model.state_dict()
+    assert state.keys() == expected.keys()
+    for name in expected:
+        assert torch.equal(state[name], expected[name]), name
+    assert loaded.config == model.config
+    answers = loaded.answer(clip, QUESTIONS, max_new_tokens=6)
+    for found, wanted in zip(answers, model.answer(clip, QUESTIONS, max_new_tokens=6), strict=True):
+        assert found.text == wanted.text
+        assert torch.equal(found.weights, wanted.weights)
+
+
+def test_a_loaded_model_trains_what_was_trained(saved):
+    """Frozen encoders, everything else open."""
+    loaded = MERV.from_pretrained(saved)
+    for name, parameter in loaded.named_parameters():
+        assert parameter.requires_grad != name.startswith("encoders."), name
+
+
+def test_a_saved_folder_can_be_moved(model, saved, tmp_path, monkeypatch):
+    """Nothing in it points to where it was, or to the folder it was written from."""
+    moved = tmp_path / "elsewhere" / "model"
+    shutil.copytree(saved, moved)
+    monkeypatch.chdir(tmp_path)
+    assert str(saved) not in (moved / "config.json").read_text()
+    loaded = MERV.from_pretrained(moved)
+    assert torch.equal(loaded.mixer.query, model.mixer.query)
+    name = TINY.encoders[0].name
+    for key, tensor in model.encoders[name].state_dict().items():
+        assert torch.equal(loaded.encoders[name].state_dict()[key], tensor)
+
+
+def test_a_run_of_training_can_be_named_instead_of_its_checkpoint(model, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "run" / "checkpoint")
+    loaded = MERV.from_pretrained(tmp_path / "run")
+    assert torch.equal(loaded.mixer.query, model.mixer.query)
+
+
+def test_a_loaded_model_can_be_saved_again(model, saved, tmp_path):
+    """To another folder, and on top of the one it came from: the encoders are copied both times."""
+    first = tmp_path / "first"
+    shutil.copytree(saved, first)
+    MERV.from_pretrained(first).save_pretrained(tmp_path / "second")
+    MERV.from_pretrained(tmp_path / "second").save_pretrained(tmp_path / "second")
+    state = MERV.from_pretrained(tmp_path / "second").state_dict()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(state[name], tensor), name
+
+
+def test_encoders_of_the_hub_stay_a_reference_to_it(model, tokenizer, tmp_path):
+    """1.5 GB that everybody has in the cache are not written again with every checkpoint."""
+    hub = replace(TINY.encoders[1], source="owner/name@revision")
+    config = replace(TINY, encoders=(hub,))
+    single = MERV(config, [model.encoders[hub.name]], model.llm, tokenizer)
+    single.save_pretrained(tmp_path / "single")
+    assert not (tmp_path / "single" / "encoders").exists()
+    found = json.loads((tmp_path / "single" / "config.json").read_text())
+    assert found["merv"]["encoders"][0]["source"] == "owner/name@revision"
+
+
+def test_a_complete_folder_replaces_the_old_one(model, tmp_path):
+    """Saving again leaves neither old files nor a .partial, and clears what a broken save left."""
+    folder = tmp_path / "model"
+    (tmp_path / "model.partial").mkdir()
+    (tmp_path / "model.partial" / "rest").write_text("of a save that was interrupted")
+    for _ in range(2):
+        model.save_pretrained(folder)
+        (folder / "old").write_text("")
+    model.save_pretrained(folder)
+    names = {str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()}
+    encoders = {f"encoders/{e.name}.safetensors" for e in TINY.encoders}
+    assert names == {"config.json", "model.safetensors", "tokenizer.model"} | encoders
+    assert list(tmp_path.rglob("*.partial")) == []
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", f"encoders/{TINY.encoders[0].name}.safetensors"]
+)
+def test_all_that_does_not_fit_stands_in_one_error(saved, tmp_path, file):
+    folder, missing, misshaped = _broken(saved, tmp_path / "broken", file)
+    with pytest.raises(CheckpointError) as caught:
+        MERV.from_pretrained(folder)
+    lines = [" ".join(line.split()) for line in str(caught.value).splitlines()]
+    prefix = "vision_model." if file.startswith("encoders/") else ""
+    missing, misshaped = missing.removeprefix(prefix), misshaped.removeprefix(prefix)
+    assert f"missing {missing}" in lines
+    assert any(line.startswith(f"mis-shaped {misshaped}: [3, 5, 7], wanted ") for line in lines)
+    assert "unexpected surprise" in lines
+    assert str(folder) in str(caught.value)
+    assert "Fix: " in str(caught.value)
+
+
+def test_a_damaged_file_is_a_checkpoint_error(saved, tmp_path):
+    folder = tmp_path / "damaged"
+    shutil.copytree(saved, folder)
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match="Cannot read"):
+        MERV.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.model"])
+def test_a_missing_file_is_a_checkpoint_error(saved, tmp_path, file):
+    folder = tmp_path / "incomplete"
+    shutil.copytree(saved, folder)
+    (folder / file).unlink()
+    with pytest.raises(CheckpointError) as caught:
+        MERV.from_pretrained(folder)
+    assert file in str(caught.value)
+    assert "Fix: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"merv": ',
+        "[]",
+        "null",
+        '{"merv": null}',
+        '{"merv": {"surprise": 1}}',
+        '{"model": {}}',
+        '{"model": "miniature"}',
+        '{"model_type": "llama", "hidden_size": 4096}',
+    ],
+)
+def test_a_config_that_is_not_mervs_is_a_checkpoint_error(tmp_path, text):
+    """Half a file, no object, another model's, or that of a run of train.py that has not ended."""
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.json") as caught:
+        MERV.from_pretrained(tmp_path)
+    assert "\nWhy: " in str(caught.value) and "\nFix: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("released_as", "merv-full"),
+        ("encoders.0.released_as", "x"),
+        ("llm.surprise", 1),
+        ("projector", "avg4d"),
+        ("mixer", "vote"),
+    ],
+)
+def test_a_config_of_another_version_names_what_is_unknown(saved, tmp_path, path, value):
+    """A field or a projector that this version has not cannot be ignored: it decided something."""
+    found = json.loads((saved / "config.json").read_text())
+    _set(found["merv"], path, value)
+    (tmp_path / "config.json").write_text(json.dumps(found))
+    with pytest.raises(CheckpointError, match=r"config\.json") as caught:
+        MERV.from_pretrained(tmp_path)
+    unknown = value if path in ("projector", "mixer") else path.rpartition(".")[2]
+    assert unknown in str(caught.value) and "\nFix: " in str(caught.value)
+
+
+def test_a_model_in_bfloat16_still_answers(saved, clip):
+    """Loaded, cast, and with its mixing weights in float32."""
+    loaded = MERV.from_pretrained(saved, dtype=torch.bfloat16)
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    (answer,) = loaded.answer(clip, "what", max_new_tokens=3)
+    assert answer.weights.dtype == torch.float32
+    assert float(answer.weights.sum()) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("still", [False, True])
+def test_features_of_clips_and_stills_go_into_the_cache(saved, clip, tmp_path, dtype, still):
+    """As train.py stores them, whatever the dtype of the model; they come back in bfloat16."""
+    loaded = MERV.from_pretrained(saved, dtype=dtype)
+    pixels = {name: frames[None] for name, frames in random_pixels(1, still).items()}
+    features = {name: value[0] for name, value in loaded.pooled_features(pixels).items()}
+    cache = FeatureCache(tmp_path, loaded.fingerprints())
+    cache.put(clip, features)
+    found = cache.get(clip)
+    for name in features:
+        assert torch.equal(found[name], features[name].bfloat16())
+
+
+def test_fingerprints_follow_weights_and_preprocessing(tokenizer):
+    """They name entries of the feature cache: equal for equal encoders, other for anything else."""
+    one, same = MERV.create(TINY, tokenizer), MERV.create(TINY, tokenizer)
+    before = one.fingerprints()
+    assert before == same.fingerprints()
+    first, second = TINY.encoders[:2]
+    with torch.no_grad():
+        next(same.encoders[first.name].parameters()).view(-1)[0] += 1e-3
+    after = same.fingerprints()
+    assert after[first.name] != before[first.name]
+    assert after[second.name] == before[second.name]
+    finer = MERV.create(replace(TINY, pooled_side=4), tokenizer).fingerprints()
+    assert all(finer[name] != before[name] for name in before)
+
+
+def test_a_run_of_an_older_version_answers_as_it_did(tmp_path):
+    """tests/legacy/07e06b2.tar.gz is a run that commit 07e06b2 trained, with its answer."""
+    with tarfile.open(REPOSITORY / "tests" / "legacy" / "07e06b2.tar.gz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    root = tmp_path / "07e06b2"
+    run = root / "runs" / "legacy-complete"
+    expected = json.loads((run / "answer.json").read_text())
+    loaded = MERV.from_pretrained(run)
+    video = root / "data" / "videos" / expected["video"]
+    (answer,) = loaded.answer(video, [expected["question"]], max_new_tokens=8)
+    assert answer.text == expected["text"]
+    assert answer.weights.tolist() == pytest.approx(expected["weights"], abs=1e-5)
+    videos = {name: frames[None] for name, frames in loaded.pixels(video).items()}
+    visual, _ = loaded.encode(videos)
+    assert visual.mean().item() == pytest.approx(expected["visual_tokens_mean"], abs=1e-5)
+    assert visual.std().item() == pytest.approx(expected["visual_tokens_std"], abs=1e-5)
+
+
+def _broken(saved: Path, folder: Path, file: str) -> tuple[Path, str, str]:
+    """A copy of `saved` in which one tensor of `file` is missing, one mis-shaped and one added."""
+    shutil.copytree(saved, folder)
+    tensors = load_file(folder / file)
+    names = sorted(tensors)
+    del tensors[names[0]]
+    tensors[names[-1]] = torch.zeros(3, 5, 7)
+    tensors["surprise"] = torch.zeros(1)
+    save_file(tensors, folder / file)
+    return folder, names[0], names[-1]
+
+
+def _set(values: dict, path: str, value: object) -> None:
+    """_set({"llm": {}}, "llm.x", 1) makes it {"llm": {"x": 1}}."""
+    *folders, name = path.split(".")
+    for folder in folders:
+        values = values[int(folder) if folder.isdigit() else folder]
+    values[name] = value
