@@ -98,14 +98,11 @@ def check_benchmark(name: str, folder: str | Path, workers: int) -> int:
 
 
 def evaluate(
-    model: MERV,
-    name: str,  # of the benchmark
-    folder: str | Path,  # annotation files and videos/
-    output: str | Path,
-    config: EvalConfig | None = None,
+    model: MERV, name: str, folder: str | Path, output: str | Path, config: EvalConfig | None = None
 ) -> list[Question] | None:
     """Answer the questions that have no stored answer yet, and write OUTPUT/NAME.json.
 
+    name: of the benchmark. folder: holds its annotation files and videos/.
     Under torchrun each process answers its share of the clips. The process that finds all answers
     on disk writes the result and returns the questions; the others return None.
     FIX: the released code never merges the results once a single video has failed (ledger F10).
