@@ -162,10 +162,8 @@ class MERVConfig:
     @property
     def num_visual(self) -> int:
         """Visual tokens of a clip: n, or e times n if the mixer concatenates tokens."""
-        n = math.prod(self.grid)
-        if self.mixer == "concat_sequence":
-            return len(self.encoders) * n
-        return n
+        copies = len(self.encoders) if self.mixer == "concat_sequence" else 1
+        return copies * math.prod(self.grid)
 
     @classmethod
     def from_dict(cls, values: dict) -> MERVConfig:
@@ -270,11 +268,11 @@ class MERV(nn.Module):
             self.streams = {name: device.Stream() for name in self.encoders}
         pooled = {}
         for name, stream in self.streams.items():
-            stream.wait_stream(here)
+            stream.wait_stream(here)  # the pixels may still be on their way
             with device.stream(stream):
                 pooled[name] = self.pooled_features_of(name, pixels[name])
         for stream in self.streams.values():
-            here.wait_stream(stream)
+            here.wait_stream(stream)  # the caller may use the results at once
         return pooled
 
     def pooled_features_of(self, name: str, frames: Tensor) -> Tensor:
@@ -438,10 +436,8 @@ class MERV(nn.Module):
 
     def pixels(self, video: str | Path | Tensor | dict[str, Tensor] | None) -> dict[str, Tensor]:
         """Preprocess any form of video that `answer` takes: encoder -> (T_e, 3, H, W)."""
-        if video is None:
-            return {}
-        if isinstance(video, dict):
-            return video
+        if video is None or isinstance(video, dict):
+            return video or {}
         if isinstance(video, Tensor):
             return {e.name: preprocess(video, e) for e in self.config.encoders}
         return load_pixels(video, self.config.encoders)
@@ -517,12 +513,7 @@ class MERV(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls,
-        name_or_folder: str | Path,
-        dtype=torch.float32,
-        device="cpu",
-        tokenizer=None,
-        sources: dict[str, str] | None = None,
+        cls, name_or_folder, dtype=torch.float32, device="cpu", tokenizer=None, sources=None
     ) -> MERV:
         """Load a model in eval mode: a run of train.py, a folder that `save_pretrained` wrote, or
         an authors' checkpoint, by its name (a key of AUTHORS) or as a folder.
@@ -585,11 +576,10 @@ class Checkpoint:
                 placeholders = [nn.Module() for _ in config.encoders]
                 return MERV(config, placeholders, Llama(config.llm), None)
         except (AttributeError, KeyError, TypeError) as error:
-            raise CheckpointError(
-                f"{path} does not describe a MERV: {error!r}.",
-                "it belongs to another model or version, or to a run that has not ended.",
-                "name another checkpoint, or train this one again.",
-            ) from error
+            what = f"{path} does not describe a MERV: {error!r}."
+            why = "it belongs to another model or version, or to a run that has not ended."
+            fix = "name another checkpoint, or train this one again."
+            raise CheckpointError(what, why, fix) from error
 
     def read_weights(self, model: MERV) -> tuple[dict[str, Tensor], dict | None]:
         """All tensors but the encoders', and a table of names if they differ from ours."""
@@ -644,17 +634,6 @@ def authors_config(name: str, raw: dict) -> MERVConfig:
 # ----------------------------------------------------------------------------------------- commands
 
 
-def drawn_clip(num_frames: int = 32, height: int = 72, width: int = 128) -> Tensor:
-    """Draw a red square that crosses a grey gradient: uint8 (T, 3, height, width)."""
-    clip = torch.linspace(60, 200, width).byte().repeat(num_frames, 3, height, 1)
-    side = height // 4
-    red = torch.tensor([220, 40, 40]).view(3, 1, 1)
-    for frame in range(num_frames):
-        left = frame * (width - side) // (num_frames - 1)
-        clip[frame, :, side : 2 * side, left : left + side] = red
-    return clip
-
-
 @torch.no_grad()
 def run_stages(model: MERV, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
     """Run a model stage by stage: name of the stage -> its result, in order."""
@@ -683,8 +662,8 @@ def run_stages(model: MERV, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
 def trace() -> None:
     """Print the shape of every stage of MERV in full size and of the miniature.
 
-    The miniature really runs, with random weights, on a drawn clip. The full-size model is on the
-    meta device, which computes shapes only.
+    The miniature really runs, with random weights, on a clip of 32 grey gradients. The full-size
+    model is on the meta device, which computes shapes only.
     """
     config = MERVS["merv"]
     with torch.device("meta"):
@@ -696,7 +675,7 @@ def trace() -> None:
         full_stages = run_stages(full_size, pixels)
 
     miniature = MERV.create(MERVS["miniature"], tokenizer=None).eval()
-    frames = drawn_clip()
+    frames = torch.linspace(0, 255, 128).byte().expand(32, 3, 72, 128)
     clips = {name: clip[None] for name, clip in miniature.pixels(frames).items()}
     small_stages = run_stages(miniature, clips)
 

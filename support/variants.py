@@ -46,22 +46,10 @@ class AllTokensProjector(nn.Module):
         return self.linear(pooled).flatten(1, 3)
 
 
-class ClassTokenProjector(nn.Module):
-    """Each frame becomes one token, its class token: table 2a, "class tok"."""
+class ClassTokenProjector(AllTokensProjector):
+    """Each frame becomes one token, its class token (b, t, 1, 1, d_e): table 2a, "class tok"."""
 
-    time_stride = 1
     class_token = True
-
-    def __init__(self, d_e: int, d: int, side: int):
-        super().__init__()
-        self.linear = nn.Linear(d_e, d)
-
-    def pool(self, v: Tensor) -> Tensor:
-        """Return the class tokens (b, t, 1, 1, d_e) as they are."""
-        return v
-
-    def forward(self, pooled: Tensor) -> Tensor:
-        return self.linear(pooled).flatten(1, 3)
 
 
 class AttentionProjector(nn.Module):
@@ -90,7 +78,8 @@ class AttentionProjector(nn.Module):
         queries = self.queries.expand(b * t, -1, -1)
         x, _ = self.attention(queries, patches, patches, need_weights=False)
         x = x + self.mlp(self.mlp_norm(x))
-        return self.linear(x).unflatten(0, (b, t)).flatten(1, 2)
+        x = self.linear(x)  # (b*t, side*side, d)
+        return x.unflatten(0, (b, t)).flatten(1, 2)
 
 
 def linear_and_norm(wide_in: int, wide: int) -> nn.Sequential:
@@ -120,7 +109,8 @@ class RegNetBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.silu(self.enter(x))
-        y = self.depthwise(y.movedim(-1, 1)).movedim(1, -1)
+        y = self.depthwise(y.movedim(-1, 1))
+        y = y.movedim(1, -1)
         y = F.silu(self.norm(y))
         mean = y.mean((2, 3), keepdim=True)  # of each frame, (b, t, 1, 1, wide)
         gate = self.excite(F.silu(self.squeeze(mean))).sigmoid()
@@ -202,26 +192,45 @@ class Conv3dProjector(nn.Module):
 # ------------------------------------------------------------------------------------------- mixers
 
 
-def equal_weights(x_bend: Tensor) -> Tensor:
-    """1/e for each of the e encoders: (b, e, n, d) -> (b, e)."""
-    b, e = x_bend.shape[:2]
-    return torch.full((b, e), 1 / e, device=x_bend.device)
-
-
-class MeanMixer(nn.Module):
-    """The mean of the encoders, without any parameter: table 2c, "25 % each"."""
+class EqualWeights(nn.Module):
+    """Base class of the mixers without parameters: all e encoders have the mixing weight 1/e."""
 
     def __init__(self, d: int, e: int = 4):
         super().__init__()
 
     def mixing_weights(self, x_bend: Tensor) -> Tensor:
-        """1/e each."""
-        return equal_weights(x_bend)
+        """(b, e, n, d) -> (b, e), each 1/e."""
+        b, e = x_bend.shape[:2]
+        return torch.full((b, e), 1 / e, device=x_bend.device)
+
+
+class MeanMixer(EqualWeights):
+    """The mean of the encoders: table 2c, "25 % each"."""
 
     def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
         weight_be = self.mixing_weights(x_bend)
         o_bnd = torch.einsum("be,bend->bnd", weight_be.to(x_bend.dtype), x_bend)
         return o_bnd, weight_be
+
+
+class SequenceMixer(EqualWeights):
+    """Concatenate the encoders' tokens along the sequence: table 2c, "concat (seq)"."""
+
+    def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = x_bend.flatten(1, 2)  # (b, e * n, d)
+        return tokens, self.mixing_weights(x_bend)
+
+
+class ChannelMixer(EqualWeights):
+    """Concatenate features along channels, then one Linear to d: table 2c, "concat (channel)".
+
+    With two encoders, [v_1 v_2] [W_1; W_2] + b = v_1 W_1 + v_2 W_2 + b: the projectors hold the
+    parts of that one matrix, and their biases add up to b. So mixing is a plain sum.
+    """
+
+    def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = x_bend.sum(1)
+        return tokens, self.mixing_weights(x_bend)
 
 
 class LearnedMixer(nn.Module):
@@ -239,35 +248,3 @@ class LearnedMixer(nn.Module):
         weight_be = self.mixing_weights(x_bend)
         o_bnd = torch.einsum("be,bend->bnd", weight_be.to(x_bend.dtype), x_bend)
         return o_bnd, weight_be
-
-
-class SequenceMixer(nn.Module):
-    """Concatenate the encoders' tokens along the sequence: table 2c, "concat (seq)"."""
-
-    def __init__(self, d: int, e: int = 4):
-        super().__init__()
-
-    def mixing_weights(self, x_bend: Tensor) -> Tensor:
-        """1/e each: every encoder has the same number of tokens."""
-        return equal_weights(x_bend)
-
-    def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
-        return x_bend.flatten(1, 2), self.mixing_weights(x_bend)  # tokens (b, e * n, d)
-
-
-class ChannelMixer(nn.Module):
-    """Concatenate features along channels, then one Linear to d: table 2c, "concat (channel)".
-
-    With two encoders, [v_1 v_2] [W_1; W_2] + b = v_1 W_1 + v_2 W_2 + b: the projectors hold the
-    parts of that one matrix, and their biases add up to b. So mixing is a plain sum.
-    """
-
-    def __init__(self, d: int, e: int = 4):
-        super().__init__()
-
-    def mixing_weights(self, x_bend: Tensor) -> Tensor:
-        """1/e each: this mixer does not weigh the encoders."""
-        return equal_weights(x_bend)
-
-    def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
-        return x_bend.sum(1), self.mixing_weights(x_bend)

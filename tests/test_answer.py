@@ -53,7 +53,7 @@ def test_questions_together_are_answered_as_one_by_one(model, clip, replies):
 
 
 def test_an_answer_is_the_most_likely_token_after_token(model, clip, replies):
-    """Naively: the whole sequence through the LLM again for every new token."""
+    """Greedy decoding equals running the whole sequence again for every new token."""
     (answer,) = model.answer(clip, "what moves", max_new_tokens=6)
     pixels = {name: frames[None] for name, frames in model.pixels(clip).items()}
     turns = render_prompt(talk("what moves"), TEMPLATES["base"])
@@ -110,7 +110,7 @@ def test_text_alone_is_answered_without_any_encoder(model, encoder_calls):
 
 
 def test_a_video_can_be_given_as_path_frames_or_pixels(model, clip):
-    """Three forms of one clip, one answer."""
+    """All three forms of a clip give the same answer."""
     frames = decode_everything(clip)[sample_indices(24, NUM_FRAMES)]
     pixels = {e.name: preprocess(frames, e) for e in TINY.encoders}
     found = [
@@ -133,7 +133,7 @@ def test_a_still_image_can_be_asked_about(model, tmp_path):
 
 
 def test_a_conversation_can_be_continued(model, clip, replies):
-    """Earlier turns stand in front of the question, rendered as in training."""
+    """Earlier turns come before the question, rendered as in training."""
     conversation = talk("what moves", "the red square", "left or right")
     model.answer(clip, [conversation, "left or right"], max_new_tokens=6)
     with_history, without = replies
@@ -174,7 +174,7 @@ def test_likelihoods_are_those_of_the_whole_sequence_without_a_cache(model, clip
 
 
 def test_a_video_is_encoded_once_for_all_its_likelihoods(model, clip, encoder_calls):
-    """Together as apart."""
+    """Scores of several questions together equal those of each alone."""
     options = [["red", "left"]] * 3
     found = model.likelihoods(clip, QUESTIONS[:3], options)
     assert encoder_calls == {name: 1 for name in model.encoders}
@@ -231,8 +231,8 @@ def test_a_question_on_the_command_line_is_answered(model, saved, clip, capsys):
     assert [part for part in FOUR if part in mix] == list(FOUR)
 
 
-def test_a_drawn_answer_is_drawn_again_with_its_seed(saved, clip):
-    """A temperature leaves the likeliest words, a generator says where to; nothing else does."""
+def test_a_sampled_answer_is_reproduced_by_its_seed(saved, clip):
+    """Sampling depends on temperature and generator only; temperature 0 is greedy."""
     model = MERV.from_pretrained(saved)
 
     def drawn(seed: int, temperature: float = 1.0) -> list[str]:
@@ -246,7 +246,7 @@ def test_a_drawn_answer_is_drawn_again_with_its_seed(saved, clip):
 
 @pytest.mark.parametrize("wrong", ["video", "checkpoint"])
 def test_a_wrong_name_on_the_command_line_is_explained(saved, clip, tmp_path, wrong):
-    """What, why, how to fix it; a traceback would be for us, not for the user."""
+    """The message says what is wrong, why, and how to fix it, without a traceback."""
     video = "missing.mp4" if wrong == "video" else str(clip)
     checkpoint = str(tmp_path / "no" / "run") if wrong == "checkpoint" else str(saved)
     found = run(video, "what", "--checkpoint", checkpoint, cwd=tmp_path)
@@ -284,7 +284,7 @@ def test_a_video_without_a_question_is_an_error(clip):
 def test_the_miniature_warns_of_videos_that_are_not_drawn(
     model, clip, tmp_path, capsys, side, warns
 ):
-    """It answers all the same. Drawn clips are 32x32 pixels, and there it says nothing."""
+    """Drawn clips are 32x32 pixels. It answers with or without the warning."""
     small = MERV(
         replace(model.config, name="miniature"),
         list(model.encoders.values()),
@@ -302,7 +302,7 @@ def test_the_miniature_warns_of_videos_that_are_not_drawn(
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
-    """`python merv.py ...` as a user would, with no way to the hub."""
+    """Run `python merv.py ...` in a process of its own, without downloads."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, str(REPOSITORY / "merv.py"), *arguments],

@@ -40,14 +40,14 @@ def test_a_saved_model_is_loaded_exactly(model, saved, clip):
 
 
 def test_a_loaded_model_trains_what_was_trained(saved):
-    """Frozen encoders, everything else open."""
+    """Only the encoders are frozen."""
     loaded = MERV.from_pretrained(saved)
     for name, parameter in loaded.named_parameters():
         assert parameter.requires_grad != name.startswith("encoders."), name
 
 
 def test_a_saved_folder_can_be_moved(model, saved, tmp_path, monkeypatch):
-    """Nothing in it points to where it was, or to the folder it was written from."""
+    """No file in it refers to its former place."""
     moved = tmp_path / "elsewhere" / "model"
     shutil.copytree(saved, moved)
     monkeypatch.chdir(tmp_path)
@@ -66,7 +66,7 @@ def test_a_run_of_training_can_be_named_instead_of_its_checkpoint(model, saved, 
 
 
 def test_a_loaded_model_can_be_saved_again(model, saved, tmp_path):
-    """To another folder, and on top of the one it came from: the encoders are copied both times."""
+    """Saving elsewhere, or over the folder it came from, copies the encoders both times."""
     first = tmp_path / "first"
     shutil.copytree(saved, first)
     MERV.from_pretrained(first).save_pretrained(tmp_path / "second")
@@ -77,7 +77,7 @@ def test_a_loaded_model_can_be_saved_again(model, saved, tmp_path):
 
 
 def test_encoders_of_the_hub_stay_a_reference_to_it(model, tokenizer, tmp_path):
-    """1.5 GB that everybody has in the cache are not written again with every checkpoint."""
+    """The 1.5 GB that are in the hub's cache are not written with every checkpoint."""
     hub = replace(TINY.encoders[1], source="owner/name@revision")
     config = replace(TINY, encoders=(hub,))
     single = MERV(config, [model.encoders[hub.name]], model.llm, tokenizer)
@@ -105,7 +105,7 @@ def test_a_complete_folder_replaces_the_old_one(model, tmp_path):
 @pytest.mark.parametrize(
     "file", ["model.safetensors", f"encoders/{TINY.encoders[0].name}.safetensors"]
 )
-def test_all_that_does_not_fit_stands_in_one_error(saved, tmp_path, file):
+def test_all_misfits_are_listed_in_one_error(saved, tmp_path, file):
     folder, missing, misshaped = _broken(saved, tmp_path / "broken", file)
     with pytest.raises(CheckpointError) as caught:
         MERV.from_pretrained(folder)
@@ -153,7 +153,7 @@ def test_a_missing_file_is_a_checkpoint_error(saved, tmp_path, file):
     ],
 )
 def test_a_config_that_is_not_mervs_is_a_checkpoint_error(tmp_path, text):
-    """Half a file, no object, another model's, or that of a run of train.py that has not ended."""
+    """It is cut off, no object, of another model, or of an unfinished run of train.py."""
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json") as caught:
         MERV.from_pretrained(tmp_path)
@@ -171,7 +171,7 @@ def test_a_config_that_is_not_mervs_is_a_checkpoint_error(tmp_path, text):
     ],
 )
 def test_a_config_of_another_version_names_what_is_unknown(saved, tmp_path, path, value):
-    """A field or a projector that this version has not cannot be ignored: it decided something."""
+    """A field or a projector that this version has not is an error, as it would change results."""
     found = json.loads((saved / "config.json").read_text())
     _set(found["merv"], path, value)
     (tmp_path / "config.json").write_text(json.dumps(found))
@@ -182,7 +182,7 @@ def test_a_config_of_another_version_names_what_is_unknown(saved, tmp_path, path
 
 
 def test_a_model_in_bfloat16_still_answers(saved, clip):
-    """Loaded, cast, and with its mixing weights in float32."""
+    """All parameters are bfloat16; mixing weights stay float32."""
     loaded = MERV.from_pretrained(saved, dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
     (answer,) = loaded.answer(clip, "what", max_new_tokens=3)
@@ -193,7 +193,7 @@ def test_a_model_in_bfloat16_still_answers(saved, clip):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("still", [False, True])
 def test_features_of_clips_and_stills_go_into_the_cache(saved, clip, tmp_path, dtype, still):
-    """As train.py stores them, whatever the dtype of the model; they come back in bfloat16."""
+    """The cache stores bfloat16, whatever the dtype of the model."""
     loaded = MERV.from_pretrained(saved, dtype=dtype)
     pixels = {name: frames[None] for name, frames in random_pixels(1, still).items()}
     features = {name: value[0] for name, value in loaded.pooled_features(pixels).items()}
@@ -205,7 +205,7 @@ def test_features_of_clips_and_stills_go_into_the_cache(saved, clip, tmp_path, d
 
 
 def test_fingerprints_follow_weights_and_preprocessing(tokenizer):
-    """They name entries of the feature cache: equal for equal encoders, other for anything else."""
+    """They are keys of the feature cache, equal only if encoder and grid are equal."""
     one, same = MERV.create(TINY, tokenizer), MERV.create(TINY, tokenizer)
     before = one.fingerprints()
     assert before == same.fingerprints()

@@ -37,7 +37,7 @@ def test_pooling_is_a_mean_over_each_window(side_e, side):
 
 @pytest.mark.parametrize(("side_e", "side"), [(16, 8), (14, 8), (4, 2)])
 def test_pooling_first_equals_projecting_first(side_e, side):
-    """P(v) W = P(v W): both are linear, the bias is the same everywhere. Four times less work."""
+    """P(v) W = P(v W): both are linear, and the bias is the same everywhere."""
     projector = PooledProjector(6, 9, side)
     v = torch.randn(2, 3, side_e, side_e, 6)
     pool_first = projector(projector.pool(v))
@@ -45,8 +45,8 @@ def test_pooling_first_equals_projecting_first(side_e, side):
     torch.testing.assert_close(pool_first, linear_first)
 
 
-def test_tokens_stand_in_reading_order():
-    """Token number (frame * 8 + row) * 8 + column: the order that released weights expect."""
+def test_tokens_are_in_reading_order():
+    """A token has index (frame * 8 + row) * 8 + column, as released weights expect."""
     projector = PooledProjector(4, 6, 8)
     pooled = torch.randn(1, 3, 8, 8, 4)
     x = projector(pooled)
@@ -56,7 +56,7 @@ def test_tokens_stand_in_reading_order():
 
 @pytest.mark.parametrize("name", FOUR)
 def test_each_frame_becomes_64_tokens(name):
-    """Full size, on meta: 16 frames of 16x16 or 14x14 patches -> 1024 tokens as wide as LLaMA."""
+    """In full size, grids of 16x16 or 14x14 patches become 1024 tokens of width 4096."""
     config = ENCODERS[name]
     with torch.device("meta"):
         projector = PooledProjector(config.hidden_size, 4096, MERVS["merv"].pooled_side)
@@ -113,7 +113,7 @@ def test_the_mixer_equals_a_naive_loop(mixer):
 
 
 def test_mixing_weights_sum_to_one(mixer):
-    """For every clip, in float32 also when the model is in bfloat16."""
+    """They are float32 for every clip, even if the model is in bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
         _, weights = mixer.to(dtype)(50 * torch.randn(3, 4, 5, 12, dtype=dtype))
         assert weights.dtype == torch.float32
@@ -129,7 +129,7 @@ def test_equal_encoders_share_equally_and_change_nothing(mixer):
 
 
 def test_one_encoder_alone_passes_through(mixer):
-    """The single-encoder models have no mixture: weight 1, whatever the query."""
+    """With one encoder its mixing weight is 1, whatever the query."""
     x = torch.randn(2, 1, 7, 12)
     mixed, weights = mixer(x)
     assert torch.equal(weights, torch.ones(2, 1))
@@ -137,7 +137,7 @@ def test_one_encoder_alone_passes_through(mixer):
 
 
 def test_permuting_the_encoders_permutes_their_weights(mixer):
-    """No encoder has a place of its own in eq. 2: the mixture is the same."""
+    """Equation 2 does not depend on the order of the encoders."""
     x, order = torch.randn(2, 4, 7, 12), [2, 0, 3, 1]
     mixed, weights = mixer(x)
     mixed_again, weights_again = mixer(x[:, order])
@@ -147,7 +147,7 @@ def test_permuting_the_encoders_permutes_their_weights(mixer):
 
 @pytest.mark.parametrize("chosen", range(4))
 def test_the_query_selects_by_its_direction(mixer, chosen):
-    """A query along the mean token of one encoder takes that encoder; against it, the others."""
+    """A query along an encoder's mean token selects that encoder; its negative, the others."""
     x = torch.randn(1, 4, 1, 12) * 0.1 + torch.eye(4, 12)[None, :, None]
     with torch.no_grad():
         mixer.query.copy_(100 * torch.eye(4, 12)[chosen])
@@ -158,8 +158,8 @@ def test_the_query_selects_by_its_direction(mixer, chosen):
         assert mixer(x)[1][0, chosen] < 1e-3
 
 
-def test_weights_belong_to_the_clip_and_not_to_the_token(mixer):
-    """One mixture a clip: shuffling the tokens of all encoders alike shuffles the mixture alike."""
+def test_mixing_weights_belong_to_the_clip_and_not_to_a_token(mixer):
+    """All tokens of a clip share the mixing weights, so shuffling tokens shuffles the result."""
     x, order = torch.randn(1, 4, 7, 12), torch.randperm(7)
     mixed, weights = mixer(x)
     shuffled, weights_again = mixer(x[:, :, order])
@@ -168,7 +168,7 @@ def test_weights_belong_to_the_clip_and_not_to_the_token(mixer):
 
 
 def test_the_query_of_a_new_model_is_random():
-    """Paper 3.2: "a single randomly initialized query"; of length about 1, a seed has its own."""
+    """Paper 3.2: "a single randomly initialized query"; its length is about 1."""
     queries = [MERV.create(MERVS["miniature"], None, seed).mixer.query for seed in (0, 1)]
     assert not torch.equal(*queries)
     for query in queries:

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("no_hub")
 
 
 def test_presets_have_the_sizes_of_the_paper():
-    """16 time steps of 8x8: 1024 visual tokens of width 4096, whatever the encoders."""
+    """Every full-size model has 16 time steps of 8x8, so 1024 visual tokens."""
     assert [e.name for e in MERVS["merv"].encoders] == ["languagebind", "dinov2", "vivit", "siglip"]
     singles = {f"{name}-single" for name in FOUR}
     without = {f"without-{name}" for name in FOUR}
@@ -53,7 +53,7 @@ def test_all_encoders_of_a_preset_have_the_same_time_steps():
 
 
 def test_a_configuration_survives_json():
-    """What is written beside the weights is the whole configuration."""
+    """config.json holds the whole configuration."""
     for config in MERVS.values():
         assert MERVConfig.from_dict(json.loads(json.dumps(asdict(config)))) == config
 
@@ -75,7 +75,7 @@ def test_encoders_are_chosen_by_label_first():
 
 
 def test_a_clip_becomes_visual_tokens_and_weights(model):
-    """encode: (b, n, d) tokens and (b, e) weights, with n = 4 steps x 2 x 2."""
+    """encode returns tokens (b, n, d), with n = 4 * 2 * 2, and mixing weights (b, e)."""
     clips = [random_pixels(1), random_pixels(2), random_pixels(3)]
     stacked = {name: torch.stack([c[name] for c in clips]) for name in clips[0]}
     visual, weights = model.encode(stacked)
@@ -87,7 +87,7 @@ def test_a_clip_becomes_visual_tokens_and_weights(model):
 
 
 def test_encode_is_the_figure_of_the_paper(model):
-    """encoders -> pool -> project -> stack -> mix, written out."""
+    """encode equals its five steps written out: encoders, pool, project, stack, mix."""
     pixels = {name: frames[None] for name, frames in random_pixels(1).items()}
     x_e = []
     for e in TINY.encoders:
@@ -103,7 +103,7 @@ def test_encode_is_the_figure_of_the_paper(model):
 
 
 def test_a_still_image_equals_the_long_way(model):
-    """One frame through the encoders of single frames, repeated after: the same as a clip."""
+    """Encoding one frame and repeating its features equals encoding a clip of copies."""
     still = {name: frames[None] for name, frames in random_pixels(5, still=True).items()}
     copies = {e.name: still[e.name].expand(-1, e.num_frames, -1, -1, -1) for e in TINY.encoders}
     short, long = model.pooled_features(still), model.pooled_features(copies)
@@ -116,7 +116,7 @@ def test_a_still_image_equals_the_long_way(model):
         torch.testing.assert_close(short[name], long[name], rtol=1e-4, atol=1e-5)
 
 
-def test_an_encoder_of_single_frames_sees_a_still_once(model):
+def test_an_encoder_of_single_frames_encodes_a_still_once(model):
     seen = {}
     hooks = [
         encoder.register_forward_pre_hook(
@@ -134,18 +134,21 @@ def test_an_encoder_of_single_frames_sees_a_still_once(model):
 
 
 def test_streams_change_nothing(model):
-    """On CUDA each encoder may have its own; the same code runs on a CPU, whose streams are one."""
+    """On CUDA each encoder may have its own stream; on a CPU the same code has only one."""
     pixels = {name: frames[None] for name, frames in random_pixels(1).items()}
     plain = model.pooled_features(pixels)
     model.encoder_streams = True
     try:
         streamed = model.pooled_features(pixels)
+        streams = dict(model.streams)
+        model.pooled_features(pixels)
+        assert all(model.streams[name] is streams[name] for name in streams)  # created once
     finally:
         model.encoder_streams = False
     assert all(torch.equal(streamed[name], plain[name]) for name in plain)
 
 
-def test_features_carry_no_gradient_and_encode_does(model):
+def test_pooled_features_have_no_gradient_but_visual_tokens_do(model):
     pixels = {name: frames[None] for name, frames in random_pixels(1).items()}
     assert not any(f.requires_grad for f in model.pooled_features(pixels).values())
     assert model.encode(pixels)[0].requires_grad
@@ -154,8 +157,8 @@ def test_features_carry_no_gradient_and_encode_does(model):
 # ------------------------------------------------------------------------------------- one sequence
 
 
-def test_visual_tokens_stand_between_bos_and_text(model):
-    """[BOS] + visual + text."""
+def test_visual_tokens_are_between_bos_and_text(model):
+    """A row is [BOS] + visual tokens + text."""
     row = example(model, "video", "what moves", "the red square")
     visual = torch.randn(1, 16, 32)
     embeds = model.interleave(collate([row]), visual)
@@ -213,7 +216,7 @@ def test_rows_of_a_batch_do_not_touch_each_other(model, mixed_rows):
 
 
 def test_padding_changes_nothing_in_the_loss(model, mixed_rows):
-    """Whatever stands in the padding: longer, and filled with </s> or words."""
+    """Longer padding, filled with </s> or with words, gives the same loss."""
     batch = collate(mixed_rows)
     expected, _ = model(batch)
     for filling in (2, 7):
@@ -234,7 +237,7 @@ def test_four_micro_batches_of_one_make_the_gradient_of_one_of_four(model, mixed
 
 
 def test_gradients_reach_all_that_is_trained_and_no_encoder(model, mixed_rows):
-    """Every tensor of projectors, mixer and LLM has a gradient that is not zero; no other has."""
+    """Every tensor of projectors, mixer and LLM has a non-zero gradient; encoders have none."""
     found = gradients(model, [collate(mixed_rows)])
     names = [name for name, _ in model.named_parameters()]
     assert found.keys() == {name for name in names if not name.startswith("encoders.")}
@@ -269,7 +272,7 @@ def test_a_batch_runs_every_encoder_once(model, mixed_rows, encoder_calls):
 
 
 def test_cached_features_give_the_same_loss(model, mixed_rows, encoder_calls):
-    """Pooled features replace pixels; no encoder runs."""
+    """A batch with pooled features in place of pixels runs no encoder."""
     batch = collate(mixed_rows)
     with torch.no_grad():
         expected, expected_weights = model(batch)
@@ -281,7 +284,7 @@ def test_cached_features_give_the_same_loss(model, mixed_rows, encoder_calls):
     assert torch.equal(weights, expected_weights)
 
 
-def test_a_batch_can_be_learnt_by_heart(tokenizer):
+def test_a_batch_can_be_memorised(tokenizer):
     """The whole chain learns: below 0.1 nats a token within 80 steps of AdamW on four rows."""
     model = MERV.create(TINY, tokenizer)
     rows = [

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize("name", MIXERS)
 @pytest.mark.parametrize("e", [1, 3, 4])
 def test_every_mixer_gives_tokens_and_weights_that_sum_to_one(name, e):
-    """(b, e, n, d) -> (b, n, d), or (b, e * n, d) one after the other; weights always (b, e)."""
+    """Tokens are (b, n, d), or (b, e * n, d) if concatenated; mixing weights are always (b, e)."""
     for dtype in (torch.float32, torch.bfloat16):
         mixer = MIXERS[name](12, e).to(dtype)
         tokens, weights = mixer(torch.randn(2, e, 7, 12, dtype=dtype))
@@ -35,7 +35,7 @@ def test_every_mixer_gives_tokens_and_weights_that_sum_to_one(name, e):
 
 
 def test_the_mean_is_a_quarter_of_each_encoder():
-    """As eq. 2 with a query of zeros, but nothing is learned."""
+    """The result is that of equation 2 with a query of zeros, but nothing is learned."""
     x, mixer = torch.randn(2, 4, 7, 12), MIXERS["mean"](12, 4)
     tokens, weights = mixer(x)
     for b, n in itertools.product(range(2), range(7)):
@@ -46,7 +46,7 @@ def test_the_mean_is_a_quarter_of_each_encoder():
 
 
 def test_learned_weights_are_a_softmax_that_no_clip_changes():
-    """One number an encoder: softmax over e, then the weighted sum, for every clip alike."""
+    """One score per encoder, a softmax over them and the weighted sum, the same for every clip."""
     x, mixer = torch.randn(2, 4, 7, 12), MIXERS["learned"](12, 4)
     (scores,) = mixer.parameters()
     nn.init.normal_(scores)
@@ -84,7 +84,7 @@ def test_concatenation_along_channels_is_a_sum_of_projections():
 
 @pytest.mark.parametrize("name", MIXERS)
 def test_a_merv_with_any_mixer_trains_answers_and_is_saved(name, tokenizer, clip, tmp_path):
-    """encode, prefill, loss, answer, save_pretrained and from_pretrained know no mixer by name."""
+    """encode, prefill, loss, answer, save_pretrained and from_pretrained work with every mixer."""
     model = MERV.create(replace(TINY, mixer=name), tokenizer)
     unit_scale(model)
     n = 4 * 16 if name == "concat_sequence" else 16
@@ -111,7 +111,7 @@ def test_a_merv_with_any_mixer_trains_answers_and_is_saved(name, tokenizer, clip
         assert torch.equal(first.weights, second.weights)
 
 
-def test_many_visual_tokens_make_room_for_themselves(tokenizer):
+def test_many_visual_tokens_raise_the_number_of_positions(tokenizer):
     """Four encoders in a row are 4096 tokens at full size: all the positions of LLaMA-2, and then
     there would be none for the question. The trained model has twice as many."""
     llm = replace(TINY.llm, max_positions=64)
