@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import SMALL, cut_in_half, noise, numbered_frames, talk, train_tokenizer, write_video
+from PIL import Image
 from torch import nn
+
+from data import TEMPLATES, ConversationDataset
+from llama import Tokenizer
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as cores: one thread for each
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -71,3 +77,71 @@ def unit_scale(model: nn.Module, seed: int = 0) -> nn.Module:
             noise = noise / math.sqrt(parameter[0].numel())
         parameter.copy_(noise)
     return model
+
+
+# ------------------------------------------------------------------------------ videos and datasets
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory) -> Path:
+    """An ordinary clip: 40 frames at 25 per second, H.264 with B-frames and four key frames."""
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    options = {"x264-params": "scenecut=0"}
+    return write_video(path, numbered_frames(40), b_frames=3, **options)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory) -> Tokenizer:
+    return Tokenizer(train_tokenizer(tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"))
+
+
+@pytest.fixture(scope="session")
+def llama2_tokenizer(shared_folder) -> Tokenizer:
+    return Tokenizer(shared_folder / "data" / "llama2_tokenizer.model")
+
+
+@pytest.fixture(scope="session")
+def mixed_folder(tmp_path_factory, clip) -> Path:
+    """A dataset of a video, a text, an image and a video row, in one folder."""
+    folder = tmp_path_factory.mktemp("dataset")
+    (folder / "clip.mp4").write_bytes(clip.read_bytes())
+    Image.fromarray(noise(20, 30)[0].permute(1, 2, 0).numpy()).save(folder / "still.png")
+    rows = [
+        {
+            "id": "v",
+            "video": "clip.mp4",
+            "conversations": talk("<video>\nwhat moves", "red square"),
+        },
+        {"id": "t", "conversations": talk("left or right", "left")},
+        {
+            "id": "i",
+            "image": "still.png",
+            "conversations": talk("<image>\nwhat", "the blue circle"),
+        },
+        {"id": "w", "video": "clip.mp4", "conversations": talk("the", "red", "left", "right")},
+    ]
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def mixed(mixed_folder, tiny_tokenizer) -> ConversationDataset:
+    return ConversationDataset(mixed_folder / "rows.json", tiny_tokenizer, TEMPLATES["base"], SMALL)
+
+
+@pytest.fixture
+def damaged(tmp_path, clip) -> Path:
+    """Rows 0, 3, 6 ... 27 are videos, of which 3, 6 and 9 cannot be used; the others are text."""
+    (tmp_path / "clip.mp4").write_bytes(clip.read_bytes())
+    cut_in_half(tmp_path)
+    rows = []
+    for number in range(30):
+        row = {"id": f"id-{number}", "conversations": talk(f"what {number}", "left")}
+        if number % 3 == 0:
+            row["video"] = "clip.mp4"
+        rows.append(row)
+    rows[3]["video"] = "half.mp4"
+    rows[6]["video"] = "gone.mp4"
+    rows[9]["conversations"] = [{"from": "gpt", "value": "left"}]
+    (tmp_path / "stage2.json").write_text(json.dumps(rows))
+    return tmp_path / "stage2.json"

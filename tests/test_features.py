@@ -1,0 +1,73 @@
+"""support/features.py: the cache of pooled features finds what was stored, and nothing stale."""
+
+from __future__ import annotations
+
+import torch
+from helpers import SMALL, write_images
+from PIL import Image
+
+from data import TEMPLATES, ConversationDataset, collate
+from support.features import FeatureCache
+
+
+def test_features_are_read_back_as_they_were_stored(tmp_path, clip):
+    """In bfloat16: half the size of float32, and the dtype in which the model runs."""
+    cache = FeatureCache(tmp_path, {"a": "print-a", "b": "print-b"})
+    assert cache.get(clip) is None
+    features = {"a": torch.randn(4, 2, 2, 8), "b": torch.randn(4, 2, 2, 6)}
+    cache.put(clip, features)
+    found = cache.get(clip)
+    assert found.keys() == features.keys()
+    for name in features:
+        assert torch.equal(found[name], features[name].bfloat16())
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_copies_of_an_encoder_share_its_cached_features(tmp_path, clip):
+    """A control with four copies of one encoder is cached once."""
+    cache = FeatureCache(tmp_path, {"a": "print-a", "b": "print-b"})
+    cache.put(clip, {"a": torch.randn(4, 2, 2, 8), "b": torch.randn(4, 2, 2, 6)})
+    copies = FeatureCache(tmp_path, {"b-1": "print-b", "b-2": "print-b"}).get(clip)
+    assert torch.equal(copies["b-1"], cache.get(clip)["b"])
+    assert torch.equal(copies["b-2"], copies["b-1"])
+
+
+def test_other_bytes_or_other_weights_miss_the_cache(tmp_path, clip):
+    """An entry is named by a hash of everything that determines it, so none is ever stale."""
+    video = tmp_path / "clip.mp4"
+    video.write_bytes(clip.read_bytes())
+    cache = FeatureCache(tmp_path / "cache", {"a": "print"})
+    cache.put(video, {"a": torch.ones(1, 1, 1, 4)})
+    assert cache.get(video) is not None
+    assert FeatureCache(tmp_path / "cache", {"a": "other weights"}).get(video) is None
+    assert FeatureCache(tmp_path / "cache", {"a": "print", "b": "one more"}).get(video) is None
+    (tmp_path / "copy.mp4").write_bytes(clip.read_bytes())
+    assert cache.get(tmp_path / "copy.mp4") is not None  # the same bytes under another name
+    video.write_bytes(clip.read_bytes() + b"\0")
+    assert cache.get(video) is None
+
+
+def test_a_folder_of_images_is_cached_by_its_images(tmp_path):
+    folder = write_images(tmp_path / "frames", ["0.png", "1.png"])
+    cache = FeatureCache(tmp_path / "cache", {"a": "print"})
+    cache.put(folder, {"a": torch.ones(1, 1, 1, 4)})
+    assert cache.get(folder) is not None
+    Image.new("RGB", (5, 5)).save(folder / "1.png")
+    assert cache.get(folder) is None
+
+
+def test_a_dataset_takes_features_from_the_cache(mixed_folder, tiny_tokenizer):
+    """No video of a cached row is decoded; text rows have no entry."""
+    cache = FeatureCache(mixed_folder / "cache", {c.name: c.name for c in SMALL})
+    stored = {c.name: torch.randn(4, 2, 2, c.hidden_size) for c in SMALL}
+    cache.put(mixed_folder / "clip.mp4", stored)
+    data = ConversationDataset(
+        mixed_folder / "rows.json", tiny_tokenizer, TEMPLATES["base"], SMALL, cache=cache
+    )
+    batch = collate([data[0], data[1], data[3]])
+    assert batch.pixels == {}
+    assert batch.visual_rows == [0, 2]
+    for config in SMALL:
+        expected = stored[config.name].bfloat16().expand(2, -1, -1, -1, -1)
+        assert torch.equal(batch.pooled[config.name], expected)
+    assert data[2].pixels  # the image is not in the cache
