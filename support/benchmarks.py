@@ -99,15 +99,6 @@ class Question:
         """The first word in lower case: "What's there?" -> "what"."""
         return re.match(r"\W*(\w*)", self.text)[1].lower()
 
-    @property
-    def weights(self) -> tuple[float, ...]:  # alias
-        """Former name of mixing_weights."""
-        return self.mixing_weights
-
-    @weights.setter
-    def weights(self, value: tuple[float, ...]) -> None:
-        self.mixing_weights = value
-
 
 # ------------------------------------------------------------------------------------------ readers
 # One function for each layout of annotation files. Each takes the folder and yields Questions.
