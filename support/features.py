@@ -43,7 +43,10 @@ class FeatureCache:
         paths = self.paths(file)
         if not all(path.exists() for path in paths.values()):
             return None
-        return {encoder: load_file(path)["features"] for encoder, path in paths.items()}
+        pooled = {}
+        for encoder, path in paths.items():
+            pooled[encoder] = load_file(path)["features"]
+        return pooled
 
     def put(self, file: Path, pooled: dict[str, Tensor]) -> None:
         """Save encoder -> (t, h, w, d_e) in bfloat16, the dtype in which encoders run on a GPU."""
