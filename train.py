@@ -508,6 +508,11 @@ def make_optimizers(
     return optimizers
 
 
+def muon_rate(config: TrainConfig) -> float | None:
+    """Muon's learning rate, or None if AdamW trains everything."""
+    return config.muon_learning_rate if config.optimizer == "muon" else None
+
+
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear rise over the first `warmup` of the steps, then half a cosine down to 0."""
     rising = max(1, round(warmup * steps))
@@ -578,14 +583,12 @@ def train_stage(
 ) -> int:
     """Train one stage on a sharded model; return the number of steps up to its end.
 
-    held_out: a HeldOut, or None. steps_done: steps of the earlier stages. Steps up to run.done are
-    skipped without reading their data.
+    steps_done: steps of the earlier stages. Steps up to run.done are skipped without reading data.
     """
     config, rank = run.config, dist.get_rank()
 
     # 1. Choose what is trained, and how.
-    muon = config.muon_learning_rate if config.optimizer == "muon" else None
-    optimizers = make_optimizers(model, stage, muon)
+    optimizers = make_optimizers(model, stage, muon_rate(config))
     model.train()
 
     # 2. Order the data: `accumulation` micro-batches of every process make one step.
@@ -597,11 +600,11 @@ def train_stage(
     if steps_done < run.done <= steps_done + steps:
         runs.load_state(model, optimizers, run)
 
-    bar = progress(range(start, steps), f"train {', '.join(stage.trained)}", show=rank == 0)
+    bar = progress(range(start, steps), "train", show=rank == 0)
     for step in bar:
         # 3. Load the micro-batches of this step, and count over all processes.
-        started = time.perf_counter()
         number = steps_done + step + 1
+        started = time.perf_counter()
         batches: list[data.Batch] = [next(loader) for _ in range(accumulation)]
         waited = time.perf_counter() - started
         counts = count_over_processes(batches, run.stop)
@@ -613,9 +616,8 @@ def train_stage(
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).full_tensor().item()
         if not math.isfinite(loss + norm):
             rows = rows_of(dataset, order, (step - start) * accumulation, accumulation)
-            runs.dump_and_raise(
-                model, batches, rows, run, number, f"the loss is {loss}, the gradient norm {norm}"
-            )
+            what = f"the loss is {loss}, the gradient norm {norm}"
+            runs.dump_and_raise(model, batches, rows, run, number, what)
 
         # 5. Update the parameters.
         rate = update(optimizers, step, steps, config.warmup)
