@@ -16,10 +16,8 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -36,7 +34,6 @@ from support.muon import Muon
 from support.statistics import linear_probe
 from support.weights import initialise
 
-muon_in_float32 = partial(patch.object, Tensor, "bfloat16", Tensor.float)  # alias for train.py
 VERBS = {  # what captions call an action; all others are "moves"
     "stays": "rests",
     "grows": "changes size",
