@@ -345,15 +345,15 @@ class Batch:
     input_ids: Tensor  # (b, s)
     labelled: Tensor  # (2, k): row and position of each token that the loss predicts
     lengths: list[int]  # tokens of each of the b rows, without padding
-    visual_rows: list[int]  # the v rows that have a video or image
-    pixels: dict[str, Tensor]  # encoder -> (v, T_e, 3, H, W)
-    pooled: dict[str, Tensor]  # encoder -> (v, t, h, w, d_e)
+    visual_rows: list[int]  # the v rows with a video or image: first pooled ones, then pixels
+    pixels: dict[str, Tensor]  # encoder -> (rows, T_e, 3, H, W)
+    pooled: dict[str, Tensor]  # encoder -> (rows, t, h, w, d_e)
     bad: list[dict] = field(default_factory=list)  # rows that could not be used
 
     @property
-    def features(self) -> dict[str, Tensor]:  # alias
-        """The former name of `pooled`."""
-        return self.pooled
+    def num_encoded(self) -> int:
+        """Rows whose video or image must still go through the encoders."""
+        return len(self.visual_rows) - len(next(iter(self.pooled.values()), ()))
 
     def to(self, device: torch.device | str) -> Batch:
         """Copy the batch to another device."""
@@ -378,14 +378,12 @@ def collate(examples: list[Example]) -> Batch:
 
         labelled = [[0, 0, 1, 1], [1, 2, 2, 3]] (rows, positions);  visual_rows = [1]
 
-    Raises DataError if some rows have cached features and others have pixels.
+    Rows with cached features come first in visual_rows, then those with pixels.
     """
-    visual_rows = [row for row, e in enumerate(examples) if e.pixels or e.pooled]
-    pixels = [e.pixels for e in examples if e.pixels]
-    pooled = [e.pooled for e in examples if e.pooled]
-    if pixels and pooled:
-        what = "A batch mixes cached features and pixels."
-        raise DataError(what, "only some clips are cached.", "cache them all before training.")
+    cached_rows = [row for row, e in enumerate(examples) if e.pooled]
+    pixel_rows = [row for row, e in enumerate(examples) if e.pixels]
+    pooled = [examples[row].pooled for row in cached_rows]
+    pixels = [examples[row].pixels for row in pixel_rows]
 
     ids = [example.input_ids for example in examples]
     labels = pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE)
@@ -395,7 +393,7 @@ def collate(examples: list[Example]) -> Batch:
         input_ids=pad_sequence(ids, batch_first=True, padding_value=0),
         labelled=(labels != IGNORE).nonzero().T,
         lengths=[len(row_ids) for row_ids in ids],
-        visual_rows=visual_rows,
+        visual_rows=cached_rows + pixel_rows,
         pixels=stack(pixels),
         pooled=stack(pooled),
         bad=list(itertools.chain.from_iterable(e.bad for e in examples)),

@@ -134,6 +134,14 @@ MIXERS = {  # table 2c
     "mean": variants.MeanMixer,
 }
 
+
+def append(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join two batches of pooled features, encoder by encoder; the first may be empty."""
+    if not one:
+        return other
+    return {name: torch.cat([one[name].to(other[name]), other[name]]) for name in one}
+
+
 # ------------------------------------------------------------------------------------ configuration
 
 
@@ -202,17 +210,21 @@ def choose_encoders(config: MERVConfig, names: str) -> tuple[EncoderConfig, ...]
     """Look up encoders by a comma-separated list such as "siglip,dinov2".
 
     A name is a label among the model's own encoders, else a key of ENCODERS. So "siglip" means
-    miniature-siglip in the miniature.
+    miniature-siglip in the miniature. Copies of one encoder get a number each.
     """
     own = {encoder.label: encoder for encoder in config.encoders}
     known = ENCODERS | own
+    listed = names.split(",")
     chosen = []
-    for name in names.split(","):
+    for number, name in enumerate(listed, start=1):
         if name not in known:
             what = f"There is no encoder {name}."
             fix = f"choose among {', '.join(known)}."
             raise UserError(what, f"{config.name} has {', '.join(own)}.", fix)
-        chosen.append(known[name])
+        encoder = known[name]
+        if len(set(listed)) < len(listed):
+            encoder = replace(encoder, name=f"{encoder.name}-{number}", label=f"{name}-{number}")
+        chosen.append(encoder)
     return tuple(chosen)
 
 
@@ -256,8 +268,6 @@ class MERV(nn.Module):
             return self.pooled_features_in_streams(pixels)
         return {name: self.pooled_features_of(name, pixels[name]) for name in self.encoders}
 
-    features = pooled_features  # alias
-
     def pooled_features_in_streams(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same, with the encoders overlapping to keep the GPU busy."""
         device = torch.get_device_module(self.device)
@@ -295,13 +305,14 @@ class MERV(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Turn clips into visual tokens (b, n, d) and mixing weights (b, e).
 
-        videos: encoder -> preprocessed clips (b, T_e, 3, H, W). pooled: their `pooled_features`,
-        if these are known; then no encoder runs.
+        videos: encoder -> preprocessed clips (b, T_e, 3, H, W). pooled: the `pooled_features` of
+        clips for which these are known. The tokens of these come first.
         """
-        if not pooled:
-            pooled = self.pooled_features(videos)
+        known = pooled or {}
+        if not known or videos:
+            known = append(known, self.pooled_features(videos))
         dtype = next(self.projectors.parameters()).dtype
-        x_e = [project_e(pooled[name].to(dtype)) for name, project_e in self.projectors.items()]
+        x_e = [project_e(known[name].to(dtype)) for name, project_e in self.projectors.items()]
         return self.mixer(torch.stack(x_e, dim=1))
 
     # ---- the loss
@@ -310,14 +321,14 @@ class MERV(nn.Module):
         """The summed cross-entropy of a batch's labels, in nats, and mixing weights (v, e).
 
         A sum, because train.py divides by the number of labels in the whole step.
-        join: run the encoders even if the batch has text only, because other processes do.
+        join: run the encoders even if this batch has no pixels, because other processes do.
         """
         visual = None
         mixing_weights = torch.empty(0, len(self.encoders))
+        if join and not batch.pixels:
+            self.run_encoders_on_nothing()
         if batch.visual_rows:
             visual, mixing_weights = self.encode(batch.pixels, batch.pooled)
-        elif join:
-            self.run_encoders_on_nothing()
         hidden = self.llm.hidden_states(inputs_embeds=self.interleave(batch, visual))
         # The hidden state of one token predicts the next token. Visual tokens come after [BOS], so
         # they shift the text. With n = 3, and the label "red" at place 2 of the text:

@@ -46,19 +46,19 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict as distributed_state
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.data import ConcatDataset, DataLoader
 
 import data
 import eval
 import merv
 import miniature
-from encoders import ENCODERS
 from merv import MERV, MERVS, MIXERS, PROJECTORS
 from miniature import preset as small
 from support import errors, features, report, runs
-from support.cli import choose, exit_now, option, parse_options, progress
+from support.cli import exit_now, option, parse_options, pick_device, progress
 from support.errors import UserError
+from support.held_out import HeldOut
 from support.muon import Muon
 from support.runs import Run
 
@@ -91,10 +91,10 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
     "mixed": (replace(INSTRUCT, files=(CAPTIONS, CONVERSATIONS)),),
 }
 
+DTYPES = ("auto", "float32", "bfloat16")
 PLACES = ("shard", "copy", "streams")
 OPTIMIZERS = ("adamw", "muon")
-HELD_OUT_ROWS = 64  # enough for a loss that is stable to about 0.01, few enough to be cheap
-NUM_SAMPLES = 3  # held-out questions that are shown with their answers
+HELD_OUT_ROWS = 64  # few, because they are evaluated while all processes wait
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,9 @@ class TrainConfig:
 
     micro_batch: int = option(4, "most rows that a process runs at once", group="machine")
     device: str = option("auto", "auto: cuda if there is one", ("auto", "cuda", "cpu"), "machine")
+    dtype: str = option(
+        "auto", "to compute in; auto: bfloat16 on CUDA, else float32", DTYPES, "machine"
+    )
     activation_checkpointing: bool = option(
         True, "recompute LLM layers: less memory, more work", group="machine"
     )
@@ -229,14 +232,11 @@ def stages_of(config: TrainConfig) -> list[Stage]:
 
 def join_processes(device: str) -> torch.device:
     """Join the process group that torchrun describes, or be a group of one; return our device."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        place = torch.device("cuda", local_rank)
-        torch.cuda.set_device(local_rank)
+    place = pick_device(device)
+    backend = "gloo"
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"
-    else:
-        place = torch.device("cpu")
-        backend = "gloo"
     store, rank, world = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
@@ -248,27 +248,13 @@ def join_processes(device: str) -> torch.device:
     return place
 
 
-def choose_encoders(model: merv.MERVConfig, names: list[str]) -> list:
-    """Encoder configurations by name; a name means the model's own encoder if it has one. One that
-    is named several times (a control) gets a number for each copy."""
-    own = {encoder.label: encoder for encoder in model.encoders}
-    chosen = []
-    for number, name in enumerate(names, start=1):
-        encoder = own[name] if name in own else choose(ENCODERS, name, "encoder")
-        if len(set(names)) < len(names):
-            encoder = replace(encoder, name=f"{encoder.name}-{number}", label=f"{name}-{number}")
-        chosen.append(encoder)
-    return chosen
-
-
 def model_config(config: TrainConfig) -> merv.MERVConfig:
     """The model that the options describe."""
     model = MERVS[config.model]
-    names = config.encoders.split(",")
-    encoders = choose_encoders(model, names)
+    encoders = list(merv.choose_encoders(model, config.encoders))
     if config.encoder_files:
         folder = Path(config.encoder_files.format(encoder_seed=config.encoder_seed))
-        for index, name in enumerate(names):
+        for index, name in enumerate(config.encoders.split(",")):
             source = str(folder / f"{name}.safetensors")
             encoders[index] = replace(encoders[index], source=source)
     return replace(
@@ -278,6 +264,13 @@ def model_config(config: TrainConfig) -> merv.MERVConfig:
         mixer=config.mixer,
         pooled_side=config.pooled_side,
     )
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What activations and gathered parameters are computed in; parameters stay in float32."""
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return getattr(torch, name)
 
 
 def make_mesh(device: str, replicas: int) -> DeviceMesh:
@@ -348,7 +341,7 @@ def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConf
     load = partial(decode, encoders=dataset.encoders)
     loader = DataLoader(missing, config.micro_batch, collate_fn=load, num_workers=config.workers)
     for usable, pixels in progress(loader, "encode clips once"):
-        pooled = model.features(pixels) if usable else {}
+        pooled = model.pooled_features(pixels) if usable else {}
         for index, file in enumerate(usable):
             clip = {name: value[index] for name, value in pooled.items()}
             cache.put(file, clip)
@@ -398,62 +391,6 @@ def order_data(dataset: ConcatDataset, stage: Stage, config: TrainConfig) -> tup
 # ------------------------------------------------------------------------------------ held-out rows
 
 
-class HeldOut:
-    """A fixed set of rows that are not trained on: their loss, and some answers to their questions.
-
-    The rows are spread evenly over the file. Nothing here is random or needs a gradient, so it does
-    not change the training.
-    """
-
-    def __init__(self, dataset: data.ConversationDataset, config: TrainConfig):
-        rank, world = dist.get_rank(), dist.get_world_size()
-        count = max(1, HELD_OUT_ROWS // world)  # rows of each process: equally many
-        rows = torch.linspace(0, len(dataset) - 1, count * world).long().tolist()
-        self.dataset = dataset
-        self.samples = rows[:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES]
-        self.batches = []
-        for begin in range(0, count, config.micro_batch):
-            mine = rows[rank::world][begin : begin + config.micro_batch]
-            self.batches.append(data.collate([dataset[row] for row in mine]))
-        self.join = config.place_encoders == "shard" and dataset.cache is None
-
-    def evaluate(self, model: MERV, number: int) -> float:
-        """The loss after step `number`, printed with some answers."""
-        loss = self.loss(model)
-        if dist.get_rank() == 0:
-            print(f"step {number}, held-out loss {loss:.3f}")
-        self.show_answers(model)
-        return loss
-
-    @torch.no_grad()
-    def loss(self, model: MERV) -> float:
-        """Mean cross-entropy per answer token over all rows, in nats."""
-        totals = torch.zeros(2)  # sum of losses, number of labels
-        for batch in self.batches:
-            loss, _ = model(batch.to(model.device), join=self.join)
-            totals += torch.tensor([loss.item(), batch.num_labels])
-        model.reshard()  # else the next step would use the parameters gathered here
-        dist.all_reduce(totals)
-        return (totals[0] / totals[1]).item()
-
-    @torch.no_grad()
-    def show_answers(self, model: MERV) -> None:
-        """Print some questions with the model's answers and the true ones; all processes run it."""
-        model.eval()
-        # MERV.answer does not pass through MERV.forward, where FSDP would gather these parameters.
-        model.unshard()
-        for number, row in enumerate(self.samples):
-            turns = self.dataset.rows[row]["conversations"]
-            turn = 2 * number % len(turns)  # another kind of question for each
-            asked, truth = turns[turn]["value"], turns[turn + 1]["value"]
-            video = self.dataset.media(self.dataset.rows[row])[1]
-            reply = model.answer(video, asked, max_new_tokens=16)[0].text
-            if dist.get_rank() == 0:
-                print(f"  {asked:<40} answer: {reply:<12} truth: {truth}")
-        model.reshard()
-        model.train()
-
-
 def read_held_out(model: MERV, config: TrainConfig, cache) -> HeldOut | None:
     """The held-out rows that the options name; without its file the loss on them is not logged."""
     if config.held_out is None:
@@ -462,10 +399,19 @@ def read_held_out(model: MERV, config: TrainConfig, cache) -> HeldOut | None:
     if not file.is_file():
         print(f"There is no {file}, so the loss on held-out rows is not logged.")
         return None
-    rows = read_rows(model, file, None, cache)
+    dataset = read_rows(model, file, None, cache)
     if cache:
-        fill_cache(model, rows, config)
-    return HeldOut(rows, config)
+        fill_cache(model, dataset, config)
+    # Rows spread evenly over the file, equally many for each process.
+    rank, world = dist.get_rank(), dist.get_world_size()
+    count = max(1, HELD_OUT_ROWS // world)
+    rows = torch.linspace(0, len(dataset) - 1, count * world).long().tolist()
+    mine = rows[rank::world]
+    batches = []
+    for first in range(0, count, config.micro_batch):
+        part = mine[first : first + config.micro_batch]
+        batches.append(data.collate([dataset[row] for row in part]))
+    return HeldOut(dataset, batches, rows[:: max(1, len(rows) // 3)], encoders_are_sharded(config))
 
 
 # ---------------------------------------------------------------------------------------- one stage
@@ -499,7 +445,10 @@ def make_optimizers(
         {"params": matrices, "weight_decay": stage.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    optimizers = [torch.optim.AdamW(groups, lr=stage.learning_rate, betas=(0.9, 0.999))]
+    # WHY: torch's default on CUDA makes temporary copies as large as all trained parameters.
+    fused = next(model.parameters()).device.type == "cuda"
+    how = {"lr": stage.learning_rate, "betas": (0.9, 0.999), "fused": fused}
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **how)]
     if muon:
         optimizers.append(Muon(muon, lr=muon_learning_rate, weight_decay=0.0))
     for optimizer in optimizers:
@@ -511,6 +460,19 @@ def make_optimizers(
 def muon_rate(config: TrainConfig) -> float | None:
     """Muon's learning rate, or None if AdamW trains everything."""
     return config.muon_learning_rate if config.optimizer == "muon" else None
+
+
+def refresh_dtypes(model: MERV) -> None:
+    """Let FSDP look again at which parameters are trained, at the start of a stage.
+
+    WHY: it decides in which dtype a group of parameters reduces its gradients at the group's first
+    forward pass. Layers that are frozen in stage 1 would otherwise reduce in bfloat16 in stage 2,
+    and torch refuses such gradients (pytorch issue 186998, fixed in 2.14).
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard()
+            module.reshard()
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -530,6 +492,7 @@ class Counts:
     bad: int  # rows that could not be used
     stop: int  # processes that have received SIGTERM
     visual_rows: list[int]  # rows with a picture, for each micro-batch
+    encoded: list[int]  # rows whose picture must be encoded, for each micro-batch
 
 
 def count_over_processes(batches: list[data.Batch], stop: bool) -> Counts:
@@ -538,10 +501,17 @@ def count_over_processes(batches: list[data.Batch], stop: bool) -> Counts:
     tokens = sum(sum(batch.lengths) for batch in batches)
     bad = sum(len(batch.bad) for batch in batches)
     visual_rows = [len(batch.visual_rows) for batch in batches]
-    counts = torch.tensor([labels, tokens, bad, int(stop), *visual_rows])
+    encoded = [batch.num_encoded for batch in batches]
+    counts = torch.tensor([labels, tokens, bad, int(stop), *visual_rows, *encoded])
     dist.all_reduce(counts)
-    all_labels, all_tokens, all_bad, all_stop, *all_visual_rows = counts.tolist()
-    return Counts(all_labels, all_tokens, all_bad, all_stop, all_visual_rows)
+    all_labels, all_tokens, all_bad, all_stop, *per_batch = counts.tolist()
+    half = len(batches)
+    return Counts(all_labels, all_tokens, all_bad, all_stop, per_batch[:half], per_batch[half:])
+
+
+def encoders_are_sharded(config: TrainConfig) -> bool:
+    """Whether all processes gather the encoders together, so that they run on all or on none."""
+    return config.place_encoders == "shard"
 
 
 def forward_backward(
@@ -553,19 +523,23 @@ def forward_backward(
     more than one in a long batch (ledger F5).
     """
     world = dist.get_world_size()
-    encoders_sharded = config.place_encoders == "shard" and config.cache_features is None
-    total, mixing = torch.zeros(()), []
-    for batch, pictures in zip(batches, counts.visual_rows, strict=True):
-        join = encoders_sharded and pictures > 0  # sharded encoders run on all processes or none
+    total, mixing = torch.zeros((), device=model.device), []
+    last = len(batches) - 1
+    for number, batch in enumerate(batches):
+        # One process may have text or cached features while another has clips to encode.
+        join = encoders_are_sharded(config) and counts.encoded[number] > 0
+        if config.replicas > 1:
+            model.set_requires_all_reduce(number == last)  # replicas add up once per step
         loss, mixing_weights_be = model(batch.to(model.device), join=join)
         # FSDP takes the mean of the processes' gradients; times their number it is the sum.
-        (loss * world / counts.labels).backward()
-        total += loss.detach().cpu()
+        (loss * world / max(1, counts.labels)).backward()
+        total += loss.detach()
         mixing.append(mixing_weights_be.float().cpu())
-    dist.all_reduce(total)
+    sum_of_losses = total.cpu()  # WHY only here: fetching a number waits for the GPU
+    dist.all_reduce(sum_of_losses)
     together = torch.cat(mixing)
     mean = together.mean(0).tolist() if len(together) else []
-    return total.item() / counts.labels, mean
+    return sum_of_losses.item() / max(1, counts.labels), mean
 
 
 def update(optimizers: list, step: int, steps: int, warmup: float) -> float:
@@ -589,6 +563,7 @@ def train_stage(
 
     # 1. Choose what is trained, and how.
     optimizers = make_optimizers(model, stage, muon_rate(config))
+    refresh_dtypes(model)
     model.train()
 
     # 2. Order the data: `accumulation` micro-batches of every process make one step.
@@ -643,8 +618,13 @@ def train_stage(
 
 def load_in_order(dataset: ConcatDataset, order: list[list[int]], workers: int) -> Iterator:
     """Batches of the rows in `order`, read ahead by other processes."""
-    loader = DataLoader(dataset, batch_sampler=order, num_workers=workers, collate_fn=data.collate)
-    return iter(loader)
+    how = {"num_workers": workers, "collate_fn": data.collate, "worker_init_fn": ignore_sigterm}
+    return iter(DataLoader(dataset, batch_sampler=order, **how))
+
+
+def ignore_sigterm(worker: int) -> None:
+    """Let only the main process react to SIGTERM, which SLURM sends to its workers as well."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def rows_of(dataset: ConcatDataset, order: list[list[int]], first: int, count: int) -> list[dict]:
@@ -692,7 +672,14 @@ def begin(config: TrainConfig) -> Run:
             miniature.prepare(small.FOLDER, config.encoder_seed)
         opened = [runs.open_run(config)]
     dist.broadcast_object_list(opened)
-    return opened[0]
+    run = opened[0]
+    seen = torch.tensor(int((run.folder / "config.json").is_file()))
+    dist.all_reduce(seen)
+    if seen < dist.get_world_size():
+        what = f"{dist.get_world_size() - int(seen)} processes do not see {run.folder}."
+        why = "every process writes its share of each save there."
+        raise UserError(what, why, "start all nodes in one folder on a shared file system.")
+    return run
 
 
 def train(config: TrainConfig) -> Run:
@@ -714,8 +701,8 @@ def train(config: TrainConfig) -> Run:
     datasets = [make_datasets(model, stage, config, cache) for stage in stages]
     held_out = read_held_out(model, config, cache)
     model.llm.activation_checkpointing = config.activation_checkpointing
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    shard(model, make_mesh(device.type, config.replicas), config.place_encoders, dtype)
+    mesh = make_mesh(device.type, config.replicas)
+    shard(model, mesh, config.place_encoders, compute_dtype(config.dtype, device))
     steps_done = 0
     for number, (stage, dataset) in enumerate(zip(stages, datasets, strict=True), start=1):
         if dist.get_rank() == 0:
@@ -754,10 +741,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         exit_now(1)
 
-
-# Old names, which other files still use.
-MINIATURE = small.FOLDER  # alias
-configure = model_config  # alias
 
 if __name__ == "__main__":
     main()

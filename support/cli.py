@@ -229,6 +229,3 @@ def exit_now(status: int = 0) -> typing.NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-leave = exit_now  # alias

@@ -1,9 +1,9 @@
 """One decoding step as a CUDA graph.
 
-Decoding one token launches about 20 small kernels for each layer. On a fast card launching them takes
-longer than running them. A CUDA graph records the launches once and repeats them all at once
-(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). What it reads and writes must stay
-in place and keep its shape, so the cache is used at its full length from the start.
+Decoding one token launches about 20 small kernels for each layer. On a fast card that takes longer
+than running them. A CUDA graph records the launches and repeats them all at once
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). What it reads and writes must
+stay in place and keep its shape, so the cache is used at its full length from the start.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY
+from helpers import decode_everything, talk
 from PIL import Image
-from test_data import decode_everything, talk
 from tiny_merv import NUM_FRAMES, QUESTIONS, TINY
 
 import merv
@@ -22,7 +22,7 @@ from merv import FOUR, MERV
 from support import cli
 from support.video import load_video, sample_indices
 
-pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, clip, tokenizer
+pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, short_clip, tokenizer
 pytestmark = pytest.mark.usefixtures("no_hub")
 
 # ------------------------------------------------------------------------------------------ answers
@@ -42,20 +42,20 @@ def replies(model, monkeypatch) -> list[list[int]]:
     return seen
 
 
-def test_questions_together_are_answered_as_one_by_one(model, clip, replies):
+def test_questions_together_are_answered_as_one_by_one(model, short_clip, replies):
     """FIX F3: token for token, though the questions differ in length and share one cache."""
-    together = model.answer(clip, QUESTIONS, max_new_tokens=12)
+    together = model.answer(short_clip, QUESTIONS, max_new_tokens=12)
     ids, replies[:] = list(replies), []
-    alone = [model.answer(clip, question, max_new_tokens=12)[0] for question in QUESTIONS]
+    alone = [model.answer(short_clip, question, max_new_tokens=12)[0] for question in QUESTIONS]
     assert replies == ids
     assert [a.text for a in together] == [a.text for a in alone]
     assert len({tuple(i) for i in ids}) > 1  # the question matters
 
 
-def test_an_answer_is_the_most_likely_token_after_token(model, clip, replies):
+def test_an_answer_is_the_most_likely_token_after_token(model, short_clip, replies):
     """Greedy decoding equals running the whole sequence again for every new token."""
-    (answer,) = model.answer(clip, "what moves", max_new_tokens=6)
-    pixels = {name: frames[None] for name, frames in model.pixels(clip).items()}
+    (answer,) = model.answer(short_clip, "what moves", max_new_tokens=6)
+    pixels = {name: frames[None] for name, frames in model.pixels(short_clip).items()}
     turns = render_prompt(talk("what moves"), TEMPLATES["base"])
     ids, _ = tokenize(turns, model.tokenizer)
     new = []
@@ -73,20 +73,20 @@ def test_an_answer_is_the_most_likely_token_after_token(model, clip, replies):
     torch.testing.assert_close(answer.weights, weights[0])
 
 
-def test_the_same_video_twice_gives_bit_identical_answers(model, clip):
-    first, second = (model.answer(clip, QUESTIONS[:2], max_new_tokens=6) for _ in range(2))
+def test_the_same_video_twice_gives_bit_identical_answers(model, short_clip):
+    first, second = (model.answer(short_clip, QUESTIONS[:2], max_new_tokens=6) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert a.text == b.text
         assert torch.equal(a.weights, b.weights)
 
 
-def test_answering_uses_no_global_randomness(model, clip):
+def test_answering_uses_no_global_randomness(model, short_clip):
     """Sampling draws from the generator that is passed in, and from nothing else."""
     state = torch.get_rng_state()
 
     def sampled(seed: int) -> list[str]:
         generator = torch.Generator().manual_seed(seed)
-        found = model.answer(clip, QUESTIONS, 8, temperature=1.0, generator=generator)
+        found = model.answer(short_clip, QUESTIONS, 8, temperature=1.0, generator=generator)
         return [a.text for a in found]
 
     assert sampled(0) == sampled(0)
@@ -94,9 +94,9 @@ def test_answering_uses_no_global_randomness(model, clip):
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_video_is_encoded_once_for_all_its_questions(model, clip, encoder_calls):
+def test_a_video_is_encoded_once_for_all_its_questions(model, short_clip, encoder_calls):
     """FIX F2: 4 questions, one pass of each encoder."""
-    model.answer(clip, QUESTIONS, max_new_tokens=2)
+    model.answer(short_clip, QUESTIONS, max_new_tokens=2)
     assert encoder_calls == {name: 1 for name in model.encoders}
 
 
@@ -109,13 +109,13 @@ def test_text_alone_is_answered_without_any_encoder(model, encoder_calls):
     assert answers[0].text == model.tokenizer.decode(expected).strip()
 
 
-def test_a_video_can_be_given_as_path_frames_or_pixels(model, clip):
+def test_a_video_can_be_given_as_path_frames_or_pixels(model, short_clip):
     """All three forms of a clip give the same answer."""
-    frames = decode_everything(clip)[sample_indices(24, NUM_FRAMES)]
+    frames = decode_everything(short_clip)[sample_indices(24, NUM_FRAMES)]
     pixels = {e.name: preprocess(frames, e) for e in TINY.encoders}
     found = [
         model.answer(video, QUESTIONS[0], max_new_tokens=6)[0]
-        for video in (clip, str(clip), frames, pixels)
+        for video in (short_clip, str(short_clip), frames, pixels)
     ]
     assert len({a.text for a in found}) == 1
     for answer in found:
@@ -132,10 +132,10 @@ def test_a_still_image_can_be_asked_about(model, tmp_path):
     assert answer.text == once.text
 
 
-def test_a_conversation_can_be_continued(model, clip, replies):
+def test_a_conversation_can_be_continued(model, short_clip, replies):
     """Earlier turns come before the question, rendered as in training."""
     conversation = talk("what moves", "the red square", "left or right")
-    model.answer(clip, [conversation, "left or right"], max_new_tokens=6)
+    model.answer(short_clip, [conversation, "left or right"], max_new_tokens=6)
     with_history, without = replies
     prompt = model.prompts([conversation])[0][0].tolist()
     trained, _ = tokenize(render_prompt([*conversation, *talk("", "left")[1:]], TEMPLATES["base"]),
@@ -157,11 +157,13 @@ def test_the_prompt_can_be_the_one_of_other_weights(model, monkeypatch):
 
 
 @torch.no_grad()
-def test_likelihoods_are_those_of_the_whole_sequence_without_a_cache(model, clip):
+def test_likelihoods_are_those_of_the_whole_sequence_without_a_cache(model, short_clip):
     """log p(first token of each option | [BOS] + visual + question), each question alone."""
     options = [["red", "left"], ["x", "right", "blue"], ["what", "red"], ["circle"]]
-    found = model.likelihoods(clip, QUESTIONS, options)
-    visual, _ = model.encode({name: frames[None] for name, frames in model.pixels(clip).items()})
+    found = model.likelihoods(short_clip, QUESTIONS, options)
+    visual, _ = model.encode(
+        {name: frames[None] for name, frames in model.pixels(short_clip).items()}
+    )
     for question, choices, log_p in zip(QUESTIONS, options, found, strict=True):
         ids, _ = tokenize(render_prompt(talk(question), TEMPLATES["base"]), model.tokenizer)
         text = model.llm.embed_tokens(torch.tensor([ids]))
@@ -173,13 +175,13 @@ def test_likelihoods_are_those_of_the_whole_sequence_without_a_cache(model, clip
             assert value == pytest.approx(float(expected[first]), abs=1e-4)
 
 
-def test_a_video_is_encoded_once_for_all_its_likelihoods(model, clip, encoder_calls):
+def test_a_video_is_encoded_once_for_all_its_likelihoods(model, short_clip, encoder_calls):
     """Scores of several questions together equal those of each alone."""
     options = [["red", "left"]] * 3
-    found = model.likelihoods(clip, QUESTIONS[:3], options)
+    found = model.likelihoods(short_clip, QUESTIONS[:3], options)
     assert encoder_calls == {name: 1 for name in model.encoders}
     for question, log_p in zip(QUESTIONS, found, strict=False):
-        (alone,) = model.likelihoods(clip, [question], options[:1])
+        (alone,) = model.likelihoods(short_clip, [question], options[:1])
         torch.testing.assert_close(log_p, alone, rtol=1e-4, atol=1e-4)
 
 
@@ -219,25 +221,25 @@ def test_each_process_of_torchrun_has_a_gpu_of_its_own(monkeypatch):
     assert cli.pick_device("cpu") == torch.device("cpu")
 
 
-def test_a_question_on_the_command_line_is_answered(model, saved, clip, capsys):
-    merv.main([str(clip), *QUESTIONS[:2], "--checkpoint", str(saved), "--max-new-tokens", "5",
+def test_a_question_on_the_command_line_is_answered(model, saved, short_clip, capsys):
+    merv.main([str(short_clip), *QUESTIONS[:2], "--checkpoint", str(saved), "--max-new-tokens", "5",
                "--device", "cpu"])  # fmt: skip
     output = capsys.readouterr().out
     for question, answer in zip(
-        QUESTIONS, model.answer(clip, QUESTIONS[:2], max_new_tokens=5), strict=False
+        QUESTIONS, model.answer(short_clip, QUESTIONS[:2], max_new_tokens=5), strict=False
     ):
         assert f"Q: {question}\nA: {answer.text}\n" in output
     mix = output.splitlines()[-1]
     assert [part for part in FOUR if part in mix] == list(FOUR)
 
 
-def test_a_sampled_answer_is_reproduced_by_its_seed(saved, clip):
+def test_a_sampled_answer_is_reproduced_by_its_seed(saved, short_clip):
     """Sampling depends on temperature and generator only; temperature 0 is greedy."""
     model = MERV.from_pretrained(saved)
 
     def drawn(seed: int, temperature: float = 1.0) -> list[str]:
         generator = torch.Generator().manual_seed(seed)
-        answers = model.answer(clip, QUESTIONS, 8, temperature, generator=generator)
+        answers = model.answer(short_clip, QUESTIONS, 8, temperature, generator=generator)
         return [answer.text for answer in answers]
 
     assert drawn(1) == drawn(1) != drawn(2)
@@ -245,9 +247,9 @@ def test_a_sampled_answer_is_reproduced_by_its_seed(saved, clip):
 
 
 @pytest.mark.parametrize("wrong", ["video", "checkpoint"])
-def test_a_wrong_name_on_the_command_line_is_explained(saved, clip, tmp_path, wrong):
+def test_a_wrong_name_on_the_command_line_is_explained(saved, short_clip, tmp_path, wrong):
     """The message says what is wrong, why, and how to fix it, without a traceback."""
-    video = "missing.mp4" if wrong == "video" else str(clip)
+    video = "missing.mp4" if wrong == "video" else str(short_clip)
     checkpoint = str(tmp_path / "no" / "run") if wrong == "checkpoint" else str(saved)
     found = run(video, "what", "--checkpoint", checkpoint, cwd=tmp_path)
     assert found.returncode != 0
@@ -260,29 +262,29 @@ def test_a_wrong_name_on_the_command_line_is_explained(saved, clip, tmp_path, wr
     assert fix.startswith("Fix: ")
 
 
-def test_a_hub_id_out_of_reach_is_explained(clip):
+def test_a_hub_id_out_of_reach_is_explained(short_clip):
     with pytest.raises(SystemExit) as caught:
-        merv.main([str(clip), "what", "--checkpoint", "nobody/nothing"])
+        merv.main([str(short_clip), "what", "--checkpoint", "nobody/nothing"])
     assert "nobody/nothing" in str(caught.value.code)
     assert "Fix: " in str(caught.value.code)
 
 
-def test_without_any_run_the_command_line_says_how_to_train_one(clip, tmp_path, monkeypatch):
+def test_without_any_run_the_command_line_says_how_to_train_one(short_clip, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        merv.main([str(clip), "what"])
+        merv.main([str(short_clip), "what"])
     assert "torchrun train.py" in str(caught.value.code)
 
 
-def test_a_video_without_a_question_is_an_error(clip):
+def test_a_video_without_a_question_is_an_error(short_clip):
     with pytest.raises(SystemExit) as caught:
-        merv.main([str(clip)])
+        merv.main([str(short_clip)])
     assert "give a video and a question" in str(caught.value.code)
 
 
 @pytest.mark.parametrize(("side", "warns"), [(64, True), (32, False)])
 def test_the_miniature_warns_of_videos_that_are_not_drawn(
-    model, clip, tmp_path, capsys, side, warns
+    model, short_clip, tmp_path, capsys, side, warns
 ):
     """Drawn clips are 32x32 pixels. It answers with or without the warning."""
     small = MERV(

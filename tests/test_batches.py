@@ -57,12 +57,15 @@ def test_a_batch_of_text_has_no_pixels(mixed):
     assert batch.pooled == {}
 
 
-def test_features_and_pixels_do_not_mix():
-    """A half-filled feature cache is an error, not worked around."""
+def test_cached_features_and_pixels_may_stand_in_one_batch():
+    """Rows with cached features come first among the visual rows, then those with pixels."""
     ids = torch.tensor([1, 5])
     cached = Example(ids, ids, pooled={"x": torch.zeros(1)})
-    with pytest.raises(DataError, match="cache"):
-        collate([cached, Example(ids, ids, pixels={"x": torch.zeros(1)})])
+    seen = Example(ids, ids, pixels={"x": torch.ones(1)})
+    batch = collate([seen, Example(ids, ids), cached, seen])
+    assert batch.visual_rows == [2, 0, 3]
+    assert len(batch.pooled["x"]) == 1
+    assert len(batch.pixels["x"]) == batch.num_encoded == 2
 
 
 def test_a_batch_moves_to_a_device_with_all_its_tensors(mixed):

@@ -18,13 +18,13 @@ from merv import MERV
 from support.errors import CheckpointError
 from support.features import FeatureCache
 
-pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, clip, tokenizer
+pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, short_clip, tokenizer
 pytestmark = pytest.mark.usefixtures("no_hub")
 
 # -------------------------------------------------------------------------------------- checkpoints
 
 
-def test_a_saved_model_is_loaded_exactly(model, saved, clip):
+def test_a_saved_model_is_loaded_exactly(model, saved, short_clip):
     """Config, every tensor and every answer; encoders without a hub id are copied along."""
     loaded = MERV.from_pretrained(saved)
     assert not loaded.training
@@ -33,8 +33,10 @@ def test_a_saved_model_is_loaded_exactly(model, saved, clip):
     for name in expected:
         assert torch.equal(state[name], expected[name]), name
     assert loaded.config == model.config
-    answers = loaded.answer(clip, QUESTIONS, max_new_tokens=6)
-    for found, wanted in zip(answers, model.answer(clip, QUESTIONS, max_new_tokens=6), strict=True):
+    answers = loaded.answer(short_clip, QUESTIONS, max_new_tokens=6)
+    for found, wanted in zip(
+        answers, model.answer(short_clip, QUESTIONS, max_new_tokens=6), strict=True
+    ):
         assert found.text == wanted.text
         assert torch.equal(found.weights, wanted.weights)
 
@@ -181,25 +183,25 @@ def test_a_config_of_another_version_names_what_is_unknown(saved, tmp_path, path
     assert unknown in str(caught.value) and "\nFix: " in str(caught.value)
 
 
-def test_a_model_in_bfloat16_still_answers(saved, clip):
+def test_a_model_in_bfloat16_still_answers(saved, short_clip):
     """All parameters are bfloat16; mixing weights stay float32."""
     loaded = MERV.from_pretrained(saved, dtype=torch.bfloat16)
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
-    (answer,) = loaded.answer(clip, "what", max_new_tokens=3)
+    (answer,) = loaded.answer(short_clip, "what", max_new_tokens=3)
     assert answer.weights.dtype == torch.float32
     assert float(answer.weights.sum()) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("still", [False, True])
-def test_features_of_clips_and_stills_go_into_the_cache(saved, clip, tmp_path, dtype, still):
+def test_features_of_clips_and_stills_go_into_the_cache(saved, short_clip, tmp_path, dtype, still):
     """The cache stores bfloat16, whatever the dtype of the model."""
     loaded = MERV.from_pretrained(saved, dtype=dtype)
     pixels = {name: frames[None] for name, frames in random_pixels(1, still).items()}
     features = {name: value[0] for name, value in loaded.pooled_features(pixels).items()}
     cache = FeatureCache(tmp_path, loaded.fingerprints())
-    cache.put(clip, features)
-    found = cache.get(clip)
+    cache.put(short_clip, features)
+    found = cache.get(short_clip)
     for name in features:
         assert torch.equal(found[name], features[name].bfloat16())
 

@@ -13,7 +13,7 @@ from torch import nn
 from encoders import ENCODERS
 from merv import FOUR, MERV, MERVS, CrossAttentionMixer, PooledProjector, pooling_matrix, project
 
-pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, clip, tokenizer
+pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, short_clip, tokenizer
 pytestmark = pytest.mark.usefixtures("no_hub")
 
 # --------------------------------------------------------------------------------------- equation 1

@@ -22,7 +22,7 @@ from llama import LLAMAS
 from merv import FOUR, MERV, MERVS, MERVConfig, choose_encoders
 from support.errors import UserError
 
-pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, clip, tokenizer
+pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, short_clip, tokenizer
 pytestmark = pytest.mark.usefixtures("no_hub")
 
 # ------------------------------------------------------------------------------------------ presets
@@ -282,6 +282,16 @@ def test_cached_features_give_the_same_loss(model, mixed_rows, encoder_calls):
     assert encoder_calls.total() == 0
     assert torch.equal(loss, expected)
     assert torch.equal(weights, expected_weights)
+
+
+def test_a_batch_may_have_cached_features_for_some_of_its_clips(model, mixed_rows):
+    """The same loss, and each row still gets the visual tokens of its own clip."""
+    whole = collate(mixed_rows)
+    first = {name: clips[:1] for name, clips in whole.pixels.items()}
+    rest = {name: clips[1:] for name, clips in whole.pixels.items()}
+    with torch.no_grad():
+        half = replace(whole, pixels=rest, pooled=model.pooled_features(first))
+        torch.testing.assert_close(model(half)[0], model(whole)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_a_batch_can_be_memorised(tokenizer):

@@ -159,7 +159,7 @@ def test_no_still_is_repeated_to_fill_the_cache(workplace, tmp_path, monkeypatch
     encoder, frames = ENCODERS["miniature-languagebind"], []
 
     class Eyes:
-        def features(self, pixels):
+        def pooled_features(self, pixels):
             frames.extend(len(clip) for clip in pixels[encoder.name])
             return pixels
 
@@ -272,6 +272,59 @@ def test_every_recipe_runs_through(workplace, recipe, steps):
     assert curve[-1] < curve[sum(steps[:-1])] <= curve[0]
     lines = (workplace / "runs" / recipe / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == list(range(1, sum(steps) + 1))
+
+
+@pytest.mark.parametrize("recipe", ["video-llava", "full"])
+def test_stage_2_follows_stage_1_with_the_dtypes_of_cuda(workplace, recipe):
+    """Parameters in float32, computation in bfloat16, gradients reduced in float32: what CUDA does,
+    emulated on the CPU. Layers that stage 1 freezes are trained in stage 2."""
+    curves = {}
+    for dtype in ("float32", "bfloat16"):
+        name = f"{recipe}-{dtype}"
+        options = (*STEPS, "--recipe", recipe, "--micro-batch", "4", "--max-steps", "2")
+        done = run(workplace, name, *options, *ADAMW, "--dtype", dtype)
+        assert done.returncode == 0, done.stderr
+        curves[dtype] = losses(workplace, name)
+    assert len(curves["bfloat16"]) == 4
+    assert curves["bfloat16"] == pytest.approx(curves["float32"], rel=2e-2)
+
+
+HALF_CACHED = """
+import sys, torch.distributed as dist
+sys.path.insert(0, {root!r})
+from support import features
+whole = features.FeatureCache.get
+def get(self, file):  # rank 1 has lost every second entry since the cache was filled
+    lost = dist.get_rank() == 1 and sum(map(ord, file.name)) % 2
+    return None if lost and filled else whole(self, file)
+features.FeatureCache.get = get
+filled = False
+import train
+fill = train.fill_cache
+def fill_cache(*arguments):
+    global filled
+    filled = False
+    fill(*arguments)
+    filled = True
+train.fill_cache = fill_cache
+train.main()
+train.exit_now()
+"""
+
+
+def test_one_process_may_have_cached_features_and_another_pixels(workplace, tmp_path):
+    """Two nodes without a common cache folder, or a deleted entry: nobody waits for ever, and the
+    losses are those of encoding everything."""
+    script = tmp_path / "half_cached.py"
+    script.write_text(HALF_CACHED.format(root=str(ROOT)))
+    options = ("--global-batch", "4", "--epochs", "1", "--micro-batch", "2", *ADAMW)
+    plain = run(workplace, "all-encoded", *options, "--cache-features", "none", processes=2)
+    assert plain.returncode == 0, plain.stderr
+    half = run(workplace, "half-cached", *options, "--cache-features", "half", processes=2,
+               script=str(script))  # fmt: skip
+    assert half.returncode == 0, half.stderr
+    expected = losses(workplace, "all-encoded")
+    assert losses(workplace, "half-cached") == pytest.approx(expected, rel=1e-2)
 
 
 def test_mixed_has_the_rows_of_both_stages_each_in_its_own_form(workplace):

@@ -15,7 +15,7 @@ from torch import nn
 from data import collate
 from merv import MERV, MIXERS, CrossAttentionMixer, PooledProjector
 
-pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, clip, tokenizer
+pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, short_clip, tokenizer
 pytestmark = pytest.mark.usefixtures("no_hub")
 
 # ---------------------------------------------------------------------------------------- table 2c

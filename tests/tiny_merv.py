@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import unit_scale
-from test_data import numbered_frames, talk, train_tokenizer, write_video
+from helpers import numbered_frames, talk, train_tokenizer, write_video
 from torch import Tensor
 
 from data import TEMPLATES, Example, preprocess, render_prompt, tokenize
@@ -60,7 +60,7 @@ def model(shared_model) -> MERV:
 
 
 @pytest.fixture(scope="session")
-def clip(tmp_path_factory) -> Path:
+def short_clip(tmp_path_factory) -> Path:
     return write_video(tmp_path_factory.mktemp("clip") / "clip.mp4", numbered_frames(24))
 
 

@@ -1,0 +1,1 @@
+"""Pictures and exercises for a class. Nothing in the product imports this package."""

@@ -1,0 +1,175 @@
+"""Measurements at MERV's real widths, each in a process of its own; prints one line of JSON.
+
+python tests/cuda_full_size.py plan      what cost.py predicts for the step below
+python tests/cuda_full_size.py train     the step itself: memory, speed, attention kernels
+python tests/cuda_full_size.py answer    the full 7B answers one question and 25
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from data import Batch
+from encoders import FAMILIES
+from llama import KVCache, Llama
+from merv import MERV, MERVS
+
+ROWS, TEXT, LAYERS = 8, 512, 8  # of a micro-batch; tokens of a row; of the LLM
+FULL = MERVS["merv"]
+SMALLER = replace(FULL, llm=replace(FULL.llm, num_layers=LAYERS))
+
+
+def build(config, dtype: torch.dtype, device: str) -> MERV:
+    """A model with random weights, made on its device."""
+    torch.set_default_dtype(dtype)
+    with torch.device(device):
+        encoders = [FAMILIES[e.family](e) for e in config.encoders]
+        model = MERV(config, encoders, Llama(config.llm), None)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                torch.nn.init.normal_(parameter, std=0.02)
+    torch.set_default_dtype(torch.float32)
+    model.encoders.requires_grad_(False)
+    return model
+
+
+def one_batch(model: MERV, device: str) -> Batch:
+    """Clips and conversations of the size that the plan assumes, half of the tokens answers."""
+    ids = torch.randint(3, 1000, (ROWS, TEXT))
+    places = torch.arange(TEXT // 2, TEXT).repeat(ROWS)
+    rows = torch.arange(ROWS).repeat_interleave(TEXT // 2)
+    pixels = {}
+    for e in model.config.encoders:
+        pixels[e.name] = torch.randn(ROWS, e.num_frames, 3, e.image_size, e.image_size)
+    batch = Batch(ids, torch.stack([rows, places]), [TEXT] * ROWS, list(range(ROWS)), pixels, {})
+    return batch.to(device)
+
+
+def measure_training() -> dict:
+    """Four steps of train.py's parts; the last two are timed, one more is profiled."""
+    torch.cuda.set_device(0)
+    store = dist.HashStore()
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    model = build(SMALLER, torch.float32, "cuda")
+    model.llm.activation_checkpointing = True
+    stage = train.RECIPES["frozen"][0]
+    train.shard(model, train.make_mesh("cuda", 1), "shard", torch.bfloat16)
+    optimizers = train.make_optimizers(model, stage)
+    model.train()
+    batch = one_batch(model, "cuda")
+
+    def step() -> None:
+        loss, _ = model(batch)
+        (loss / batch.num_labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    memory = torch.cuda.max_memory_allocated() / 1e9
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(4):
+        step()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / 4
+    with FlopCounterMode(display=False) as counter:
+        model(batch)[0].backward()
+    kernels = {}
+    for direction in ("forward", "backward"):
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as watched:
+            if direction == "forward":
+                loss = model(batch)[0]
+            else:
+                loss.backward()
+            torch.cuda.synchronize()
+        names = {event.key for event in watched.key_averages() if event.device_time_total}
+        wanted = ("flash", "fmha", "cudnn", "attention")
+        kernels[direction] = sorted(n for n in names if any(part in n.lower() for part in wanted))
+    return {
+        "memory_gb": memory,
+        "tflops": counter.get_total_flops() / seconds / 1e12,
+        "matmul_tflops": matmul_tflops(),
+        "seconds": seconds,
+        "attention": kernels,
+    }
+
+
+def matmul_tflops(size: int = 8192, times: int = 20) -> float:
+    """What one large bfloat16 matrix product reaches on this card: 10^12 operations a second."""
+    a, b = torch.randn(2, size, size, device="cuda", dtype=torch.bfloat16)
+    for _ in range(3):
+        a @ b
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(times):
+        a @ b
+    torch.cuda.synchronize()
+    return times * 2 * size**3 / (time.perf_counter() - began) / 1e12
+
+
+@torch.no_grad()
+def measure_answering(new_tokens: int = 64, questions: int = 25) -> dict:
+    """Prefill one clip, then answer one question and 25 with 64 tokens each."""
+    model = build(FULL, torch.bfloat16, "cuda").eval()
+    pixels = {}
+    for e in FULL.encoders:
+        pixels[e.name] = torch.randn(1, e.num_frames, 3, e.image_size, e.image_size)
+    bos = torch.tensor([[1]], device="cuda")
+    visual, _ = model.encode(pixels)
+    embeds = torch.cat([model.llm.embed_tokens(bos), visual.to(torch.bfloat16)], dim=1)
+    prefix = KVCache(FULL.llm, 1, embeds.shape[1], torch.bfloat16, "cuda")
+    model.llm.hidden_states(inputs_embeds=embeds, cache=prefix)
+    ids = torch.randint(3, 32000, (questions, 24), device="cuda")
+    measured: dict[str, float] = {}
+    replies = {}
+    for graph in (False, True):
+        model.llm.cuda_graph = graph
+        for name, rows in (("alone", ids[:1]), ("together", ids)):
+            lengths = torch.full((len(rows),), rows.shape[1], device="cuda")
+            model.llm.generate(rows, None, lengths, prefix, 4, eos_id=-1)
+            torch.cuda.synchronize()
+            began = time.perf_counter()
+            reply = model.llm.generate(rows, None, lengths, prefix, new_tokens, eos_id=-1)
+            torch.cuda.synchronize()
+            name = f"{name}_graph" if graph else name
+            measured[name] = new_tokens / (time.perf_counter() - began)
+            replies[name] = reply
+    same = [a == b for a, b in zip(replies["together"], replies["together_graph"], strict=True)]
+    measured["graph_same"] = sum(same) / len(same)
+    memory = torch.cuda.max_memory_allocated() / 1e9
+    # With random weights one different token changes all that follow, so each row is read again by
+    # itself with the tokens that the batch gave it, and the likeliest next tokens are compared.
+    agree, total = 0, 0
+    for row, reply in zip(ids[:8], replies["together"], strict=False):
+        tokens = torch.cat([row, torch.tensor(reply, device="cuda")])[None]
+        cache = KVCache(FULL.llm, 1, tokens.shape[1], torch.bfloat16, "cuda", prefix)
+        hidden = model.llm.hidden_states(input_ids=tokens, cache=cache)
+        again = model.llm.logits(hidden[0, len(row) - 1 : -1]).argmax(-1).tolist()
+        agree += sum(a == b for a, b in zip(again, reply, strict=True))
+        total += len(reply)
+    return {"memory_gb": memory, "agree": agree / total} | measured
+
+
+def planned_memory() -> dict:
+    """The peak that cost.py foretells for `measure_training`: GB."""
+    import cost
+
+    return {"memory_gb": cost.step_memory(SMALLER, ROWS, TEXT)}
+
+
+if __name__ == "__main__":
+    measurements = {"plan": planned_memory, "train": measure_training, "answer": measure_answering}
+    print(json.dumps(measurements[sys.argv[1]]()))
