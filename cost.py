@@ -1,18 +1,26 @@
-"""What a training run will need, and what the paper's models cost: counted, not guessed.
+"""What a training run needs, and what the paper's models cost: counted on the real modules.
 
-    python train.py --plan --model merv --gpus 8 --gpu-memory 48 --tflops 60
-    python eval.py --table efficiency
+    python cost.py plan --model merv --gpus 8 --gpu-memory 48 --tflops 60
+    python cost.py table
 
-The real modules run on fake tensors, which have shapes and no memory, and in a fake process group:
-neither weights nor a GPU are needed. Read before: train.py.
+`plan` prints the memory of each GPU and the hours that `train.py` will take. `table` counts the
+parameters and multiply-adds of tables 2a, 2c and 8. The modules run on tensors that have shapes but
+no memory, and in a process group that only pretends to have other processes, so neither weights nor
+a GPU are needed. Read before: train.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -22,180 +30,408 @@ import train
 from data import Batch
 from encoders import ENCODERS, FAMILIES
 from llama import LLAMAS, Llama
-from merv import FOUR, MERV, PROJECTORS, MERVConfig
+from merv import FOUR, MERV, MERVS, MIXERS, PROJECTORS, MERVConfig
+from support.cli import exit_now, option, parse_options
 from support.errors import UserError
+from support.muon import Muon
 
-# ------------------------------------------------------------------------------- a training run
-
-# The paper's stills and clips in each file (paper 4).
-ROWS = {train.CAPTIONS: (558e3, 702e3), train.CONVERSATIONS: (665e3, 100e3)}
+# ------------------------------------------------------------------------------------------ options
 
 
-def fake_step(config: train.TrainConfig, stage: train.Stage, meter, still: bool = False):
-    """Forward and backward of one micro-batch on rank 0: real modules, tensors without memory.
+@dataclass(frozen=True)
+class PlanConfig:
+    """The options of cost.py: those of train.py that change the cost, and the machine."""
 
-    meter: makes the context that watches, given the model. Gives it, the model, the optimizers.
+    command: tuple[str, ...] = option((), "plan or table")
+
+    model: str = option("merv", "which encoders and which LLM", MERVS, "model")
+    encoders: str = option(",".join(FOUR), "names, separated by commas", group="model")
+    projector: str = option("avg2d", "a row of table 2a", PROJECTORS, "model")
+    mixer: str = option("cross_attention", "a row of table 2c", MIXERS, "model")
+    pooled_side: int = option(8, "side of a pooled frame in tokens, table 2b", group="model")
+
+    recipe: str = option("frozen", "which stages, which parts", train.RECIPES, "training")
+    optimizer: str = option(
+        "adamw", "muon: Muon for the matrices of LLM layers", train.OPTIMIZERS, "training"
+    )
+    micro_batch: int = option(4, "rows that a process runs at once", group="training")
+    text_tokens: int = option(
+        512, "tokens of a conversation, half of them answers", None, "training"
+    )
+    cached_features: bool = option(
+        False, "pooled features are read from disk, so no encoder runs", group="training"
+    )
+    activation_checkpointing: bool = option(
+        True, "recompute LLM layers: less memory, more work", group="training"
+    )
+    replicas: int = option(
+        1, "copies of the model, each sharded over its share of the GPUs", group="training"
+    )
+    place_encoders: str = option(
+        "shard", "over all GPUs; copy: whole on each; streams: and in parallel", train.PLACES,
+        "training",
+    )  # fmt: skip
+    device: str = option(
+        "cuda", "cuda computes in bfloat16, cpu in float32", ("cuda", "cpu"), "machine"
+    )
+    gpus: int = option(8, "number of GPUs", group="machine")
+    gpu_memory: float = option(48.0, "GB of each GPU", group="machine")
+    tflops: float = option(
+        60.0, "what each GPU achieves, in 10^12 operations per second", group="machine"
+    )
+
+
+def read_options(arguments: list[str] | None = None) -> PlanConfig:
+    """Read the command line. --model and --recipe choose a preset of train.py, as they do there."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--model", default="miniature", choices=list(MERVS))
+    first.add_argument("--recipe", default="frozen", choices=list(train.RECIPES))
+    chosen = first.parse_known_args(arguments)[0]
+    training = train.preset(chosen.model, chosen.recipe)
+    settings = {"cached_features": training.cache_features is not None}
+    for f in fields(PlanConfig):
+        if hasattr(training, f.name) and f.name != "device":
+            settings[f.name] = getattr(training, f.name)
+    config = parse_options(PlanConfig, arguments, "Plan a run.", PlanConfig(**settings))
+    if config.command not in (("plan",), ("table",)):
+        what = f"cost.py was asked for {' '.join(config.command) or 'nothing'}."
+        raise UserError(
+            what, "it has two commands.", "python cost.py plan, or python cost.py table."
+        )
+    return config
+
+
+def architecture(config: PlanConfig) -> MERVConfig:
+    """The model that the options describe, as train.py would build it."""
+    training = replace(
+        train.preset(config.model, config.recipe),
+        encoders=config.encoders,
+        projector=config.projector,
+        mixer=config.mixer,
+        pooled_side=config.pooled_side,
+    )
+    return train.model_config(training)
+
+
+# ------------------------------------------------------------------------------ one simulated step
+
+
+@contextmanager
+def simulated_processes(count: int) -> Iterator[None]:
+    """A process group in which this process has rank 0 and the others do not exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def make_batch(config: PlanConfig, model: MERV, still: bool) -> Batch:
+    """A micro-batch of rows with a clip or a still each; the second half of the text is labelled.
+
+    The values do not matter, as only shapes are counted.
     """
-    model_config, b, s = train.configure(config), config.micro_batch, config.text_tokens
+    b, s = config.micro_batch, config.text_tokens
+    ids = torch.zeros(b, s, dtype=torch.long)
+    labelled = torch.zeros(2, b * s // 2, dtype=torch.long)
+    batch = Batch(ids, labelled, [s] * b, list(range(b)), pixels={}, pooled={})
+    for e in model.config.encoders:
+        projector = model.projectors[e.name]
+        if config.cached_features:
+            t, h, w = e.grid
+            if projector.class_token:
+                h, w = 1, 1
+            batch.pooled[e.name] = projector.pool(torch.empty(b, t, h, w, e.hidden_size))
+        else:
+            frames = 1 if still else e.num_frames
+            batch.pixels[e.name] = torch.empty(b, frames, 3, e.image_size, e.image_size)
+    return batch
+
+
+class Simulated(NamedTuple):
+    """What a simulated step leaves: the object that measured it, the model, its optimizers."""
+
+    measured: FSDPMemTracker | FlopCounterMode
+    model: MERV
+    optimizers: list[torch.optim.Optimizer]
+
+
+def simulate_step(
+    config: PlanConfig, what: MERVConfig, stage: train.Stage, measure: Callable, still: bool = False
+) -> Simulated:
+    """Run forward and backward of one micro-batch on rank 0, on tensors without memory.
+
+    what: the model to build. measure: given the model, makes the context manager that observes it.
+    """
     mesh = train.make_mesh("cpu", config.replicas)
     dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
+    # WHY: the memory tracker fails on modules that are sharded and never run.
+    place = "copy" if config.cached_features else config.place_encoders
     with FakeTensorMode():
-        encoders = [FAMILIES[e.family](e) for e in model_config.encoders]
-        model = MERV(model_config, encoders, Llama(model_config.llm), None).train()
+        encoders = [FAMILIES[e.family](e) for e in what.encoders]
+        model = MERV(what, encoders, Llama(what.llm), None).train()
         model.llm.activation_checkpointing = config.activation_checkpointing
-        # WHY: the tracker stumbles over what is sharded and never runs, so it counts them whole.
-        cached = config.cache_features != "none"
-        train.shard(model, mesh, "copy" if cached else config.place_encoders, dtype)
-        optimizers = train.make_optimizers(model, stage, config.muon_lr)
-        ids, labelled = (torch.zeros(n, m, dtype=torch.long) for n, m in ((b, s), (2, b * s // 2)))
-        batch = Batch(ids, labelled, [s] * b, list(range(b)), {}, {})
-        for e, project in zip(model_config.encoders, model.projectors.values(), strict=True):
-            t, side = 1 if still else e.num_frames, e.image_size
-            if cached:
-                batch.features[e.name] = project.pool(torch.empty(b, *e.grid, e.hidden_size))
-            else:
-                batch.pixels[e.name] = torch.empty(b, t, 3, side, side)
-        with meter(model) as watching:
-            model(batch)[0].backward()
-    return watching, model, optimizers
+        train.shard(model, mesh, place, dtype)
+        # Any learning rate will do: only whether there is one decides who owns a parameter.
+        muon = 0.01 if config.optimizer == "muon" else None
+        optimizers = train.make_optimizers(model, stage, muon)
+        batch = make_batch(config, model, still)
+        with measure(model) as measured:
+            loss, _ = model(batch)
+            loss.backward()
+    return Simulated(measured, model, optimizers)
 
 
-def memory_of(config: train.TrainConfig, stage: train.Stage) -> tuple[dict[str, float], MERV]:
-    """What rank 0 holds when it holds most, in a backward pass after the first step: GB by kind;
-    the model."""
-    tracker, model, optimizers = fake_step(config, stage, FSDPMemTracker)
-    (peak,) = tracker.get_tracker_snapshot("peak").values()
-    held = {getattr(kind, "name", "TOTAL"): size for kind, size in peak.items()}
-    rows = {"weights": sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters())}
-    rows |= {"gradients": held["SHARDED_GRAD"], "optimizer": 0}
-    rows["gathered weights, gradients"] = sum(
-        held[kind] for kind in ("UNSHARDED_PARAM", "ALL_GATHER", "UNSHARDED_GRAD", "REDUCE_SCATTER")
-    )
-    rows["activations, logits, features"] = held["TOTAL"] - sum(rows.values())
-    # WHY: not the tracker's, which takes the temporaries of a step for the optimizer's state.
-    for moments, optimizer in zip((2, 1), optimizers, strict=False):  # AdamW, Muon
-        owned = [p.to_local() for group in optimizer.param_groups for p in group["params"]]
-        rows["optimizer"] += moments * sum(p.nbytes for p in owned)
-    return {name: size / 1e9 for name, size in rows.items()}, model
+GATHERED = ("UNSHARDED_PARAM", "ALL_GATHER", "UNSHARDED_GRAD", "REDUCE_SCATTER")
 
 
-def work_of(config: train.TrainConfig, stage: train.Stage, still: bool) -> dict[str, float]:
-    """Operations for one row, forward and backward, by part of the model: 10^12."""
-    meter = lambda model: FlopCounterMode(display=False)  # noqa: E731
-    counter, model, _ = fake_step(config, stage, meter, still)
+def memory_of(
+    config: PlanConfig, what: MERVConfig, stage: train.Stage
+) -> tuple[dict[str, float], MERV]:
+    """The memory of rank 0 at the peak of a backward pass: GB by purpose; also the model.
+
+    The peak is that of the second step and later ones, when the optimizer's state exists.
+    """
+    step = simulate_step(config, what, stage, FSDPMemTracker)
+    (peak,) = step.measured.get_tracker_snapshot("peak").values()
+    held = {}  # bytes by the tracker's name for a kind of tensor; TOTAL is all of them
+    for kind, size in peak.items():
+        held[getattr(kind, "name", "TOTAL")] = size
+    parameters = 0
+    for parameter in step.model.parameters():
+        parameters += getattr(parameter, "_local_tensor", parameter).nbytes
+    gradients = held["SHARDED_GRAD"]
+    gathered = sum(held[kind] for kind in GATHERED)
+    rest = held["TOTAL"] - parameters - gradients - gathered
+    rows = {
+        "parameters": parameters,
+        "gradients": gradients,
+        "optimizer": optimizer_state(step.optimizers),
+        "gathered parameters, gradients": gathered,
+        "activations, logits, features": rest,
+    }
+    return {purpose: size / 1e9 for purpose, size in rows.items()}, step.model
+
+
+def optimizer_state(optimizers: list[torch.optim.Optimizer]) -> int:
+    """Bytes of the optimizers' state on rank 0.
+
+    WHY: the memory tracker cannot say, because it counts temporary tensors of a step as state.
+    """
+    size = 0
+    for optimizer in optimizers:
+        tensors = 1 if isinstance(optimizer, Muon) else 2  # AdamW has two moments
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                size += tensors * parameter.to_local().nbytes
+    return size
+
+
+def step_memory(what: MERVConfig, rows: int, text_tokens: int) -> float:
+    """The peak of one GPU that trains the model `what` by the recipe "frozen" with AdamW: GB."""
+    config = PlanConfig(micro_batch=rows, text_tokens=text_tokens, gpus=1)
+    with simulated_processes(1):
+        needs, _ = memory_of(config, what, train.RECIPES[config.recipe][0])
+    return sum(needs.values())
+
+
+def count_operations(model: nn.Module) -> FlopCounterMode:
+    """A context manager that counts the operations of Linears, convolutions and attention."""
+    return FlopCounterMode(display=False)
+
+
+def operations_of(
+    config: PlanConfig, what: MERVConfig, stage: train.Stage, still: bool
+) -> dict[str, float]:
+    """Operations of one row, forward and backward, by part of the model: 10^12."""
+    counter, model, _ = simulate_step(config, what, stage, count_operations, still)
     rows = dict.fromkeys([*model.encoders, "LLM layers"], 0)
     for name, counts in counter.get_flop_counts().items():
-        path = name.split(".")[1:]  # such as MERV.encoders.siglip, MERV.llm.layers.0
-        if path[:1] == ["encoders"] and len(path) == 2:
+        path = name.split(".")[1:]  # MERV.encoders.siglip -> [encoders, siglip]
+        if len(path) == 2 and path[0] == "encoders":
             rows[path[1]] += sum(counts.values())
-        elif path[:2] == ["llm", "layers"] and len(path) == 3:
+        elif len(path) == 3 and path[:2] == ["llm", "layers"]:
             rows["LLM layers"] += sum(counts.values())
     rows["projectors, mixer, logits"] = counter.get_total_flops() - sum(rows.values())
-    return {name: work / config.micro_batch / 1e12 for name, work in rows.items()}
+    return {part: count / config.micro_batch / 1e12 for part, count in rows.items()}
 
 
-def plan(config: train.TrainConfig) -> None:
-    """Print what a run needs: memory of each GPU, work of a row, hours. UserError: does not fit."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.gpus)
-    hours = 0.0
-    for number, stage in enumerate(train.RECIPES[config.recipe], start=1):
-        needs, model = memory_of(config, stage)
-        if sum(needs.values()) > config.gpu_memory:
-            refuse(config, stage, sum(needs.values()))
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        frozen = sum(p.numel() for p in model.parameters()) / 1e6 - trained
-        print(f"stage {number} trains {', '.join(stage.trained)}")
-        print(
-            f"{trained:,.1f} M parameters, {frozen:,.1f} M are frozen. GB of each GPU, at the peak"
-        )
-        for name, size in (needs | {"all": sum(needs.values())}).items():
-            print(f"  {name:<30}{size:>8.2f}")
-        clip, still = (work_of(config, stage, still) for still in (False, True))
-        print(f"10^12 operations for {'a clip':>19}{'a still':>10}")
-        for name in clip:
-            print(f"  {name:<30}{clip[name]:>8.2f}{still[name]:>10.2f}")
-        stills, clips = map(sum, zip(*(ROWS[file] for file in stage.files), strict=True))
-        work = stills * sum(still.values()) + clips * sum(clip.values())
-        print(f"{stills:,.0f} stills, {clips:,.0f} clips: {work * 1e12:.2e} operations")
-        hours += work / (config.gpus * config.tflops) / 3600
+# --------------------------------------------------------------------------------------------- plan
+
+# The paper's stills and clips in each file (paper 4).
+STILLS = {train.CAPTIONS: 558_000, train.CONVERSATIONS: 665_000}
+CLIPS = {train.CAPTIONS: 702_000, train.CONVERSATIONS: 100_000}
+
+
+def print_plan(config: PlanConfig) -> None:
+    """Print the memory of each GPU, the operations of a row and the hours of a run.
+
+    Raises UserError if the run does not fit into the memory of the GPUs.
+    """
+    what = architecture(config)
+    total = 0.0  # 10^12 operations
+    with simulated_processes(config.gpus):
+        for number, stage in enumerate(train.RECIPES[config.recipe], start=1):
+            print(f"stage {number} trains {', '.join(stage.trained)}")
+            print_memory(config, what, stage)
+            total += print_operations(config, what, stage)
+    hours = total / (config.gpus * config.tflops) / 3600
     print(f"{hours:.1f} hours on {config.gpus} GPUs that achieve {config.tflops:g} TFLOP/s each")
 
 
-def refuse(config: train.TrainConfig, stage: train.Stage, needed: float) -> None:
-    """Raise UserError, with the largest micro-batch that fits, if one does."""
-    what = f"A micro-batch of {config.micro_batch} needs {needed:.1f} GB of each GPU."
-    why, b = f"it has {config.gpu_memory:g} GB.", config.micro_batch // 2
-    while b:
-        held = sum(memory_of(replace(config, micro_batch=b), stage)[0].values())
-        if held <= config.gpu_memory:
-            raise UserError(what, why, f"--micro-batch {b} needs {held:.1f} GB.")
-        b //= 2
-    raise UserError(what, why, "take more --gpus, --activation-checkpointing or fewer tokens.")
+def print_memory(config: PlanConfig, what: MERVConfig, stage: train.Stage) -> None:
+    """Print the memory of each GPU at its peak. UserError: it is more than the GPUs have."""
+    needs, model = memory_of(config, what, stage)
+    needs["all"] = sum(needs.values())
+    if needs["all"] > config.gpu_memory:
+        raise does_not_fit(config, what, stage, needs["all"])
+    trained = 0
+    for parameter in model.parameters():
+        trained += parameter.numel() * parameter.requires_grad
+    frozen = count(model) - trained
+    print(f"  {trained / 1e6:,.1f} M parameters are trained, {frozen / 1e6:,.1f} M are frozen")
+    print("  memory of each GPU at the peak      GB")
+    for purpose, size in needs.items():
+        print(f"    {purpose:<30}{size:>8.2f}")
 
 
-# ---------------------------------------------------------------------------- the paper's models
+def print_operations(config: PlanConfig, what: MERVConfig, stage: train.Stage) -> float:
+    """Print the operations of a row; return those of the stage in 10^12, on the paper's data."""
+    clip = operations_of(config, what, stage, still=False)
+    still = operations_of(config, what, stage, still=True)
+    print("  10^12 operations for            a clip   a still")
+    for part in clip:
+        print(f"    {part:<30}{clip[part]:>6.2f}{still[part]:>10.2f}")
+    stills = sum(STILLS[file] for file in stage.files)
+    clips = sum(CLIPS[file] for file in stage.files)
+    total = stills * sum(still.values()) + clips * sum(clip.values())
+    print(f"  {stills:,} stills and {clips:,} clips take {total * 1e12:.2e} operations")
+    return total
 
-TEXT = 880  # tokens; the paper took a random string for each row, so the last three rows differ
-PAPER = (  # row, encoders, visual tokens, M parameters (table 8), T multiply-adds (tables 2c and 8)
-    ("MERV", FOUR, 1024, 7686, 17.19),
-    ("LanguageBind alone", FOUR[:1], 16 * 257, 7147, 41.3),
-    ("DINOv2 alone", FOUR[1:2], 16 * 257, 7046, 40.88),
-    ("SigLIP alone", FOUR[3:], 16 * 196, 6834, 31.08),
-    ("concat (sequence)", FOUR, 4 * 1024, 0, 43.09),
-    ("ViViT alone", FOUR[2:3], 16 * 196, 6830, 27.12),
-    ("concat (channel)", FOUR, 1024, 0, 16.29),
-    ("learnable W", FOUR, 1024, 0, 16.24),
+
+def does_not_fit(
+    config: PlanConfig, what: MERVConfig, stage: train.Stage, needed: float
+) -> UserError:
+    """The error for a run that needs too much memory: it names a micro-batch that fits, if any."""
+    problem = f"A micro-batch of {config.micro_batch} needs {needed:.2f} GB of each GPU."
+    why = f"each has {config.gpu_memory:g} GB."
+    smaller = config.micro_batch // 2
+    while smaller:
+        needs, _ = memory_of(replace(config, micro_batch=smaller), what, stage)
+        size = sum(needs.values())
+        if size <= config.gpu_memory:
+            return UserError(problem, why, f"--micro-batch {smaller} needs {size:.2f} GB.")
+        smaller //= 2
+    fix = "use more --gpus, --activation-checkpointing or fewer --text-tokens."
+    return UserError(problem, why, fix)
+
+
+# -------------------------------------------------------------------------------------------- table
+
+TEXT = 880  # text tokens; the paper drew a random string for each row, so the last three differ
+
+
+class PaperRow(NamedTuple):
+    """A model in the paper's tables 2c and 8."""
+
+    name: str
+    encoders: tuple[str, ...]
+    visual: int  # tokens that the LLM reads
+    millions: int | None  # parameters (table 8)
+    tera: float  # 10^12 multiply-adds of one video and its text
+
+
+PAPER = (
+    PaperRow("MERV", FOUR, 1024, 7686, 17.19),
+    PaperRow("LanguageBind alone", ("languagebind",), 16 * 257, 7147, 41.3),
+    PaperRow("DINOv2 alone", ("dinov2",), 16 * 257, 7046, 40.88),
+    PaperRow("SigLIP alone", ("siglip",), 16 * 196, 6834, 31.08),
+    PaperRow("concat (sequence)", FOUR, 4 * 1024, None, 43.09),
+    PaperRow("ViViT alone", ("vivit",), 16 * 196, 6830, 27.12),
+    PaperRow("concat (channel)", FOUR, 1024, None, 16.29),
+    PaperRow("learnable W", FOUR, 1024, None, 16.24),
 )
 # Table 2a, M parameters before the final Linear.
 PAPER_PROJECTORS = {"avg2d": 0, "avg3d": 0, "attn2d": 12.7, "conv2d": 237, "conv3d": 113}
-# Released parameters that nobody runs: final norms, SigLIP's pooling head, the fusion module.
-UNUSED = {"languagebind": 2048, "dinov2": 2048, "vivit": 0, "siglip": 1536 + 12 * 768**2 + 14 * 768}
-FUSION = 3072 * (1 + 3072 + 2 * 4096 + 3 + 3072 + 1)
+
+# Released parameters that nothing uses: final norms, and SigLIP's attention pooling.
+UNUSED = {"languagebind": 2048, "dinov2": 2048, "vivit": 0, "siglip": 12 * 768**2 + 16 * 768}
+# The authors' fusion module is multi-head attention with width 3072 over keys and values of width
+# 4096: a query, four matrices, four biases. At inference it is equation 2's one vector (ledger K5).
+FUSION = 3072 + 2 * 3072 * 3072 + 2 * 3072 * 4096 + 4 * 3072
 
 
-def count(module: torch.nn.Module) -> int:
-    """Parameters of a module."""
+def count(module: nn.Module) -> int:
+    """The number of parameters of a module."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def cost(names: tuple[str, ...], visual: int, released: bool) -> tuple[float, float]:
-    """Millions of parameters and tera multiply-adds of one video + TEXT tokens, on meta.
+def cost_of(row: PaperRow, released: bool) -> tuple[float, float]:
+    """Count a model on one video and TEXT tokens: M parameters, 10^12 multiply-adds.
 
-    released: all blocks, unused parts, logits everywhere; else as here: the blocks that are run,
-    the last logits. Counted are Linears, convolutions and attention.
+    released: as the authors' code does it, with blocks and parameters that nothing uses, and logits
+    at every position. Otherwise as this code does it: only blocks that are needed, and the last
+    logits. Multiply-adds are those of Linears, convolutions and attention.
     """
-    llama, single = replace(LLAMAS["llama2-7b"], vocab_size=32064), len(names) == 1
-    encoders = [ENCODERS[name] for name in names]
+    encoders = [ENCODERS[name] for name in row.encoders]
     if released:
         encoders = [replace(e, num_layers=e.released_layers) for e in encoders]
-    how = {"projector": "all", "mixer": "mean"} if single else {}
-    config = MERVConfig("on paper", tuple(encoders), llama, **how)
+    llm = replace(LLAMAS["llama2-7b"], vocab_size=32064)  # the authors' (ledger K9)
+    config = MERVConfig("on paper", tuple(encoders), llm)
+    if len(encoders) == 1:
+        config = replace(config, projector="all", mixer="mean")
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = MERV(config, [FAMILIES[e.family](e) for e in encoders], Llama(llama), None)
+        model = MERV(config, [FAMILIES[e.family](e) for e in encoders], Llama(llm), None)
         model.encode({e.name: torch.empty(1, e.num_frames, 3, 224, 224) for e in encoders})
-        hidden = model.llm.hidden_states(None, torch.empty(1, visual + TEXT, llama.hidden_size))
+        embeds = torch.empty(1, row.visual + TEXT, llm.hidden_size)
+        hidden = model.llm.hidden_states(inputs_embeds=embeds)
         model.llm.logits(hidden if released else hidden[:, -1:])
     parameters = count(model)
     if released:
-        parameters += sum(UNUSED[name] for name in names)
-        parameters += 0 if single else FUSION - count(model.mixer)
-    return parameters / 1e6, counter.get_total_flops() / 2e12
+        parameters += sum(UNUSED[name] for name in row.encoders)
+    if released and len(encoders) > 1:
+        parameters += FUSION - count(model.mixer)
+    return parameters / 1e6, counter.get_total_flops() / 2e12  # 2 operations a multiply-add
 
 
-def print_efficiency() -> None:
-    """Tables 8, 2c and 2a: the paper's figures and ours."""
-    print(f"One video + {TEXT} text tokens: the paper, counted in the released form, done here\n")
-    print(f"{'':<20} M: paper counted    here    T: paper counted (off)          here")
-    for name, encoders, visual, millions, tera in PAPER:
-        counted_m, counted_t = cost(encoders, visual, released=True)
-        ours_m, ours_t = cost(encoders, visual, released=False)
-        known = f"{millions:>8}{int(counted_m):>8}" if millions else f"{'':>16}"
-        off = f"({100 * (counted_t / tera - 1):+.1f} %)"
-        work = f"{tera:>12.2f}{counted_t:>8.2f} {off:<11}{ours_t:>8.2f}"
-        print(f"{name:<20}{known}{ours_m:>8.0f}{work}")
+def projector_cost(name: str) -> float:
+    """M parameters of a projector before its final Linear, from LanguageBind to width 4096."""
+    with torch.device("meta"):
+        projector = PROJECTORS[name](1024, 4096, 8)
+    return (count(projector) - count(projector.linear)) / 1e6
+
+
+def print_table() -> None:
+    """Print the figures of tables 8, 2c and 2a beside ours."""
+    print(f"One video and {TEXT} text tokens: the paper's figure, the released form, this code\n")
+    print(f"{'':<20} M: paper released    here   T: paper released (off)         here")
+    for row in PAPER:
+        released_m, released_t = cost_of(row, released=True)
+        ours_m, ours_t = cost_of(row, released=False)
+        millions = " " * 16  # the paper does not say
+        if row.millions:
+            millions = f"{row.millions:>8}{int(released_m):>8}"
+        off = f"({100 * (released_t / row.tera - 1):+.1f} %)"
+        work = f"{row.tera:>12.2f}{released_t:>8.2f} {off:<11}{ours_t:>8.2f}"
+        print(f"{row.name:<20}{millions}{ours_m:>8.0f}{work}")
     print("\nM parameters of projectors before the final Linear (LanguageBind, width 4096)")
     for name, millions in PAPER_PROJECTORS.items():
-        with torch.device("meta"):
-            projector = PROJECTORS[name](1024, 4096, 8)
-        before = (count(projector) - count(projector.linear)) / 1e6
-        print(f"{name:<20}{millions:>8}{before:>8.1f}")
+        print(f"{name:<20}{millions:>8}{projector_cost(name):>8.1f}")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """`python cost.py plan` or `python cost.py table`."""
+    try:
+        config = read_options(arguments)
+        if config.command == ("plan",):
+            print_plan(config)
+        else:
+            print_table()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        exit_now(1)
+
+
+if __name__ == "__main__":
+    main()
+    exit_now()
