@@ -212,7 +212,8 @@ def test_sigterm_saves_and_the_same_command_resumes(place):
 def test_the_default_run_reaches_its_score_and_answers_alike_everywhere(tmp_path_factory):
     """`torchrun train.py` on this card; then the same questions on CPU and GPU, in two dtypes."""
     folder = tmp_path_factory.mktemp("default")
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": path}
     how = {"cwd": folder, "capture_output": True, "text": True, "env": environment}
     began = time.monotonic()
     done = subprocess.run([sys.executable, str(REPOSITORY / "train.py")], timeout=400, **how)
@@ -239,7 +240,8 @@ def measure(script: str, *arguments: str) -> dict:
     """Run a part of tests/cuda_full_size.py in a process of its own; what it measured."""
     program = str(REPOSITORY / "tests" / "cuda_full_size.py")
     how = {"cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 240}
-    how["env"] = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    path = os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])
+    how["env"] = os.environ | {"PYTHONPATH": path}
     done = subprocess.run([sys.executable, program, script, *arguments], **how)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
