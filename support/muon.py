@@ -1,9 +1,9 @@
 """Muon: momentum whose update of a matrix is made orthogonal (Keller Jordan, 2024).
 
 A small model that starts from random weights learns more in a step of Muon than in one of AdamW.
-Source: https://kellerjordan.github.io/posts/muon/. The numbers are those of torch.optim.Muon, but
+Source: https://kellerjordan.github.io/posts/muon/. The results are those of torch.optim.Muon, but
 everything is computed in float32: torch's version multiplies in bfloat16, which a CPU without
-AVX-512 does thirty times slower. Matrices of one shape go through the products as one batch.
+AVX-512 does thirty times slower. Matrices of one shape are multiplied as one batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # p(x) = a x + b x^3 + c x^5 pulls every singular value in (0, 1] towards 1 in five applications.
 # These coefficients are Jordan's: the steepest at 0 that still end between about 0.7 and 1.2.
@@ -26,15 +26,43 @@ def orthogonalise(g_kmn: Tensor) -> Tensor:
     Newton-Schulz iteration: it needs matrix products only, no decomposition.
     """
     rows, columns = g_kmn.shape[1:]
-    x = g_kmn.mT if rows > columns else g_kmn  # so that X X' is the smaller of the two squares
+    x = g_kmn.float()
+    if rows > columns:
+        x = x.mT  # so that X X' is the smaller of the two squares
     # X = G / |G|: no singular value is above 1.
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    norms = x.norm(dim=(1, 2), keepdim=True)
+    x = x / norms.clamp(min=1e-7)
     for _ in range(STEPS):
         # S = X X'
         s = x @ x.mT
-        # X <- a X + (b S + c S^2) X
-        x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=B, alpha=C), x, beta=A)
-    return x.mT if rows > columns else x
+        # P = b S + c S^2
+        p = torch.baddbmm(s, s, s, beta=B, alpha=C)
+        # X <- a X + P X
+        x = torch.baddbmm(x, p, x, beta=A)
+    if rows > columns:
+        x = x.mT
+    return x.to(g_kmn.dtype)
+
+
+def orthogonalise_shards(g_kmn: Tensor) -> Tensor:
+    """The same for matrices that may be sharded: each process gathers them and keeps its part."""
+    if not isinstance(g_kmn, DTensor):
+        return orthogonalise(g_kmn)
+    whole = orthogonalise(g_kmn.full_tensor())
+    # Every process has computed the same matrices, so nothing is sent (src_data_rank=None).
+    mesh, placements = g_kmn.device_mesh, g_kmn.placements
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
+
+
+def plain(matrices: list[Tensor]) -> list[Tensor]:
+    """Matrices that a single process holds, without DTensor, whose bookkeeping costs milliseconds.
+
+    Matrices that are sharded over several processes stay as they are.
+    """
+    first = matrices[0]
+    if isinstance(first, DTensor) and first.device_mesh.size() == 1:
+        return [matrix.to_local() for matrix in matrices]
+    return matrices
 
 
 class Muon(torch.optim.Optimizer):
@@ -52,65 +80,36 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:
         """Update every matrix that has a gradient."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = {}
+            by_shape = {}
             for matrix in group["params"]:
                 if matrix.grad is not None:
                     by_shape.setdefault(matrix.shape, []).append(matrix)
             for matrices in by_shape.values():
-                self.update(matrices, group["lr"], group["weight_decay"], group["momentum"])
+                self.update(matrices, group)
 
-    def update(self, matrices: list[Tensor], lr: float, decay: float, momentum: float) -> None:
-        """One step for matrices of one shape, each process on its shards."""
+    def update(self, matrices: list[Tensor], group: dict) -> None:
+        """One step for matrices of one shape."""
+        lr = group["lr"]
+        mu = group["momentum"]
+        gradients = []
+        momenta = []
         for matrix in matrices:
-            if not self.state[matrix]:
-                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix.grad)
-        w = [shard_of(matrix) for matrix in matrices]
-        g = [shard_of(matrix.grad) for matrix in matrices]
-        m = [shard_of(self.state[matrix]["momentum_buffer"]) for matrix in matrices]
+            state = self.state[matrix]
+            if not state:
+                state["momentum_buffer"] = torch.zeros_like(matrix.grad)
+            gradients.append(matrix.grad)
+            momenta.append(state["momentum_buffer"])
+        w = plain(matrices)
+        g = plain(gradients)
+        m = plain(momenta)
         # M <- mu M + (1 - mu) G
-        torch._foreach_lerp_(m, g, 1 - momentum)
+        torch._foreach_lerp_(m, g, 1 - mu)
         # Nesterov looks one step ahead: (1 - mu) G + mu M
-        ahead = torch._foreach_lerp(g, m, momentum)
-        o = scatter(orthogonalise(gather(torch.stack(ahead), matrices[0])), matrices[0])
+        ahead = torch._foreach_lerp(g, m, mu)
+        o = orthogonalise_shards(torch.stack(ahead))
         # A matrix with more rows than columns takes a longer step: sqrt(max(1, m / n)).
         rows, columns = matrices[0].shape
         length = lr * math.sqrt(max(1, rows / columns))
         # W <- (1 - lr * decay) W - length * O
-        torch._foreach_mul_(w, 1 - lr * decay)
+        torch._foreach_mul_(w, 1 - lr * group["weight_decay"])
         torch._foreach_sub_(w, o.unbind(), alpha=length)
-
-
-def shard_of(matrix: Tensor) -> Tensor:
-    """This process's part of a matrix, which is all of it if it is not sharded."""
-    return matrix.to_local() if isinstance(matrix, DTensor) else matrix
-
-
-def is_split(matrix: Tensor) -> bool:
-    """Whether several processes hold parts of this matrix."""
-    return isinstance(matrix, DTensor) and matrix.device_mesh.size() > 1
-
-
-def stacked_placements(like: DTensor) -> list:
-    """How k matrices stacked along a new first dimension lie if each lies like this one."""
-    return [Shard(p.dim + 1) if p.is_shard() else p for p in like.placements]
-
-
-def gather(stack: Tensor, like: Tensor) -> Tensor:
-    """Shards (k, m / processes, n) of matrices like `like` -> whole matrices (k, m, n), float32."""
-    if not is_split(like):
-        return stack.float()
-    shape = torch.Size((len(stack), *like.shape))
-    stride = (like.numel(), like.shape[1], 1)
-    how = {"run_check": False, "shape": shape, "stride": stride}
-    whole = DTensor.from_local(stack, like.device_mesh, stacked_placements(like), **how)
-    return whole.full_tensor().float()
-
-
-def scatter(whole: Tensor, like: Tensor) -> Tensor:
-    """The inverse of `gather`: this process's shards of whole matrices, in the dtype of `like`."""
-    whole = whole.to(like.dtype)
-    if not is_split(like):
-        return whole
-    # Every process has computed the same matrices, so nothing is sent (src_data_rank=None).
-    placements = stacked_placements(like)
-    return distribute_tensor(whole, like.device_mesh, placements, src_data_rank=None).to_local()

@@ -1,5 +1,6 @@
 """Muon by hand equals torch's in float32, is faster on small models, and works on shards."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,51 @@ def test_a_save_of_torchs_muon_loads():
                                    old.state[other]["momentum_buffer"])  # fmt: skip
 
 
+SHARDED = """
+import os, sys
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from support.muon import Muon
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+
+
+def two_steps(shard):
+    generator = torch.Generator().manual_seed(0)
+    matrices = []
+    for shape in ((7, 16), (7, 16), (32, 8), (1, 5)):
+        values = torch.randn(2, *shape, generator=generator)
+        if shard:
+            values = distribute_tensor(values, mesh, [Shard(1)])
+        matrices.append(torch.nn.Parameter(values[0]))
+        matrices[-1].grad = values[1]
+    optimizer = Muon(matrices, lr=0.02)
+    optimizer.step()
+    optimizer.step()
+    return matrices
+
+
+for whole, sharded in zip(two_steps(False), two_steps(True), strict=True):
+    torch.testing.assert_close(sharded.full_tensor(), whole, rtol=1e-5, atol=1e-6)
+dist.barrier()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_take_the_same_steps_as_one(tmp_path, processes):
+    """Rows are sharded unevenly, and one process may have none of a matrix."""
+    script = tmp_path / "sharded.py"
+    script.write_text(SHARDED)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(processes), str(script)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+
+
 RACE = """
 import statistics, time
 from unittest import mock
@@ -104,11 +150,11 @@ for make in (Muon, torch.optim.Muon):
         matrix.grad = torch.randn_like(matrix)
     seconds[make(matrices, lr=0.02)] = []
 with mock.patch.object(torch.Tensor, "bfloat16", torch.Tensor.float):
-    for _ in range(40):
-        for optimizer, measured in seconds.items():
-            began = time.perf_counter()
-            optimizer.step()
-            measured.append(time.perf_counter() - began)
+    for turn in range(160):
+        optimizer = list(seconds)[turn // 5 % 2]  # five steps of one, five of the other
+        began = time.perf_counter()
+        optimizer.step()
+        seconds[optimizer].append(time.perf_counter() - began)
 ours, theirs = (statistics.median(measured) for measured in seconds.values())
 print(theirs / ours, flush=True)
 """
@@ -116,7 +162,7 @@ print(theirs / ours, flush=True)
 
 @pytest.mark.slow  # it needs both cores to itself
 def test_a_step_on_the_miniature_is_three_times_as_fast_as_torchs():
-    """Its sharded matrices, as in training: steps of both in turn, the ratio of the medians."""
+    """On its matrices as FSDP2 holds them; steps of both in turn, the ratio of the medians."""
     code = RACE + "import os; os._exit(0)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
