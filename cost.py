@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,43 +43,27 @@ from support.muon import Muon
 class PlanConfig:
     """The options of cost.py: those of train.py that change the cost, and the machine."""
 
-    command: tuple[str, ...] = option((), "plan or table")
+    command: tuple[str, ...] = option((), "plan or table", group="command")
 
     model: str = option("merv", "which encoders and which LLM", MERVS, "model")
-    encoders: str = option(",".join(FOUR), "names, separated by commas", group="model")
+    encoders: str = option(",".join(FOUR), "names, separated by commas", None, "model")
     projector: str = option("avg2d", "a row of table 2a", PROJECTORS, "model")
     mixer: str = option("cross_attention", "a row of table 2c", MIXERS, "model")
-    pooled_side: int = option(8, "side of a pooled frame in tokens, table 2b", group="model")
+    pooled_side: int = option(8, "side of a pooled frame in tokens, table 2b", None, "model")
 
     recipe: str = option("frozen", "which stages, which parts", train.RECIPES, "training")
-    optimizer: str = option(
-        "adamw", "muon: Muon for the matrices of LLM layers", train.OPTIMIZERS, "training"
-    )
-    micro_batch: int = option(4, "rows that a process runs at once", group="training")
-    text_tokens: int = option(
-        512, "tokens of a conversation, half of them answers", None, "training"
-    )
-    cached_features: bool = option(
-        False, "pooled features are read from disk, so no encoder runs", group="training"
-    )
-    activation_checkpointing: bool = option(
-        True, "recompute LLM layers: less memory, more work", group="training"
-    )
-    replicas: int = option(
-        1, "copies of the model, each sharded over its share of the GPUs", group="training"
-    )
-    place_encoders: str = option(
-        "shard", "over all GPUs; copy: whole on each; streams: and in parallel", train.PLACES,
-        "training",
-    )  # fmt: skip
-    device: str = option(
-        "cuda", "cuda computes in bfloat16, cpu in float32", ("cuda", "cpu"), "machine"
-    )
-    gpus: int = option(8, "number of GPUs", group="machine")
-    gpu_memory: float = option(48.0, "GB of each GPU", group="machine")
-    tflops: float = option(
-        60.0, "what each GPU achieves, in 10^12 operations per second", group="machine"
-    )
+    optimizer: str = option("adamw", "as in train.py", train.OPTIMIZERS, "training")
+    micro_batch: int = option(4, "rows that a process runs at once", None, "training")
+    text_tokens: int = option(512, "of each row, half of them answers", None, "training")
+    cached_features: bool = option(False, "no encoder runs", None, "training")
+    activation_checkpointing: bool = option(True, "recompute LLM layers", None, "training")
+    replicas: int = option(1, "copies of the model, each on its GPUs", None, "training")
+    place_encoders: str = option("shard", "as in train.py", train.PLACES, "training")
+    dtype: str = option("bfloat16", "to compute in", ("bfloat16", "float32"), "training")
+
+    gpus: int = option(8, "number of GPUs", None, "machine")
+    gpu_memory: float = option(48.0, "GB of each GPU", None, "machine")
+    tflops: float = option(60.0, "10^12 operations that a GPU does in a second", None, "machine")
 
 
 def read_options(arguments: list[str] | None = None) -> PlanConfig:
@@ -90,14 +75,13 @@ def read_options(arguments: list[str] | None = None) -> PlanConfig:
     training = train.preset(chosen.model, chosen.recipe)
     settings = {"cached_features": training.cache_features is not None}
     for f in fields(PlanConfig):
-        if hasattr(training, f.name) and f.name != "device":
+        if hasattr(training, f.name) and f.name != "dtype":  # a plan is for GPUs: no "auto"
             settings[f.name] = getattr(training, f.name)
-    config = parse_options(PlanConfig, arguments, "Plan a run.", PlanConfig(**settings))
+    config = parse_options(PlanConfig, arguments, "Count costs.", PlanConfig(**settings))
     if config.command not in (("plan",), ("table",)):
-        what = f"cost.py was asked for {' '.join(config.command) or 'nothing'}."
-        raise UserError(
-            what, "it has two commands.", "python cost.py plan, or python cost.py table."
-        )
+        why = "its commands are plan and table."
+        fix = "python cost.py plan, or python cost.py table."
+        raise UserError("cost.py needs one command.", why, fix)
     return config
 
 
@@ -126,6 +110,12 @@ def simulated_processes(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def build(config: MERVConfig) -> MERV:
+    """A model without weights, of the kind of tensor that the surrounding context makes."""
+    encoders = [FAMILIES[e.family](e) for e in config.encoders]
+    return MERV(config, encoders, Llama(config.llm), None)
+
+
 def make_batch(config: PlanConfig, model: MERV, still: bool) -> Batch:
     """A micro-batch of rows with a clip or a still each; the second half of the text is labelled.
 
@@ -141,37 +131,30 @@ def make_batch(config: PlanConfig, model: MERV, still: bool) -> Batch:
             t, h, w = e.grid
             if projector.class_token:
                 h, w = 1, 1
-            batch.pooled[e.name] = projector.pool(torch.empty(b, t, h, w, e.hidden_size))
+            features = torch.empty(b, t, h, w, e.hidden_size)
+            batch.pooled[e.name] = projector.pool(features)
         else:
             frames = 1 if still else e.num_frames
-            batch.pixels[e.name] = torch.empty(b, frames, 3, e.image_size, e.image_size)
+            side = e.image_size
+            batch.pixels[e.name] = torch.empty(b, frames, 3, side, side)
     return batch
 
 
-class Simulated(NamedTuple):
-    """What a simulated step leaves: the object that measured it, the model, its optimizers."""
-
-    measured: FSDPMemTracker | FlopCounterMode
-    model: MERV
-    optimizers: list[torch.optim.Optimizer]
-
-
 def simulate_step(
-    config: PlanConfig, what: MERVConfig, stage: train.Stage, measure: Callable, still: bool = False
-) -> Simulated:
+    config: PlanConfig, what: MERVConfig, stage: train.Stage, measure: Callable, still: bool
+) -> tuple:
     """Run forward and backward of one micro-batch on rank 0, on tensors without memory.
 
     what: the model to build. measure: given the model, makes the context manager that observes it.
+    Returns what that context manager gives, the model, and the optimizers.
     """
     mesh = train.make_mesh("cpu", config.replicas)
-    dtype = torch.float32 if config.device == "cpu" else torch.bfloat16
     # WHY: the memory tracker fails on modules that are sharded and never run.
     place = "copy" if config.cached_features else config.place_encoders
     with FakeTensorMode():
-        encoders = [FAMILIES[e.family](e) for e in what.encoders]
-        model = MERV(what, encoders, Llama(what.llm), None).train()
+        model = build(what).train()
         model.llm.activation_checkpointing = config.activation_checkpointing
-        train.shard(model, mesh, place, dtype)
+        train.shard(model, mesh, place, getattr(torch, config.dtype))
         # Any learning rate will do: only whether there is one decides who owns a parameter.
         muon = 0.01 if config.optimizer == "muon" else None
         optimizers = train.make_optimizers(model, stage, muon)
@@ -179,7 +162,7 @@ def simulate_step(
         with measure(model) as measured:
             loss, _ = model(batch)
             loss.backward()
-    return Simulated(measured, model, optimizers)
+    return measured, model, optimizers
 
 
 GATHERED = ("UNSHARDED_PARAM", "ALL_GATHER", "UNSHARDED_GRAD", "REDUCE_SCATTER")
@@ -192,25 +175,21 @@ def memory_of(
 
     The peak is that of the second step and later ones, when the optimizer's state exists.
     """
-    step = simulate_step(config, what, stage, FSDPMemTracker)
-    (peak,) = step.measured.get_tracker_snapshot("peak").values()
+    tracker, model, optimizers = simulate_step(config, what, stage, FSDPMemTracker, still=False)
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
     held = {}  # bytes by the tracker's name for a kind of tensor; TOTAL is all of them
     for kind, size in peak.items():
         held[getattr(kind, "name", "TOTAL")] = size
     parameters = 0
-    for parameter in step.model.parameters():
-        parameters += getattr(parameter, "_local_tensor", parameter).nbytes
-    gradients = held["SHARDED_GRAD"]
-    gathered = sum(held[kind] for kind in GATHERED)
-    rest = held["TOTAL"] - parameters - gradients - gathered
-    rows = {
-        "parameters": parameters,
-        "gradients": gradients,
-        "optimizer": optimizer_state(step.optimizers),
-        "gathered parameters, gradients": gathered,
-        "activations, logits, features": rest,
-    }
-    return {purpose: size / 1e9 for purpose, size in rows.items()}, step.model
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            parameter = parameter.to_local()
+        parameters += parameter.nbytes
+    rows = {"parameters": parameters, "gradients": held["SHARDED_GRAD"]}
+    rows["gathered parameters, gradients"] = sum(held[kind] for kind in GATHERED)
+    rows["activations, logits, features"] = held["TOTAL"] - sum(rows.values())
+    rows["optimizer"] = optimizer_state(optimizers)
+    return {purpose: size / 1e9 for purpose, size in rows.items()}, model
 
 
 def optimizer_state(optimizers: list[torch.optim.Optimizer]) -> int:
@@ -230,8 +209,9 @@ def optimizer_state(optimizers: list[torch.optim.Optimizer]) -> int:
 def step_memory(what: MERVConfig, rows: int, text_tokens: int) -> float:
     """The peak of one GPU that trains the model `what` by the recipe "frozen" with AdamW: GB."""
     config = PlanConfig(micro_batch=rows, text_tokens=text_tokens, gpus=1)
+    stage = train.RECIPES["frozen"][0]
     with simulated_processes(1):
-        needs, _ = memory_of(config, what, train.RECIPES[config.recipe][0])
+        needs, _ = memory_of(config, what, stage)
     return sum(needs.values())
 
 
@@ -287,7 +267,8 @@ def print_memory(config: PlanConfig, what: MERVConfig, stage: train.Stage) -> No
         raise does_not_fit(config, what, stage, needs["all"])
     trained = 0
     for parameter in model.parameters():
-        trained += parameter.numel() * parameter.requires_grad
+        if parameter.requires_grad:
+            trained += parameter.numel()
     frozen = count(model) - trained
     print(f"  {trained / 1e6:,.1f} M parameters are trained, {frozen / 1e6:,.1f} M are frozen")
     print("  memory of each GPU at the peak      GB")
@@ -304,7 +285,8 @@ def print_operations(config: PlanConfig, what: MERVConfig, stage: train.Stage) -
         print(f"    {part:<30}{clip[part]:>6.2f}{still[part]:>10.2f}")
     stills = sum(STILLS[file] for file in stage.files)
     clips = sum(CLIPS[file] for file in stage.files)
-    total = stills * sum(still.values()) + clips * sum(clip.values())
+    total = stills * sum(still.values())
+    total += clips * sum(clip.values())
     print(f"  {stills:,} stills and {clips:,} clips take {total * 1e12:.2e} operations")
     return total
 
@@ -337,7 +319,7 @@ class PaperRow(NamedTuple):
     name: str
     encoders: tuple[str, ...]
     visual: int  # tokens that the LLM reads
-    millions: int | None  # parameters (table 8)
+    millions: int | None  # parameters; None: the paper does not say
     tera: float  # 10^12 multiply-adds of one video and its text
 
 
@@ -355,7 +337,12 @@ PAPER = (
 PAPER_PROJECTORS = {"avg2d": 0, "avg3d": 0, "attn2d": 12.7, "conv2d": 237, "conv3d": 113}
 
 # Released parameters that nothing uses: final norms, and SigLIP's attention pooling.
-UNUSED = {"languagebind": 2048, "dinov2": 2048, "vivit": 0, "siglip": 12 * 768**2 + 16 * 768}
+UNUSED = {
+    "languagebind": 2 * 1024,
+    "dinov2": 2 * 1024,
+    "vivit": 0,
+    "siglip": 2 * 768 + 12 * 768**2 + 12 * 768,
+}
 # The authors' fusion module is multi-head attention with width 3072 over keys and values of width
 # 4096: a query, four matrices, four biases. At inference it is equation 2's one vector (ledger K5).
 FUSION = 3072 + 2 * 3072 * 3072 + 2 * 3072 * 4096 + 4 * 3072
@@ -381,8 +368,9 @@ def cost_of(row: PaperRow, released: bool) -> tuple[float, float]:
     if len(encoders) == 1:
         config = replace(config, projector="all", mixer="mean")
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model = MERV(config, [FAMILIES[e.family](e) for e in encoders], Llama(llm), None)
-        model.encode({e.name: torch.empty(1, e.num_frames, 3, 224, 224) for e in encoders})
+        model = build(config)
+        videos = {e.name: torch.empty(1, e.num_frames, 3, 224, 224) for e in encoders}
+        model.encode(videos)
         embeds = torch.empty(1, row.visual + TEXT, llm.hidden_size)
         hidden = model.llm.hidden_states(inputs_embeds=embeds)
         model.llm.logits(hidden if released else hidden[:, -1:])
@@ -408,8 +396,8 @@ def print_table() -> None:
     for row in PAPER:
         released_m, released_t = cost_of(row, released=True)
         ours_m, ours_t = cost_of(row, released=False)
-        millions = " " * 16  # the paper does not say
-        if row.millions:
+        millions = " " * 16
+        if row.millions is not None:
             millions = f"{row.millions:>8}{int(released_m):>8}"
         off = f"({100 * (released_t / row.tera - 1):+.1f} %)"
         work = f"{row.tera:>12.2f}{released_t:>8.2f} {off:<11}{ours_t:>8.2f}"
