@@ -380,10 +380,14 @@ def collate(examples: list[Example]) -> Batch:
 
     Rows with cached features come first in visual_rows, then those with pixels.
     """
-    cached_rows = [row for row, e in enumerate(examples) if e.pooled]
-    pixel_rows = [row for row, e in enumerate(examples) if e.pixels]
-    pooled = [examples[row].pooled for row in cached_rows]
-    pixels = [examples[row].pixels for row in pixel_rows]
+    cached_rows, pixel_rows, pooled, pixels = [], [], [], []
+    for row, example in enumerate(examples):
+        if example.pooled:
+            cached_rows.append(row)
+            pooled.append(example.pooled)
+        elif example.pixels:
+            pixel_rows.append(row)
+            pixels.append(example.pixels)
 
     ids = [example.input_ids for example in examples]
     labels = pad_sequence([e.labels for e in examples], batch_first=True, padding_value=IGNORE)

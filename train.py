@@ -31,7 +31,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import signal
 import sys
 import time
@@ -45,7 +44,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict as distributed_state
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.data import ConcatDataset, DataLoader
 
@@ -56,10 +55,11 @@ import miniature
 from merv import MERV, MERVS, MIXERS, PROJECTORS
 from miniature import preset as small
 from support import errors, features, report, runs
-from support.cli import exit_now, option, parse_options, pick_device, progress
+from support.cli import exit_now, option, parse_options, progress
 from support.errors import UserError
 from support.held_out import HeldOut
 from support.muon import Muon
+from support.processes import check_common_folder, ignore_sigterm, join_processes, make_mesh
 from support.runs import Run
 
 # --------------------------------------------------------------------------------- recipes, options
@@ -67,7 +67,11 @@ from support.runs import Run
 
 @dataclass(frozen=True)
 class Stage:
-    """One training run over conversations (paper 4; stage 1: table 5)."""
+    """One pass of training over conversations (paper 4; stage 1: table 5).
+
+    A recipe is a list of stages. What a stage does not train is frozen: it needs no gradient and no
+    optimizer state, which for the 7B saves 12 of 16 bytes a parameter.
+    """
 
     files: tuple[tuple[str, str | None], ...]  # in the data folder, with its key of data.TEMPLATES
     trained: tuple[str, ...]  # parts of the model; encoders are always frozen
@@ -81,6 +85,8 @@ CONVERSATIONS = ("stage2.json", None)  # None: the template of the LLM
 ALIGNING_PARTS = ("projectors", "mixer")
 TRAINABLE_PARTS = ("projectors", "mixer", "llm")
 
+# Stage 1 learns from captions what visual tokens mean: only projectors and mixer, or the LLM too.
+# Stage 2 learns to answer questions. Rates and batch sizes are the paper's (appendix B).
 ALIGN = Stage((CAPTIONS,), ALIGNING_PARTS, learning_rate=1e-3, global_batch=256, weight_decay=0.0)
 ALIGN_ALL = Stage((CAPTIONS,), TRAINABLE_PARTS, learning_rate=1e-4, global_batch=256)
 INSTRUCT = Stage((CONVERSATIONS,), TRAINABLE_PARTS, learning_rate=2e-5, global_batch=128)
@@ -99,7 +105,11 @@ HELD_OUT_ROWS = 64  # few, because they are evaluated while all processes wait
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The options of train.py. The defaults are the paper's; `preset` has those of each model."""
+    """The options of train.py. The defaults are the paper's; `preset` has those of each model.
+
+    This dataclass is the command line: an option --global-batch for the field global_batch, and so
+    on. `none` on the command line is None here. The options of a run are in its config.json.
+    """
 
     model: str = option("merv", "which encoders and which LLM", MERVS, "model")
     encoders: str = option(
@@ -177,7 +187,10 @@ MOVED |= {"--lr": "use --learning-rate", "--muon-lr": "use --muon-learning-rate 
 
 
 def preset(model: str, recipe: str) -> TrainConfig:
-    """The options with which a model is trained by a recipe, unless the command line says else."""
+    """The options with which a model is trained by a recipe, unless the command line changes them.
+
+    A preset has a value for every option, so nothing about a run is decided anywhere else.
+    """
     labels = [encoder.label for encoder in MERVS[model].encoders]
     config = TrainConfig(
         model=model,
@@ -230,24 +243,6 @@ def stages_of(config: TrainConfig) -> list[Stage]:
 # ------------------------------------------------------------------------------ processes and model
 
 
-def join_processes(device: str) -> torch.device:
-    """Join the process group that torchrun describes, or be a group of one; return our device."""
-    place = pick_device(device)
-    backend = "gloo"
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
-        backend = "cpu:gloo,cuda:nccl"
-    store, rank, world = dist.HashStore(), 0, 1
-    if "RANK" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://"))
-    if world == int(os.environ.get("LOCAL_WORLD_SIZE", world)):  # one machine
-        # WHY: torchrun's store outlives a restart (--max-restarts), and with it the addresses of
-        # dead processes, for which gloo would wait half an hour.
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
-    return place
-
-
 def model_config(config: TrainConfig) -> merv.MERVConfig:
     """The model that the options describe."""
     model = MERVS[config.model]
@@ -273,22 +268,16 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
-def make_mesh(device: str, replicas: int) -> DeviceMesh:
-    """Processes as a grid (replicas, shards): each row of it holds the parameters once."""
-    world = dist.get_world_size()
-    if world % replicas:
-        what = f"{world} processes cannot hold {replicas} replicas."
-        raise UserError(what, "each takes equally many.", f"choose a divisor of {world}.")
-    if replicas == 1:
-        return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
-    sizes = (replicas, world // replicas)
-    return init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard"))
-
-
 def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype) -> None:
-    """FSDP2: each LLM layer, each encoder and the rest are gathered when they run, else sharded.
+    """Shard the model over the processes (FSDP2).
 
-    Each part moves from the CPU as it is sharded, so no GPU ever holds all of the model.
+    Every process holds 1 / shards of each parameter, in float32. A layer is gathered in `dtype`
+    just before it runs and freed again right after, forward and backward; its gradients are summed
+    over the processes, and each keeps its share. The units that are gathered together are one LLM
+    layer, one encoder, and the rest (embeddings, head, projectors, mixer).
+
+    place_encoders: "copy" and "streams" leave the frozen encoders whole on every process. Each part
+    moves from the CPU as it is sharded, so no GPU ever holds all of the model.
     """
     # WHY: bfloat16 holds activations well but not sums of many small gradients.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -310,7 +299,11 @@ def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype
 
 
 def make_datasets(model: MERV, stage: Stage, config: TrainConfig, cache) -> ConcatDataset:
-    """The files of a stage as one dataset; with a cache, what it lacks is encoded now."""
+    """The files of a stage as one dataset.
+
+    With a cache, every clip that it lacks is encoded now. The encoders are frozen, so what they see
+    in a clip is the same in every epoch and for every projector, mixer and LLM.
+    """
     datasets = []
     for file, template in stage.files:
         datasets.append(read_rows(model, data_folder(config) / file, template, cache))
@@ -325,7 +318,10 @@ def data_folder(config: TrainConfig) -> Path:
 
 
 def read_rows(model: MERV, file: Path, template: str | None, cache) -> data.ConversationDataset:
-    """A file of conversations, for this model."""
+    """A file of conversations for this model.
+
+    template: how questions become prompts, a key of data.TEMPLATES; None is the LLM's own.
+    """
     form = data.TEMPLATES[template or model.config.llm.template]
     encoders = list(model.config.encoders)
     return data.ConversationDataset(file, model.tokenizer, form, encoders, cache=cache)
@@ -374,7 +370,13 @@ def concatenate(datasets: list[data.ConversationDataset]) -> ConcatDataset:
 
 
 def order_data(dataset: ConcatDataset, stage: Stage, config: TrainConfig) -> tuple[list, int, int]:
-    """This process's micro-batches of all epochs, how many make a step, and the number of steps."""
+    """This process's micro-batches of all epochs, how many make a step, and the number of steps.
+
+    A global batch of 8 rows on 2 processes with micro-batches of 2:
+
+        process 0   rows 0 2 | rows 4 6      two micro-batches, then one optimizer step
+        process 1   rows 1 3 | rows 5 7
+    """
     world = dist.get_world_size()
     rows = max(1, min(config.micro_batch, stage.global_batch // world))
     sizes = (stage.global_batch, rows, dist.get_rank(), world, config.seed)
@@ -476,7 +478,11 @@ def refresh_dtypes(model: MERV) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear rise over the first `warmup` of the steps, then half a cosine down to 0."""
+    """The learning rate of a step: a linear rise, then half a cosine down to 0 (appendix B).
+
+    With 100 steps and warmup 0.03: steps 0, 1, 2 have 1/3, 2/3 and 3/3 of the peak, step 51 about
+    half of it, step 99 almost nothing. The rise gives AdamW time to estimate its moments.
+    """
     rising = max(1, round(warmup * steps))
     if step < rising:
         return peak * (step + 1) / rising
@@ -485,7 +491,11 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 @dataclass
 class Counts:
-    """What the processes tell each other before a step, summed over all of them."""
+    """What the processes tell each other before a step, summed over all of them.
+
+    Every process then takes the same decisions: what to divide the loss by, whether to stop, and
+    for which micro-batches the encoders run.
+    """
 
     labels: int  # tokens that the loss covers
     text_tokens: int
@@ -510,7 +520,10 @@ def count_over_processes(batches: list[data.Batch], stop: bool) -> Counts:
 
 
 def encoders_are_sharded(config: TrainConfig) -> bool:
-    """Whether all processes gather the encoders together, so that they run on all or on none."""
+    """Whether all processes gather the encoders together, so that they run on all or on none.
+
+    A process with text only, or with cached features, must then join in when another has pixels.
+    """
     return config.place_encoders == "shard"
 
 
@@ -543,7 +556,10 @@ def forward_backward(
 
 
 def update(optimizers: list, step: int, steps: int, warmup: float) -> float:
-    """One step of every optimizer, with the learning rate of this step; return that of AdamW."""
+    """One step of every optimizer, with the learning rate of this step; return that of AdamW.
+
+    `peak` is the group's own: the stage's for AdamW, --muon-learning-rate for Muon.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, group["peak"], warmup)
@@ -552,21 +568,20 @@ def update(optimizers: list, step: int, steps: int, warmup: float) -> float:
     return optimizers[0].param_groups[0]["lr"]
 
 
-def train_stage(
-    model: MERV, stage: Stage, dataset: ConcatDataset, held_out, run: Run, steps_done: int
-) -> int:
+def train_stage(model: MERV, stage: Stage, dataset, held_out, run: Run, steps_done: int) -> int:
     """Train one stage on a sharded model; return the number of steps up to its end.
 
     steps_done: steps of the earlier stages. Steps up to run.done are skipped without reading data.
     """
     config, rank = run.config, dist.get_rank()
 
-    # 1. Choose what is trained, and how.
+    # 1. Choose what is trained, and how. Optimizers are new: moments of another stage do not fit.
     optimizers = make_optimizers(model, stage, muon_rate(config))
     refresh_dtypes(model)
     model.train()
 
-    # 2. Order the data: `accumulation` micro-batches of every process make one step.
+    # 2. Order the data: `accumulation` micro-batches of every process make one step. The order
+    #    follows from the seed alone, so resuming means skipping the steps that are done.
     order, accumulation, steps = order_data(dataset, stage, config)
     start = min(steps, max(0, run.done - steps_done))
     order = order[start * accumulation : steps * accumulation]
@@ -574,7 +589,6 @@ def train_stage(
     run.seen += start * stage.global_batch
     if steps_done < run.done <= steps_done + steps:
         runs.load_state(model, optimizers, run)
-
     bar = progress(range(start, steps), "train", show=rank == 0)
     for step in bar:
         # 3. Load the micro-batches of this step, and count over all processes.
@@ -586,7 +600,7 @@ def train_stage(
         run.seen += stage.global_batch
         runs.report_bad(batches, counts.bad, run, number)
 
-        # 4. Forward and backward; then clip the gradients.
+        # 4. Forward and backward; then clip the gradients, as one vector over all processes.
         loss, mixing_weights = forward_backward(model, batches, counts, config)
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip).full_tensor().item()
         if not math.isfinite(loss + norm):
@@ -622,11 +636,6 @@ def load_in_order(dataset: ConcatDataset, order: list[list[int]], workers: int) 
     return iter(DataLoader(dataset, batch_sampler=order, **how))
 
 
-def ignore_sigterm(worker: int) -> None:
-    """Let only the main process react to SIGTERM, which SLURM sends to its workers as well."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def rows_of(dataset: ConcatDataset, order: list[list[int]], first: int, count: int) -> list[dict]:
     """The rows of `count` micro-batches from `first`, as they stand in the file."""
     rows = []
@@ -636,7 +645,10 @@ def rows_of(dataset: ConcatDataset, order: list[list[int]], first: int, count: i
 
 
 def speed(model: MERV, counts: Counts, waited: float, seconds: float) -> dict[str, float | None]:
-    """Metrics of time and memory for one step that took so many seconds."""
+    """Metrics of time and memory for one step that took so many seconds.
+
+    waited: seconds of these in which the step had no data; more --workers shorten them.
+    """
     tokens = counts.text_tokens + sum(counts.visual_rows) * model.config.num_visual
     return {
         "tokens_per_second": tokens / seconds,
@@ -646,14 +658,14 @@ def speed(model: MERV, counts: Counts, waited: float, seconds: float) -> dict[st
 
 
 def stop(number: int) -> None:
-    """End the process after a step, because SIGTERM was received."""
+    """End the process after a step, because SIGTERM was received. Everything is saved by now."""
     if dist.get_rank() == 0:
         print(f"Stopped after step {number}; the same command resumes the run.")
     exit_now()
 
 
 def due(number: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps happens after this one."""
+    """Whether something that happens every so many steps (None: never) happens after this one."""
     return every is not None and number % every == 0
 
 
@@ -673,17 +685,15 @@ def begin(config: TrainConfig) -> Run:
         opened = [runs.open_run(config)]
     dist.broadcast_object_list(opened)
     run = opened[0]
-    seen = torch.tensor(int((run.folder / "config.json").is_file()))
-    dist.all_reduce(seen)
-    if seen < dist.get_world_size():
-        what = f"{dist.get_world_size() - int(seen)} processes do not see {run.folder}."
-        why = "every process writes its share of each save there."
-        raise UserError(what, why, "start all nodes in one folder on a shared file system.")
+    check_common_folder(run.folder / "config.json")
     return run
 
 
 def train(config: TrainConfig) -> Run:
-    """Run the stages of the recipe that are not done yet, then write the checkpoint."""
+    """Run the stages of the recipe that are not done yet, then write the checkpoint.
+
+    Returns the run. If the same command has already written its checkpoint, nothing is trained.
+    """
     device = join_processes(config.device)
     architecture = model_config(config)
     stages = stages_of(config)
@@ -692,7 +702,10 @@ def train(config: TrainConfig) -> Run:
         return run
     if dist.get_rank() == 0:
         runs.open_board(run)
+    # Told to stop, finish the step, save, and leave; the handler itself only remembers it.
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
+
+    # The model in float32 on the CPU; pooled features of all clips, if they are to be cached.
     model = MERV.create(architecture, config.tokenizer, config.seed)
     cache = None
     if config.cache_features:
@@ -700,6 +713,8 @@ def train(config: TrainConfig) -> Run:
         model.encoders.to(device)
     datasets = [make_datasets(model, stage, config, cache) for stage in stages]
     held_out = read_held_out(model, config, cache)
+
+    # The same model, sharded over all processes, and every stage in turn.
     model.llm.activation_checkpointing = config.activation_checkpointing
     mesh = make_mesh(device.type, config.replicas)
     shard(model, mesh, config.place_encoders, compute_dtype(config.dtype, device))
@@ -709,6 +724,8 @@ def train(config: TrainConfig) -> Run:
             print(f"stage {number} of {len(stages)}: train {', '.join(stage.trained)}")
         steps_done = train_stage(model, stage, dataset, held_out, run, steps_done)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    # Gather the whole model on the CPU of rank 0, which writes what merv.py and eval.py read.
     whole = distributed_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = distributed_state.get_model_state_dict(model, options=whole)
     if dist.get_rank() == 0:

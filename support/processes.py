@@ -1,0 +1,59 @@
+"""The processes of a training run: joining them, and the grid on which parameters are sharded."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from support.cli import pick_device
+from support.errors import UserError
+
+
+def join_processes(device: str) -> torch.device:
+    """Join the process group that torchrun describes, or be a group of one; return our device."""
+    place = pick_device(device)
+    backend = "gloo"
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+        backend = "cpu:gloo,cuda:nccl"
+    store, rank, world = dist.HashStore(), 0, 1
+    if "RANK" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://"))
+    if world == int(os.environ.get("LOCAL_WORLD_SIZE", world)):  # one machine
+        # WHY: torchrun's store outlives a restart (--max-restarts), and with it the addresses of
+        # dead processes, for which gloo would wait half an hour.
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    return place
+
+
+def make_mesh(device: str, replicas: int) -> DeviceMesh:
+    """Processes as a grid (replicas, shards): each row of it holds the parameters once."""
+    world = dist.get_world_size()
+    if world % replicas:
+        what = f"{world} processes cannot hold {replicas} replicas."
+        raise UserError(what, "each takes equally many.", f"choose a divisor of {world}.")
+    if replicas == 1:
+        return init_device_mesh(device, (world,), mesh_dim_names=("shard",))
+    sizes = (replicas, world // replicas)
+    return init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard"))
+
+
+def ignore_sigterm(worker: int) -> None:
+    """Let only the main process react to SIGTERM, which SLURM sends to its workers as well."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def check_common_folder(file) -> None:
+    """UserError if some process does not see this file, which rank 0 has just written."""
+    seen = torch.tensor(int(file.is_file()))
+    dist.all_reduce(seen)
+    missing = dist.get_world_size() - int(seen)
+    if missing:
+        what = f"{missing} processes do not see {file}."
+        why = "every process writes its share of each save into that folder."
+        raise UserError(what, why, "start all nodes in one folder on a shared file system.")
