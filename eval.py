@@ -25,7 +25,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -33,7 +32,7 @@ from data import load_pixels
 from encoders import ENCODERS, EncoderConfig
 from merv import MERV
 from support.benchmarks import BENCHMARKS, FPS, LETTERS, Question, list_videos, load_questions
-from support.cli import option, parse_options, pick_device, progress
+from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype, progress
 from support.errors import UserError, VideoError
 from support.files import Journal, write_file
 from support.judge import Judge, judge_answers
@@ -382,7 +381,9 @@ class EvalConfig:
     checkpoint: str | None = option(None, "run, folder or released name", group="model")
     tokenizer: str | None = option(None, "tokenizer.model, if it has none", group="model")
     device: str = option("auto", "auto, cuda, mps or cpu", group="model")
-    dtype: str = option("float32", "of the computation", ("float32", "bfloat16"), group="model")
+    dtype: str = option(
+        "auto", "to compute in; auto: bfloat16 on CUDA, else float32", DTYPES, group="model"
+    )
     # How, and where the results go: by default to eval/ in the run, or to runs/NAME/eval.
     max_new_tokens: int = option(64, "longest answer, in tokens", group="answers")
     mcq_rule: str = option("parse", "how a reply becomes a letter", MCQ_RULES, group="answers")
@@ -437,8 +438,8 @@ def run_command(config: EvalConfig) -> None:
 
 def evaluate_checkpoint(config: EvalConfig, checkpoint: str) -> None:
     """Load a checkpoint, answer the benchmark's questions and print the table."""
-    dtype = getattr(torch, config.dtype)
     device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
     model = MERV.from_pretrained(checkpoint, dtype, device, config.tokenizer)
     if config.output is not None:
         output = Path(config.output)

@@ -118,20 +118,20 @@ class PooledProjector(nn.Module):
 
 
 PROJECTORS = {  # table 2a
-    "avg2d": PooledProjector,
-    "attn2d": variants.AttentionProjector,
-    "conv2d": variants.ConvProjector,
-    "avg3d": variants.Pooled3dProjector,
-    "conv3d": variants.Conv3dProjector,
-    "all": variants.AllTokensProjector,
-    "class": variants.ClassTokenProjector,
+    "avg2d": PooledProjector,  # average each frame to side x side: the paper's choice
+    "attn2d": variants.AttentionProjector,  # learned queries attend to each frame
+    "conv2d": variants.ConvProjector,  # convolutions before and after the average
+    "avg3d": variants.Pooled3dProjector,  # averages pairs of frames too
+    "conv3d": variants.Conv3dProjector,  # one convolution over space and time
+    "all": variants.AllTokensProjector,  # no pooling
+    "class": variants.ClassTokenProjector,  # one token per frame
 }
 MIXERS = {  # table 2c
-    "cross_attention": CrossAttentionMixer,
-    "concat_sequence": variants.SequenceMixer,
-    "concat_channel": variants.ChannelMixer,
-    "learned": variants.LearnedMixer,
-    "mean": variants.MeanMixer,
+    "cross_attention": CrossAttentionMixer,  # equation 2
+    "concat_sequence": variants.SequenceMixer,  # e times as many tokens
+    "concat_channel": variants.ChannelMixer,  # one Linear over all features side by side
+    "learned": variants.LearnedMixer,  # one mixture for all clips
+    "mean": variants.MeanMixer,  # 1/e of each
 }
 
 
@@ -718,7 +718,9 @@ class AskConfig:
     end: float | None = option(None, "last second of the clip; none: its end", group="video")
     max_new_tokens: int = option(256, "longest answer, in tokens", group="answer")
     device: str = option("auto", "auto, cuda, mps or cpu", group="machine")
-    dtype: str = option("float32", "of weights and activations", DTYPES, group="machine")
+    dtype: str = option(
+        "auto", "to compute in; auto: bfloat16 on CUDA, else float32", DTYPES, group="machine"
+    )
 
 
 def read_options(arguments: list[str] | None = None) -> AskConfig:

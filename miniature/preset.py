@@ -35,6 +35,6 @@ SETTINGS = {
 # Times on a CPU with two cores.
 BANNER = """\
 The miniature: train a video language model from nothing, on clips that this program draws.
-1. draw clips, about 15 s        2. pre-train four small encoders, about 2 min
-3. encode the clips, about 20 s  4. train projectors, mixer and LLM, about 90 s
-5. score answers about test clips, 15 to 50 s.  Times are for two CPU cores; finished parts stay."""
+1. draw clips, 15 s.  2. pre-train four small encoders, 2 min.  3. encode the clips, 20 s.
+4. train projectors, mixer and LLM, 90 s.  5. score answers about test clips, 30 s.
+Times are rough, for two CPU cores. Finished parts are kept and used again."""
