@@ -3,6 +3,8 @@
 import functools
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -14,10 +16,11 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
-from data import TEMPLATES, Batch, ConversationDataset
+from data import TEMPLATES, Batch, ConversationDataset, Example
 from encoders import ENCODERS, load_encoder, save_encoder
 from llama import Tokenizer
 from merv import FOUR, MERV, MERVS
+from miniature import preset
 from miniature.world import write_world
 from support.features import FeatureCache
 from support.video import load_video
@@ -140,7 +143,8 @@ def test_cached_features_give_the_same_curve(workplace):
         assert done.returncode == 0, done.stderr
         assert losses(workplace, name) == pytest.approx(losses(workplace, "long"), rel=1e-2)
         assert ("14 clips or stills of" in done.stdout) == (name == "cached")  # with their size
-    assert len(list((workplace / "features").rglob("*.safetensors"))) == 4 * 14
+    # Four encoders; ten clips and four stills to train on, and four held-out clips.
+    assert len(list((workplace / "features").rglob("*.safetensors"))) == 4 * (10 + 4 + 4)
 
 
 def test_no_still_is_repeated_to_fill_the_cache(workplace, tmp_path, monkeypatch):
@@ -218,6 +222,32 @@ def test_a_wrong_option_is_explained(workplace, options, wanted):
     assert done.returncode != 0
     assert wanted in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class Texts:
+    """Forty rows of text alone."""
+
+    def __getitem__(self, index: int) -> Example:
+        ids = torch.tensor([1, 2 + index])
+        return Example(ids, ids)
+
+
+def test_workers_leave_sigterm_to_the_main_process():
+    """SLURM sends it to all processes of a job. A worker that died would end the run unsaved."""
+    loader = train.load_in_order(Texts(), [[row] for row in range(40)], workers=2)
+    rows = [next(loader).input_ids[0, 1].item() - 2]
+    for worker in loader._workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    rows += [batch.input_ids[0, 1].item() - 2 for batch in loader]
+    assert rows == list(range(40))
+
+
+def test_the_banner_says_what_will_happen_in_four_lines():
+    """The first thing that a newcomer sees: the stages, and roughly how long each takes."""
+    lines = preset.BANNER.splitlines()
+    assert len(lines) == 4 and max(map(len, lines)) <= 100
+    for stage in ("draw", "pre-train", "encode", "train", "score"):
+        assert stage in preset.BANNER
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
