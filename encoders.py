@@ -432,14 +432,17 @@ def load_encoder(config_or_name, source=None, dtype=torch.float32, device="cpu")
     config_or_name: an EncoderConfig, or a key of ENCODERS.
     source: a file, a folder or a hub id ("owner/name[@revision]") of weights in the released
     format; without one the weights are random. Raises CheckpointError if they do not fit.
+    dtype None: that of the file, whose tensors stay mapped into memory (weights.assign_weights).
     """
     config = ENCODERS[config_or_name] if isinstance(config_or_name, str) else config_or_name
     if source is None:
         encoder = empty_encoder(config).to_empty(device="cpu")
         weights.initialise(encoder, torch.Generator().manual_seed(0))
     else:
-        encoder = read_encoder(config, source, dtype)
-    return encoder.to(device, dtype).eval().requires_grad_(False)
+        encoder = read_encoder(config, source, dtype, device)
+    if dtype is not None:
+        encoder.to(dtype)
+    return encoder.to(device).eval().requires_grad_(False)
 
 
 def empty_encoder(config: EncoderConfig) -> Encoder:
@@ -448,7 +451,7 @@ def empty_encoder(config: EncoderConfig) -> Encoder:
         return FAMILIES[config.family](config)
 
 
-def read_encoder(config: EncoderConfig, source: str | Path, dtype: torch.dtype) -> Encoder:
+def read_encoder(config: EncoderConfig, source: str | Path, dtype, device) -> Encoder:
     """Build an encoder with weights in the released format."""
     family = FAMILIES[config.family]
     released = family.released
@@ -461,7 +464,7 @@ def read_encoder(config: EncoderConfig, source: str | Path, dtype: torch.dtype) 
         skip[names_of_block] = "after the block whose output is the features"
     encoder = empty_encoder(config)
     what = f"{config.name} from {source}"
-    weights.assign_weights(encoder, tensors, released.table, skip, what, dtype)
+    weights.assign_weights(encoder, tensors, released.table, skip, what, dtype, device)
     return encoder
 
 

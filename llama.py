@@ -432,6 +432,7 @@ def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, devic
 
     A folder or hub id, given first or as `source`, has config.json and weights in Hugging Face
     format, or Meta's params.json and consolidated.*.pth. Raises CheckpointError if they do not fit.
+    dtype None: that of the file, whose tensors stay mapped into memory (weights.assign_weights).
     """
     config = LLAMAS.get(str(config_or_name_or_folder), config_or_name_or_folder)
     if not isinstance(config, LlamaConfig):  # a folder or hub id
@@ -442,7 +443,7 @@ def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, devic
     if source is None:
         model.to_empty(device="cpu")
         weights.initialise(model, torch.Generator().manual_seed(0))
-        return model.to(device, dtype)
+        return model.to(device) if dtype is None else model.to(device, dtype)
     names = released.LLAMA_HF
     tensors = weights.read_tensors(source, (*weights.FILES, released.META_FILE))
     if "tok_embeddings.weight" in tensors:  # Meta's name for embed_tokens
@@ -451,8 +452,9 @@ def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, devic
     skip = dict(released.LLAMA_SKIP)
     if config.tie_word_embeddings:
         skip["lm_head.weight"] = "the head is the embedding matrix"
-    weights.assign_weights(model, tensors, names, skip, f"{config.name} from {source}", dtype)
-    return model.to(device, dtype)
+    what = f"{config.name} from {source}"
+    weights.assign_weights(model, tensors, names, skip, what, dtype, device)
+    return model
 
 
 def read_config(source: str | Path) -> LlamaConfig:

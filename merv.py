@@ -461,13 +461,13 @@ class MERV(nn.Module):
     # ---- making, saving and loading a model
 
     @classmethod
-    def create(
-        cls, config: MERVConfig, tokenizer, seed: int = 0, dtype=torch.float32, device="cpu"
-    ) -> MERV:
+    def create(cls, config: MERVConfig, tokenizer, seed: int = 0, dtype=None, device="cpu") -> MERV:
         """Make a model to train, with random projectors and mixer.
 
         Encoders and LLM are loaded from their sources, or random where the source is "".
         tokenizer: a Tokenizer, a path to tokenizer.model, or None for a model without one.
+        dtype: None keeps that of the files and leaves their tensors mapped, so that a process holds
+        only what it uses: train.shard casts a part when it takes its share of it.
         """
         if isinstance(tokenizer, str | Path):
             tokenizer = Tokenizer(tokenizer)
@@ -485,7 +485,9 @@ class MERV(nn.Module):
         llm = load_llama(llm_config, llm_config.source or None, dtype, device)
         encoder_configs = tuple(encoder.config for encoder in loaded)
         config = replace(config, llm=llm.config, encoders=encoder_configs)
-        model = cls(config, loaded, llm, tokenizer).to(device, dtype)
+        model = cls(config, loaded, llm, tokenizer).to(device)
+        if dtype is not None:
+            model.to(dtype)
         untrained = [model.projectors, model.mixer]
         if not config.llm.source:
             untrained.append(llm)
@@ -511,10 +513,16 @@ class MERV(nn.Module):
         saved_encoders = []
         for e in self.config.encoders:
             if not e.source or Path(e.source).exists():  # not of the hub
+                if e.source:
+                    # WHY read again: in training frozen encoders may be in bfloat16, and what a
+                    # file holds should not depend on the machine that wrote it.
+                    frozen = encoders.load_encoder(e, e.source).state_dict()
+                else:
+                    prefix = f"encoders.{e.name}."
+                    own = [name for name in state if name.startswith(prefix)]
+                    frozen = {name.removeprefix(prefix): state[name].float() for name in own}
                 e = replace(e, source=f"encoders/{e.name}.safetensors")
-                prefix = f"encoders.{e.name}."
-                own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-                encoders.save_encoder(self.encoders[e.name], partial / e.source, own)
+                encoders.save_encoder(self.encoders[e.name], partial / e.source, frozen)
             saved_encoders.append(e)
         shutil.copyfile(self.tokenizer.path, partial / "tokenizer.model")
         config = asdict(replace(self.config, encoders=tuple(saved_encoders)))
@@ -536,7 +544,7 @@ class MERV(nn.Module):
         model = checkpoint.build_skeleton()
         tensors, names = checkpoint.read_weights(model)
         model.tokenizer = checkpoint.load_tokenizer(model.config, tokenizer)
-        assign_weights(model, tensors, names, LLAMA_SKIP, str(name_or_folder), dtype)
+        assign_weights(model, tensors, names, LLAMA_SKIP, str(name_or_folder), dtype, device)
         checkpoint.load_encoders(model, sources or {}, dtype, device)
         return model.to(device).eval()
 

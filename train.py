@@ -34,7 +34,7 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -271,28 +271,40 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype) -> None:
     """Shard the model over the processes (FSDP2).
 
-    Every process holds 1 / shards of each parameter, in float32. A layer is gathered in `dtype`
-    just before it runs and freed again right after, forward and backward; its gradients are summed
-    over the processes, and each keeps its share. The units that are gathered together are one LLM
-    layer, one encoder, and the rest (embeddings, head, projectors, mixer).
+    Every process holds 1 / shards of each parameter: trained ones in float32, frozen encoders in
+    `dtype`. A layer is gathered in `dtype` just before it runs and freed again right after, forward
+    and backward; its gradients are summed over the processes, and each keeps its share. The units
+    that are gathered together are one LLM layer, one encoder, and the rest (embeddings, head,
+    projectors, mixer).
 
     place_encoders: "copy" and "streams" leave the frozen encoders whole on every process. Each part
-    moves from the CPU as it is sharded, so no GPU ever holds all of the model.
+    is cast, and moves from the CPU, as it is sharded. Until then its weights are mapped from their
+    file, so neither a CPU nor a GPU ever holds all of the model.
     """
     # WHY: bfloat16 holds activations well but not sums of many small gradients.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    parts = list(model.llm.layers)
     whole: set[nn.Parameter] = set()  # parameters that every process holds
-    if place_encoders == "shard":
-        parts += model.encoders.values()
-    else:
-        whole = set(model.encoders.parameters())
-        for parameter in whole:
-            parameter.data = parameter.data.to(mesh.device_type, dtype)
+    for encoder in model.encoders.values():
+        if place_encoders == "shard":
+            cast(encoder.parameters(), dtype)
+            fully_shard(encoder, mesh=mesh, mp_policy=policy)
+        else:
+            cast(encoder.parameters(), dtype, mesh.device_type)
+            whole.update(encoder.parameters())
     model.encoder_streams = place_encoders == "streams"
-    for part in parts:
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+    for layer in model.llm.layers:
+        cast(layer.parameters(), torch.float32)
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    for name, parameter in model.named_parameters():
+        if not name.startswith(("encoders.", "llm.layers.")):
+            cast([parameter], torch.float32)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
+
+
+def cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype, device: str = "cpu") -> None:
+    """Change parameters to a dtype; a mapped one gets memory of its own, unless it fits already."""
+    for parameter in parameters:
+        parameter.data = parameter.data.to(device, dtype)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -705,12 +717,12 @@ def train(config: TrainConfig) -> Run:
     # Told to stop, finish the step, save, and leave; the handler itself only remembers it.
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
 
-    # The model in float32 on the CPU; pooled features of all clips, if they are to be cached.
+    # The model, mapped from its files; pooled features of all clips, if they are to be cached.
     model = MERV.create(architecture, config.tokenizer, config.seed)
     cache = None
     if config.cache_features:
         cache = features.FeatureCache(config.cache_features, model.fingerprints())
-        model.encoders.to(device)
+        model.encoders.to(device, torch.float32)
     datasets = [make_datasets(model, stage, config, cache) for stage in stages]
     held_out = read_held_out(model, config, cache)
 

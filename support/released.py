@@ -39,7 +39,7 @@ class Names:
 
     def without_prefixes(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors under the names that the table uses."""
-        bare = {}
+        bare = type(tensors)()  # Mapped stays Mapped
         for name, tensor in tensors.items():
             for prefix in self.prefixes:
                 name = name.removeprefix(prefix)

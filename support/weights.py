@@ -104,6 +104,17 @@ def read_json(path: Path) -> dict:
         raise CheckpointError(f"Cannot read {path}.", str(error), fix) from error
 
 
+class Mapped(dict[str, Tensor]):
+    """Tensors of safetensors files, mapped into memory: name -> tensor.
+
+    They take no memory of their own until they are changed, which changes a private copy and never
+    the file. So a model may keep them. Tensors of pickles are not safe in this way (read_pickle).
+    """
+
+    def __or__(self, other: dict[str, Tensor]) -> Mapped:
+        return Mapped({**self, **other})
+
+
 def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor]:
     """Read name -> tensor from the first of `files` that the source has.
 
@@ -113,7 +124,7 @@ def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor
     path = find_file(source, files)
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return Mapped(load_file(path))
         if path.suffix != ".json":
             return read_pickle(path)
         index = json.loads(path.read_text())
@@ -125,8 +136,8 @@ def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor
             "the file is damaged or is not a checkpoint; delete it and download it again.",
         ) from error
     folder = path.parent if path == Path(source) else source
-    tensors = {}
-    for shard in shards:
+    tensors = read_tensors(folder, (shards[0],))
+    for shard in shards[1:]:
         tensors |= read_tensors(folder, (shard,))
     return tensors
 
@@ -134,8 +145,8 @@ def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor
 def read_pickle(path: Path) -> dict[str, Tensor]:
     """Map the tensors of a file that torch.save wrote; code inside the file is never run."""
     # WHY: Linux reserves memory for a private mapping, so a 27 GB file fails on a 24 GB machine. A
-    # shared mapping reserves none but needs a writable file. We never write to it: `assign_weights`
-    # copies each tensor.
+    # shared mapping reserves none but needs a writable file. A write to such a tensor would change
+    # the file, so `assign_weights` copies each of them.
     mapping = nullcontext()
     if os.name == "posix" and os.access(path, os.W_OK):
         mapping = set_default_mmap_options(mmap.MAP_SHARED)
@@ -181,15 +192,19 @@ def released_names(ours: str, table: dict[str, str | tuple[str, ...]] | None) ->
     return [name.replace("*", block) + ending for name in theirs]
 
 
-def assign_weights(model: nn.Module, tensors, names, skip, what: str, dtype) -> None:
-    """Fill a model that is on the meta device, one tensor at a time, cast to `dtype`.
+def assign_weights(
+    model: nn.Module, tensors, names, skip, what: str, dtype: torch.dtype | None, device=None
+) -> None:
+    """Fill a model that is on the meta device, one tensor at a time, on `device` (None: as read).
 
     tensors: their name -> tensor; names: a table for `released_names`; skip: pattern of names that
-    may stay unread -> why; what: the model and its source, for the error.
+    may stay unread -> why; what: the model and its source, for the error. dtype: what to cast to;
+    None keeps the dtype of the file and, on a CPU, leaves tensors of safetensors files mapped.
     Strict: one CheckpointError lists all missing, mis-shaped and unexpected names.
     FIX: nothing is initialised at random or copied as a whole first. Peak memory is that of the
     model, not 80 GB, and only tensors are unpickled (ledger F11).
     """
+    stay_mapped = dtype is None and isinstance(tensors, Mapped)
     weights = {}
     used = set()
     problems = []
@@ -205,7 +220,8 @@ def assign_weights(model: nn.Module, tensors, names, skip, what: str, dtype) -> 
             elif list(tensors[name].shape) != shape:
                 problems.append(f"mis-shaped  {name}: {list(tensors[name].shape)}, wanted {shape}")
             else:
-                parts.append(tensors[name].to(dtype, copy=True))
+                tensor = tensors[name]
+                parts.append(tensor.to(device, dtype or tensor.dtype, copy=not stay_mapped))
         if len(parts) == 1:
             weights[ours] = parts[0]
         elif parts:
