@@ -345,7 +345,7 @@ def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConf
     media = sorted({dataset.media(row) for row in dataset.rows} - {("text", None)})
     mine = media[dist.get_rank() :: dist.get_world_size()]
     # Sorted by kind, so that few batches mix stills and clips (ledger F8).
-    missing = [file for _, file in mine if not cache.get(file)]
+    missing = [file for _, file in mine if not cache.has(file)]
     load = partial(decode, encoders=dataset.encoders)
     loader = DataLoader(missing, config.micro_batch, collate_fn=load, num_workers=config.workers)
     for usable, pixels in progress(loader, "encode clips once"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from helpers import SMALL, write_images
 from PIL import Image
@@ -71,3 +73,42 @@ def test_a_dataset_takes_features_from_the_cache(mixed_folder, tiny_tokenizer):
         expected = stored[config.name].bfloat16().expand(2, -1, -1, -1, -1)
         assert torch.equal(batch.pooled[config.name], expected)
     assert data[2].pixels  # the image is not in the cache
+
+
+def test_an_unchanged_clip_is_read_once_ever(tmp_path, monkeypatch):
+    """Its hash is remembered on disk, also by a later process; a changed file is read again."""
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"a film")
+    FeatureCache(tmp_path / "cache", {"a": "print"}).put(clip, {"a": torch.ones(1, 1, 1, 4)})
+    reads = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or read_bytes(path))
+    again = FeatureCache(tmp_path / "cache", {"a": "print"})
+    assert again.get(clip) is not None
+    assert reads == []
+    clip.write_bytes(b"another film")
+    assert again.get(clip) is None
+    assert reads == [clip]
+
+
+def test_a_still_is_stored_once_and_read_as_a_clip(tmp_path):
+    """Its 16 time steps are alike; stored 16 times, stills would fill most of the disk."""
+    cache = FeatureCache(tmp_path, {"a": "print"})
+    still = tmp_path / "still.png"
+    still.write_bytes(b"a picture")
+    step = torch.randn(1, 8, 8, 32).bfloat16()
+    cache.put(still, {"a": step.expand(16, -1, -1, -1)})
+    assert torch.equal(cache.get(still)["a"], step.expand(16, -1, -1, -1))
+    assert cache.paths(still)["a"].stat().st_size < 2 * step.nbytes
+    cache.put(still, {"a": torch.randn(16, 8, 8, 32)})
+    assert cache.paths(still)["a"].stat().st_size > 16 * step.nbytes
+
+
+def test_a_folder_of_frames_may_contain_folders(tmp_path):
+    """Such as .ipynb_checkpoints; they are no frames and belong to no hash."""
+    folder = tmp_path / "frames"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (folder / "1.png").write_bytes(b"one")
+    cache = FeatureCache(tmp_path / "cache", {"a": "print"})
+    cache.put(folder, {"a": torch.ones(1, 1, 1, 4)})
+    assert cache.get(folder) is not None
