@@ -37,6 +37,7 @@ from llama import Tokenizer
 from support.cli import option, parse_options, progress
 from support.errors import DataError, UserError
 from support.features import FeatureCache
+from support.rows import Rows
 from support.video import IMAGE_SUFFIXES, load_video
 
 # --------------------------------------------------------------------------------- frames -> pixels
@@ -240,7 +241,7 @@ class ConversationDataset(Dataset):
         except (OSError, ValueError) as error:
             fix = f"check the path and the file: a dataset is a JSON list of {ROW}."
             raise DataError(f"Cannot read {self.file}.", str(error), fix) from error
-        self.rows = [row if isinstance(row, dict) else {} for row in rows]
+        self.rows = Rows(row if isinstance(row, dict) else {} for row in rows)
         self.modalities = []
         self.lengths = []
         self.rows_of: dict[str, list[int]] = {"video": [], "image": [], "text": []}

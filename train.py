@@ -60,6 +60,7 @@ from support.errors import UserError
 from support.held_out import HeldOut
 from support.muon import Muon
 from support.processes import check_common_folder, ignore_sigterm, join_processes, make_mesh
+from support.rows import Rows
 from support.runs import Run
 
 # --------------------------------------------------------------------------------- recipes, options
@@ -373,9 +374,9 @@ def decode(files: list[Path], encoders: list) -> tuple[list[Path], dict]:
 def concatenate(datasets: list[data.ConversationDataset]) -> ConcatDataset:
     """Several files as one dataset, with the fields that the sampler and a failure's dump read."""
     together = ConcatDataset(datasets)
-    together.rows, together.lengths, together.modalities = [], [], []
+    together.rows = Rows.join(dataset.rows for dataset in datasets)
+    together.lengths, together.modalities = [], []
     for dataset in datasets:
-        together.rows += dataset.rows
         together.lengths += dataset.lengths
         together.modalities += dataset.modalities
     return together
