@@ -59,7 +59,14 @@ from support.cli import exit_now, option, parse_options, progress
 from support.errors import UserError
 from support.held_out import HeldOut
 from support.muon import Muon
-from support.processes import check_common_folder, ignore_sigterm, join_processes, make_mesh
+from support.processes import (
+    check_common_folder,
+    ignore_sigterm,
+    join_processes,
+    make_mesh,
+    patient_group,
+    wait_for_all,
+)
 from support.rows import Rows
 from support.runs import Run
 
@@ -343,6 +350,7 @@ def read_rows(model: MERV, file: Path, template: str | None, cache) -> data.Conv
 def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConfig) -> None:
     """Encode the files that the cache lacks, each by one process."""
     cache = dataset.cache
+    patient = patient_group()
     media = sorted({dataset.media(row) for row in dataset.rows} - {("text", None)})
     mine = media[dist.get_rank() :: dist.get_world_size()]
     # Sorted by kind, so that few batches mix stills and clips (ledger F8).
@@ -357,7 +365,7 @@ def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConf
             if file == missing[0]:
                 size = sum(2 * value.numel() for value in clip.values()) / 1e6  # bfloat16
                 print(f"{cache.folder}: {len(media)} clips or stills of {size:.3f} MB each")
-    dist.barrier()
+    wait_for_all(patient)
 
 
 def decode(files: list[Path], encoders: list) -> tuple[list[Path], dict]:
@@ -699,6 +707,8 @@ def begin(config: TrainConfig) -> Run:
     dist.broadcast_object_list(opened)
     run = opened[0]
     check_common_folder(run.folder / "config.json")
+    if run.done:
+        check_common_folder(runs.save_folder(run, run.done) / ".metadata")
     return run
 
 

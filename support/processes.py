@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -43,6 +44,20 @@ def make_mesh(device: str, replicas: int) -> DeviceMesh:
     return init_device_mesh(device, sizes, mesh_dim_names=("replicate", "shard"))
 
 
+def patient_group() -> dist.ProcessGroup:
+    """All processes, as a group whose members wait two days for each other instead of 30 minutes.
+
+    For work of which some processes have much more than others. Create it before the work.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(days=2))
+
+
+def wait_for_all(patient: dist.ProcessGroup) -> None:
+    """Wait until every process of a `patient_group` is here; the group ends with it."""
+    dist.barrier(patient)
+    dist.destroy_process_group(patient)
+
+
 def ignore_sigterm(worker: int) -> None:
     """Let only the main process react to SIGTERM, which SLURM sends to its workers as well."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -55,5 +70,5 @@ def check_common_folder(file) -> None:
     missing = dist.get_world_size() - int(seen)
     if missing:
         what = f"{missing} processes do not see {file}."
-        why = "every process writes its share of each save into that folder."
+        why = "every process reads and writes its share of each save in the run's folder."
         raise UserError(what, why, "start all nodes in one folder on a shared file system.")

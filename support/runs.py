@@ -183,6 +183,11 @@ def check_resumed(config, began) -> None:
             raise UserError(what, why, f"leave {option} out; these may change: {allowed}.")
 
 
+def save_folder(run: Run, number: int) -> Path:
+    """Where the save after step `number` is."""
+    return run.folder / "saves" / f"{number:08d}"
+
+
 def save_state(model, optimizers: list, run: Run, number: int) -> None:
     """Write saves/NUMBER, the shards of every process after that step, atomically.
 
@@ -190,7 +195,7 @@ def save_state(model, optimizers: list, run: Run, number: int) -> None:
     rate follow from the step, and nothing is random, so nothing else is needed.
     WHY: not in the background. At 7B on 8 GPUs it is 10 GB each, some seconds every 500 steps.
     """
-    folder = run.folder / "saves" / f"{number:08d}"
+    folder = save_folder(run, number)
     partial = folder.with_suffix(".partial")
     weights, moments = sharded.get_state_dict(model, optimizers, options=TRAINED)
     dcp.save({"model": weights, "optimizers": moments}, checkpoint_id=partial)
@@ -209,7 +214,7 @@ def load_state(model, optimizers: list, run: Run) -> None:
     """Restore everything as it was after step run.done, however many processes saved it."""
     weights, moments = sharded.get_state_dict(model, optimizers, options=TRAINED)
     state = {"model": weights, "optimizers": moments}  # the weights are the model's own tensors
-    dcp.load(state, checkpoint_id=run.folder / "saves" / f"{run.done:08d}")
+    dcp.load(state, checkpoint_id=save_folder(run, run.done))
     sharded.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=TRAINED)
 
 

@@ -158,8 +158,10 @@ def test_no_still_is_repeated_to_fill_the_cache(workplace, tmp_path, monkeypatch
         copy.write_bytes((world / "train" / file).read_bytes() + letter.encode())  # no duplicates
         rows.append({kind: copy.name, "conversations": TEXT})
     (tmp_path / "rows.json").write_text(json.dumps(rows))
-    for name, value in {"get_rank": 0, "get_world_size": 1, "barrier": None}.items():
-        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    monkeypatch.setattr(train, "patient_group", lambda: None)
+    monkeypatch.setattr(train, "wait_for_all", lambda group: None)
     encoder, frames = ENCODERS["miniature-languagebind"], []
 
     class Eyes:
