@@ -1,26 +1,43 @@
-"""Load evenly sampled frames of a video, a GIF, an image or a folder of images.
+"""Load evenly sampled frames of a video, a GIF, a picture or a folder of pictures.
 
-PyAV decodes videos and Pillow images. A long video costs little more than a short one: only the
-frames that are sampled, and those that they depend on, are decoded.
+PyAV decodes videos (support/films.py), and Pillow decodes pictures (support/pictures.py). A long
+video costs little more than a short one: only the frames that are sampled, and those that they
+depend on, are decoded, unless the file is one of those that say wrong things about themselves.
+docs/files.md lists what is read, how, and what is refused.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from support.errors import VideoError
+from support.errors import UserError, VideoError
+from support.films import load_film
+from support.pictures import (
+    DAMAGED,
+    IMAGE_SUFFIXES,
+    frame_numbers,
+    frame_times,
+    open_picture,
+    to_rgb,
+)
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff"}
-DAMAGED = ("the file is damaged, cut off or not a video.", "download or convert it again.")
+VIDEO_SUFFIXES = {
+    ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".divx", ".gif",
+    ".apng", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".m2v", ".vob", ".flv", ".f4v", ".wmv",
+    ".asf", ".ogv", ".mxf", ".rm", ".rmvb", ".dv", ".nut", ".y4m", ".mjpeg", ".mjpg",
+    ".h264", ".264", ".h265", ".hevc", ".265", ".ivf", ".obu",
+}  # fmt: skip
+EPSILON = 1e-3  # seconds; files round the times of frames to this
 
 
 def sample_indices(total, num_frames, fps=None, start=None, end=None, end_frame=None) -> list[int]:
@@ -46,29 +63,26 @@ def load_video(
 ) -> Tensor:
     """Load `num_frames` evenly sampled RGB frames as uint8 (num_frames, 3, H, W).
 
-    path: any video that PyAV decodes (mp4, avi, mkv, webm, gif ...), a folder of numbered images,
-    or a still image, whose one frame is repeated. start, end (seconds), end_frame: the part to
-    sample, see sample_indices. fps: the frame rate of a folder; a video file states its own.
-    Raises VideoError if the file is missing or damaged, or the part is empty.
+    path: any video that PyAV decodes (mp4, avi, mkv, webm, gif ...), an animated WebP, PNG or AVIF,
+    a folder of numbered pictures, or a still picture, whose one frame is repeated.
+    start, end (seconds), end_frame: the part to sample, see sample_indices. If frames are not
+    evenly spaced in time, start and end choose by the time of each frame.
+    fps: the frame rate of a folder; a video file states its own.
+    Warns if damaged parts were concealed. Raises VideoError if the file is missing or no video, if
+    a frame to load is lost, or if the part is empty.
     """
     path = Path(path)
     span = Span(path, num_frames, start, end, end_frame)
-    if path.is_dir():
-        frames = _load_folder(path, span, fps)
-    elif not path.is_file():
-        raise VideoError(f"{path}: no such video.", "no file has this name.", "check the path.")
-    elif path.suffix.lower() in IMAGE_SUFFIXES:
-        frames = [_load_image(path)]
-    else:
-        try:
-            frames = _load_container(path, span)
-        except av.FFmpegError as error:
-            raise VideoError(f"{path}: cannot be decoded: {error.strerror}.", *DAMAGED) from error
-    if len({frame.shape for frame in frames}) > 1:
-        what = f"{path}: has frames of different sizes."
-        raise VideoError(what, "frames of one video must match.", "resize them to one size.")
+    try:
+        frames = _load(path, span, fps)
+    except UserError:
+        raise
+    # WHY: damaged files make decoders raise errors of many classes, MemoryError included.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise VideoError(f"{path}: cannot be decoded: {reason}.", *DAMAGED) from error
     video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-    return video.expand(num_frames, -1, -1, -1)  # repeats the one frame of a still image
+    return video.expand(num_frames, -1, -1, -1)  # repeats the one frame of a still picture
 
 
 @dataclass(frozen=True)
@@ -86,120 +100,182 @@ class Span:
             what = f"{self.path}: the clip from {self.start} s to {self.end} s is empty."
             raise VideoError(what, "it ends before it starts.", "swap or correct the times.")
 
-    def pick(self, total: int, fps: float | None) -> list[int]:
-        """Return the numbers of the frames to load from a video of `total` frames."""
-        if not fps and (self.start is not None or self.end is not None):
+    def pick(self, total: int, fps: float | None, times: list[float] | None = None) -> list[int]:
+        """Return the numbers of the frames to load from a video of `total` frames.
+
+        times: when each is shown, in seconds after the first one, if that is known.
+        """
+        start, end = self.start, self.end
+        by_seconds = start is not None or end is not None
+        if by_seconds and times and not _evenly_spaced(times, fps):
+            # Count frames instead of seconds: from the frame on screen at `start` to the last one
+            # that appears before `end`.
+            fps = 1
+            if start is not None:
+                start = bisect_right(times, start + EPSILON) - 1
+            if end is not None:
+                end = bisect_left(times, end - EPSILON)
+        elif by_seconds and not fps:
             what = f"{self.path}: its frame rate is unknown."
             fix = "pass fps, for example 3 for VLEP."
             raise VideoError(what, "start and end in seconds need a frame rate.", fix)
-        times = (self.start, self.end, self.end_frame)
-        return sample_indices(total, self.num_frames, fps, *times)
+        return sample_indices(total, self.num_frames, fps, start, end, self.end_frame)
 
 
-# ------------------------------------------------------------------------------------- video files
+def _evenly_spaced(times: list[float], fps: float | None) -> bool:
+    """Return whether frame i is shown at i / fps, give or take half a frame."""
+    if not fps:
+        return False
+    return all(abs(time * fps - number) <= 0.5 for number, time in enumerate(times))
 
 
-def _load_container(path: Path, span: Span) -> list[np.ndarray]:
-    """Load RGB frames (H, W, 3) of a video file: read all packets, decode as few as possible."""
-    # metadata_errors: titles may be in any encoding.
-    with av.open(str(path), metadata_errors="replace") as container:
-        if not container.streams.video:
-            raise VideoError(f"{path}: has no video stream.", *DAMAGED)
-        stream = container.streams.video[0]
-        stream.thread_type = "AUTO"
-        times, keyframes = _read_packets(path, container, stream)
-        indices = span.pick(len(times), float(stream.average_rate or stream.guessed_rate or 0))
-        # WHY: only these two formats seek by the time a frame is shown. Others (AVI, TS, FLV) seek
-        # by the time it is decoded, which can lie behind the frame.
-        seekable = not {"mov", "matroska"}.isdisjoint(container.format.name.split(","))
-        if not seekable or None in times or len(set(times)) < len(times):
-            decoded = _decode_all(container, stream, set(indices))
-        else:
-            in_order = sorted(times)  # packets come in decoding order, which differs with B-frames
-            targets = {index: in_order[index] for index in indices}
-            decoded = _decode_at(container, stream, targets, sorted(keyframes) or in_order[:1])
-        for index in indices:
-            if index not in decoded:
-                raise VideoError(f"{path}: frame {index} cannot be decoded.", *DAMAGED)
-        return [decoded[index] for index in indices]
+def _load(path: Path, span: Span, fps: float | None) -> list[np.ndarray]:
+    """Load the frames (H, W, 3) of anything; only one if it is a still picture."""
+    if path.is_dir():
+        return _load_folder(path, span, fps)
+    _check_file(path)
+    picture = None
+    if path.suffix.lower() not in (".mjpeg", ".mjpg"):  # WHY: such films are rows of JPEG pictures
+        picture = open_picture(path)
+    if picture is None:
+        return load_film(path, span.pick)
+    with picture:
+        numbers = frame_numbers(picture)
+        if len(numbers) == 1:
+            return [to_rgb(path, picture, numbers[0])]
+        indices = span.pick(len(numbers), None, frame_times(path, picture))
+        frames = {}
+        for index in sorted(set(indices)):
+            frames[index] = to_rgb(path, picture, numbers[index])
+        return [frames[index] for index in indices]
 
 
-def _read_packets(path: Path, container, stream) -> tuple[list, list]:
-    """Return the time (in ticks) of every packet, one a frame, and the times of key frames.
-
-    Keeps times only, since a packet would keep its compressed data in memory.
-    """
-    times = []
-    keyframes = []
-    corrupt = False
-    for packet in container.demux(stream):
-        if packet.size and not packet.is_discard:
-            times.append(packet.pts)
-            corrupt = corrupt or packet.is_corrupt
-            if packet.is_keyframe:
-                keyframes.append(packet.pts)
-    if not times or corrupt:
-        raise VideoError(f"{path}: has no frames, or incomplete ones.", *DAMAGED)
-    return times, keyframes
+def _check_file(path: Path) -> None:
+    """Raise VideoError unless the path is a file. Reading a pipe would wait for ever."""
+    if not path.exists():
+        raise VideoError(f"{path}: no such video.", "no file has this name.", "check the path.")
+    if not path.is_file():
+        why = "it is a pipe or a device."
+        raise VideoError(f"{path}: is not a file.", why, "save the video as a file.")
 
 
-def _decode_all(container, stream, wanted: set[int]) -> dict[int, np.ndarray]:
-    """Decode from the beginning and count: number -> frame. For files without usable times."""
-    container.seek(0)
-    decoded = {}
-    for number, frame in enumerate(container.decode(stream)):
-        if number in wanted:
-            decoded[number] = _to_rgb(frame)
-    return decoded
-
-
-def _decode_at(container, stream, times: dict[int, int], keyframes: list[int]) -> dict:
-    """Decode the frames shown at given times: number -> frame.
-
-    Decoding a frame starts at the last key frame before it. Jumps there if that skips frames.
-    """
-    decoded = {}
-    position = None  # the time of the frame decoded last
-    frames = iter(())
-    for index, time in sorted(times.items()):
-        keyframe = keyframes[max(0, bisect_right(keyframes, time) - 1)]
-        if position is None or keyframe > position:
-            container.seek(keyframe, stream=stream)
-            frames = container.decode(stream)
-        for frame in frames:
-            position = frame.pts
-            if position == time:
-                decoded[index] = _to_rgb(frame)
-                break
-    return decoded
-
-
-def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
-    """Convert to (H, W, 3), upright if the camera was turned. More threads would be slower."""
-    return np.rot90(frame.to_ndarray(format="rgb24", threads=1), frame.rotation // 90)
-
-
-# ------------------------------------------------------------------------------------------ images
-
-
-def _load_image(path: Path) -> np.ndarray:
-    """Load an image as RGB (H, W, 3)."""
-    try:
-        return np.array(Image.open(path).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise VideoError(f"{path}: is no readable image: {error}.", *DAMAGED) from error
+# ----------------------------------------------------------------------------------------- folders
 
 
 def _load_folder(path: Path, span: Span, fps: float | None) -> list[np.ndarray]:
-    """Load RGB frames of a folder of numbered images; 2.jpg comes before 10.jpg."""
-    files = [file for file in path.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES]
-    files.sort(key=_numbers)
+    """Load RGB frames of a folder of pictures, in natural order."""
+    files = files_in_order(path, IMAGE_SUFFIXES)
+    videos = files_in_order(path, VIDEO_SUFFIXES)
     if not files:
         why = "a folder stands for a video if it holds numbered images."
         raise VideoError(f"{path}: no images.", why, "check the path.")
-    return [_load_image(files[index]) for index in span.pick(len(files), fps)]
+    if videos:
+        what = f"{path}: holds videos ({videos[0].name}) and pictures ({files[0].name})."
+        fix = "name one of the videos, or move them elsewhere."
+        raise VideoError(what, "a folder stands for a video if it holds only its frames.", fix)
+    indices = span.pick(len(files), fps)
+    frames = {}
+    for index in sorted(set(indices)):
+        _check_file(files[index])
+        frames[index] = _load_still(files[index])
+    if len({frame.shape for frame in frames.values()}) > 1:
+        what = f"{path}: has frames of different sizes."
+        raise VideoError(what, "frames of one video must match.", "resize them to one size.")
+    return [frames[index] for index in indices]
 
 
-def _numbers(file: Path) -> list[int]:
-    """Return the numbers in a file name: img_2_10.jpg -> [2, 10]."""
-    return [int(digits) for digits in re.findall(r"\d+", file.stem)]
+def _load_still(file: Path) -> np.ndarray:
+    """Load a picture of a folder as RGB (H, W, 3)."""
+    picture = open_picture(file)
+    if picture is None:
+        raise VideoError(f"{file}: is a GIF.", "frames are still pictures.", "save it as PNG.")
+    with picture:
+        return to_rgb(file, picture, frame_numbers(picture)[0])
+
+
+def files_in_order(folder: Path, suffixes: Iterable[str]) -> list[Path]:
+    """List the files of a folder that have one of the suffixes, in natural order.
+
+    Numbers in a name count as numbers: 2.jpg, 10.jpg; frame_0.25.jpg, frame_0.5.jpg, frame_10.jpg.
+    Hidden files are left out: macOS, for example, writes a hidden ._2.jpg beside each 2.jpg.
+    """
+    files = []
+    for file in folder.iterdir():
+        if _is_visible(file.name) and file.suffix.lower() in suffixes and not file.is_dir():
+            files.append(file)
+    return sorted(files, key=_natural_key)
+
+
+def _is_visible(name: str) -> bool:
+    """Return whether a file or folder was put there by the user, and not by a program."""
+    return not name.startswith(".") and name not in ("__MACOSX", "@eaDir")
+
+
+def _natural_key(file: Path) -> tuple:
+    """Split a name into text and numbers: img_2_0.25.jpg -> img_, 2, _, 0.25, "".
+
+    In names such as 1.2.10.jpg, with more than one point between digits, each number is whole.
+    """
+    parts = re.split(r"((?<!\d)(?<!\d\.)\d+\.\d+(?!\.?\d)|\d+)", file.stem.casefold())
+    for position in range(1, len(parts), 2):
+        parts[position] = Decimal(parts[position])
+    return parts, file.name
+
+
+def videos_by_name(folder: str | Path) -> dict[str, list[Path]]:
+    """List everything that may be a video, in a folder and its subfolders: name -> paths.
+
+    A name may have an extension and subfolders or not: v1, v1.mp4, part/v1 and part/v1.mp4. A
+    subfolder that holds pictures and no videos is itself a video.
+    WHY: names from annotation files are only looked up in this table, so a name such as
+    "../secret" cannot open a file outside the folder.
+    """
+    folder = Path(folder)
+    found: dict[str, list[Path]] = {}
+    visited = set()
+    for place, subfolders, files in os.walk(folder, followlinks=True):
+        here = Path(place)
+        subfolders[:] = sorted(filter(_is_visible, subfolders))
+        paths = [here / file for file in sorted(files) if _is_visible(file)]
+        suffixes = {path.suffix.lower() for path in paths}
+        if here != folder and suffixes & IMAGE_SUFFIXES and not suffixes & VIDEO_SUFFIXES:
+            paths = [here]
+            subfolders.clear()
+        if os.path.realpath(place) in visited:  # a link to a folder around it
+            paths = []
+            subfolders.clear()
+        visited.add(os.path.realpath(place))
+        for path in paths:
+            inside = path.relative_to(folder)
+            names = {path.stem, path.name, inside.as_posix(), inside.with_suffix("").as_posix()}
+            for name in names:
+                found.setdefault(name, []).append(path)
+    return found
+
+
+def find_video(folder: str | Path, name: str, by_name: dict[str, list[Path]] | None = None) -> Path:
+    """Find the video called `name`, with or without its extension, in a folder.
+
+    Sound, subtitles and thumbnails beside a video do not answer for it; a picture answers only if
+    there is no video. by_name: what videos_by_name returned, to look up many names.
+    Raises VideoError if there is none, or more than one.
+    """
+    if by_name is None:
+        by_name = videos_by_name(folder)
+    videos = []
+    pictures = []
+    for path in by_name.get(name, ()):
+        suffix = path.suffix.lower()
+        if suffix in VIDEO_SUFFIXES or suffix == "" or path.is_dir():
+            videos.append(path)
+        elif suffix in IMAGE_SUFFIXES:
+            pictures.append(path)
+    candidates = videos or pictures
+    if not candidates:
+        why = "no file with this name has the extension of a video."
+        raise VideoError(f"{folder}: has no video {name!r}.", why, "check the name.")
+    if len(candidates) > 1:
+        names = " and ".join(str(path.relative_to(folder)) for path in candidates)
+        what = f"{folder}: has more than one video {name!r}: {names}."
+        raise VideoError(what, "either may be meant.", "remove or rename all but one.")
+    return candidates[0]

@@ -1,0 +1,136 @@
+"""Read pictures with Pillow: photos, drawings and animations, as RGB frames of 8 bits.
+
+Pillow picks the format by content, and only among FORMATS. WHY: it would hand PostScript, for
+example, to Ghostscript, which runs programs.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from support.errors import VideoError
+
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".avif"}
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "AVIF", "GIF")
+ANIMATED = ("PNG", "WEBP", "AVIF")  # the formats whose further pictures are frames of a film
+MAX_PIXELS = 64_000_000  # of a frame: twice 8K video, and 0.2 GB in RGB
+MAX_ASPECT = 50  # the longer side over the shorter side
+DAMAGED = ("the file is damaged, cut off or not a video.", "download or convert it again.")
+
+# The value of the EXIF tag "Orientation" -> what makes the picture upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def check_size(path: Path, width: int, height: int) -> None:
+    """Raise VideoError for frames that would need too much memory, now or after resizing."""
+    if width * height > MAX_PIXELS:
+        why = f"a frame may have {MAX_PIXELS:,} pixels."
+        raise VideoError(f"{path}: has frames of {width} x {height}.", why, "scale it down.")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        why = f"one side may be {MAX_ASPECT} times as long as the other."
+        raise VideoError(f"{path}: has frames of {width} x {height}.", why, "crop it.")
+
+
+def open_picture(path: Path) -> Image.Image | None:
+    """Open a picture; None if the content is that of something else, such as a video or a GIF.
+
+    Raises VideoError if a picture is damaged or too large, or if the name promises a picture and
+    the content is none.
+    """
+    try:
+        picture = Image.open(path, formats=FORMATS)
+    except UnidentifiedImageError as error:
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            return None
+        raise VideoError(f"{path}: is no readable image.", *DAMAGED) from error
+    except Exception as error:  # WHY: damaged files make Pillow raise errors of many classes
+        raise VideoError(f"{path}: is no readable image: {error}.", *DAMAGED) from error
+    if picture.format == "GIF":
+        picture.close()
+        return None
+    if picture.format == "TIFF" and path.suffix.lower() not in IMAGE_SUFFIXES:
+        picture.close()
+        why = "raw photos are TIFF files whose first picture is only a preview."
+        fix = "develop it to JPEG, or name it .tif if it is an ordinary TIFF."
+        raise VideoError(f"{path}: may be a raw photo.", why, fix)
+    check_size(path, *picture.size)
+    return picture
+
+
+def frame_numbers(picture: Image.Image) -> range:
+    """The numbers of the frames of an animation; of a still picture, only 0."""
+    if picture.format not in ANIMATED:
+        return range(1)  # WHY: further pictures in JPEG and TIFF are previews, depth or pages
+    # An animated PNG may begin with a picture for programs that show no animations.
+    first = int(getattr(picture, "default_image", False))
+    total = getattr(picture, "n_frames", 1)
+    return range(first, total) if total > first else range(1)
+
+
+def frame_times(path: Path, picture: Image.Image) -> list[float]:
+    """When each frame of an animation is shown, in seconds; [0.0] for a still picture."""
+    times = [0.0]
+    for number in frame_numbers(picture)[:-1]:
+        seek(path, picture, number)
+        delay = float(picture.info.get("duration", 0)) / 1000
+        times.append(times[-1] + (delay or 0.1))  # browsers show a frame without a delay for 0.1 s
+    return times
+
+
+def seek(path: Path, picture: Image.Image, number: int) -> None:
+    """Decode frame `number` of a picture. Raises VideoError if it is damaged."""
+    try:
+        picture.seek(number)
+        picture.load()
+    except Exception as error:  # WHY: see open_picture
+        raise VideoError(f"{path}: is no readable image: {error}.", *DAMAGED) from error
+
+
+def to_rgb(path: Path, picture: Image.Image, number: int = 0) -> np.ndarray:
+    """Decode one frame as RGB: uint8 (H, W, 3), upright, transparent parts white.
+
+    Raises VideoError if it is damaged, or its numbers have no agreed black and white.
+    """
+    orientation = 1
+    # WHY: a photo whose EXIF block is damaged is still a photo.
+    with suppress(Exception):
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    seek(path, picture, number)
+    if picture.format == "TIFF":
+        orientation = 1  # Pillow has turned it already
+    upright = picture
+    if orientation in UPRIGHT:
+        upright = picture.transpose(UPRIGHT[orientation])
+    if upright.mode.startswith(("I", "F")):
+        grey = _grey(path, np.asarray(upright))
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if picture.has_transparency_data:
+        white = Image.new("RGBA", upright.size, "white")
+        upright = Image.alpha_composite(white, upright.convert("RGBA"))
+    return np.array(upright.convert("RGB"))
+
+
+def _grey(path: Path, values: np.ndarray) -> np.ndarray:
+    """Convert grey of 16 bits (I;16, I) or floats (F) to uint8.
+
+    Integers go from 0 to 65535. Floats go from 0 to 1, or, if any is larger, from 0 to 255.
+    """
+    white = 65535
+    if values.dtype.kind == "f":
+        white = 1 if values.max() <= 1 else 255
+    if not (values.min() >= 0 and values.max() <= white):  # also if one is not a number
+        why = f"its grey levels do not lie between 0 and {white}."
+        raise VideoError(f"{path}: has no agreed black and white.", why, "save it with 8 bits.")
+    return np.rint(values * (255 / white)).astype(np.uint8)
