@@ -167,7 +167,7 @@ def _read_packets(path: Path, container, stream) -> Packets:
             if packet.is_keyframe:
                 packets.keyframes.append(packet.pts)
     if not packets.times:
-        raise VideoError(f"{path}: has no frames.", *DAMAGED)
+        raise VideoError(f"{path}: has no frames, or incomplete ones.", *DAMAGED)
     if "mov" in formats:  # the index comes with the header and lists what should follow
         packets.missing = len(stream.index_entries) - count
     elif corrupt and not packets.broadcast:  # the last packet is incomplete
@@ -261,12 +261,13 @@ def _load_from_start(path: Path, pick: Pick, packets: Packets) -> list[np.ndarra
     guess = pick(len(times), packets.fps, _seconds(times, packets))
     decoded = _decode_all(path, set(guess), packets.damaged > 0)
     if not decoded.times:
-        raise VideoError(f"{path}: no frame can be decoded.", *DAMAGED)
+        raise VideoError(f"{path}: has no frames, or incomplete ones.", *DAMAGED)
     times, numbers = _timeline(decoded, packets)
     indices = pick(len(times), packets.fps, _seconds(times, packets))
     for index in indices:
         if numbers[index] is None:
-            raise VideoError(f"{path}: frame {index} is lost.", *DAMAGED)
+            what = f"{path}: has no frames, or incomplete ones: frame {index} is lost."
+            raise VideoError(what, *DAMAGED)
     wanted = [numbers[index] for index in indices]
     faults = max(packets.damaged, decoded.rejected + decoded.concealed)
     if not decoded.frames.keys() >= set(wanted):
@@ -308,21 +309,24 @@ def _decode_all(path: Path, wanted: set[int], one_thread: bool) -> Decoded:
 def _timeline(decoded: Decoded, packets: Packets) -> tuple[list, list]:
     """List the time of each frame in ticks, and its number among those shown, None if it is lost.
 
-    A frame is lost if the decoder rejects its packet, or if the file ends before it. What a decoder
-    skips until it can begin, and what a recording breaks off, was never part of the film.
+    A frame is lost if the decoder rejects its packet and shows nothing else then, or if the file
+    ends before it. What a decoder skips until it can begin, and what a recording breaks off, was
+    never part of the film.
     """
     times = list(decoded.times)
     entries = [(time, number) for number, time in enumerate(times)]
-    ascending = None not in times and all(before < after for before, after in pairwise(times))
-    if ascending:
-        lost = []
-        if decoded.rejected and None not in packets.times:
-            lost = sorted(set(packets.times) - set(times))
-        if packets.broadcast:
-            lost = [time for time in lost if time < times[-1]]
-        entries += [(time, None) for time in lost if time > times[0]]
-        entries.sort(key=lambda entry: entry[0])
     period = 1 / (packets.fps or 25) / packets.tick
+    ascending = None not in times and all(before < after for before, after in pairwise(times))
+    if decoded.rejected and ascending and None not in packets.times:
+        for time in set(packets.times) - set(times):
+            place = bisect_left(times, time)
+            around = times[max(0, place - 1) : place + 1]
+            # WHY half a period: a packet may hold a message beside a frame that is shown.
+            gap = min(abs(time - shown) for shown in around) > period / 2
+            broken_off = packets.broadcast and place == len(times)
+            if gap and place > 0 and not broken_off:
+                entries.append((time, None))
+        entries.sort(key=lambda entry: entry[0])
     for _ in range(packets.missing):
         before = entries[-1][0]
         following = None if before is None else before + round(period)
