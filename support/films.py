@@ -48,6 +48,7 @@ PREVIEWS = (
     | Disposition.non_diegetic
     | Disposition.dependent
 )
+DURATION_STATED = {"matroska", "flv"}  # in the header, which is there even if the end is not
 MAX_STEP = 10  # seconds between two frames of a broadcast; more means that the clock was set anew
 
 
@@ -150,10 +151,13 @@ def _read_packets(path: Path, container, stream) -> Packets:
     fps = float(stream.average_rate or stream.guessed_rate or 0)
     packets = Packets(fps, float(stream.time_base), "avi" not in formats, "mpegts" in formats)
     count = 0
+    end = 0.0  # the second at which the last packet of any stream ends
     discarded = False
     corrupt = False
-    for packet in container.demux(stream):
-        if not packet.size:
+    for packet in container.demux():
+        if packet.pts is not None:
+            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
+        if not packet.size or packet.stream.index != stream.index:
             continue
         count += 1
         corrupt = packet.is_corrupt
@@ -172,11 +176,38 @@ def _read_packets(path: Path, container, stream) -> Packets:
         packets.missing = len(stream.index_entries) - count
     elif corrupt and not packets.broadcast:  # the last packet is incomplete
         packets.missing = max(1, stream.frames - count)
+    elif not formats.isdisjoint(DURATION_STATED) and container.duration:
+        packets.missing = _missing_at_the_end(packets, container.duration / av.time_base - end)
     times_differ = None not in packets.times and len(set(packets.times)) == len(packets.times)
     whole = not (discarded or packets.damaged or packets.missing)
     known = codec in ONE_FRAME_A_PACKET and not SEEKABLE.isdisjoint(formats)
     packets.trusted = times_differ and whole and known
     return packets
+
+
+def _missing_at_the_end(packets: Packets, seconds: float) -> int:
+    """Return how many frames are missing if a file ends so many seconds before it should.
+
+    WHY the conditions: stated durations are rounded, and the last frame of a screen recording may
+    stay for minutes.
+    """
+    if seconds < 1 or None in packets.times:
+        return 0
+    times = _seconds(sorted(packets.times), packets)
+    if times is None or not evenly_spaced(times, packets.fps):
+        return 0
+    frames = round(seconds * packets.fps)
+    return frames if frames > len(times) / 10 else 0
+
+
+def evenly_spaced(times: list[float], fps: float | None) -> bool:
+    """Return whether frame i is shown at i / fps, give or take a third of a frame.
+
+    WHY a third: files round times, GIFs to 1/100 s, which is 0.3 frames at 30 frames per second.
+    """
+    if not fps:
+        return False
+    return all(abs(time * fps - number) <= 1 / 3 for number, time in enumerate(times))
 
 
 def _seconds(times: list[int | None], packets: Packets) -> list[float] | None:

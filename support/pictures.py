@@ -7,6 +7,7 @@ example, to Ghostscript, which runs programs.
 from __future__ import annotations
 
 from contextlib import suppress
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".a
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "AVIF", "GIF")
 ANIMATED = ("PNG", "WEBP", "AVIF")  # the formats whose further pictures are frames of a film
 MAX_PIXELS = 64_000_000  # of a frame: twice 8K video, and 0.2 GB in RGB
+DEFAULT_DELAY = 0.1  # seconds; how long browsers show a frame that states no delay
 MAX_ASPECT = 50  # the longer side over the shorter side
 DAMAGED = ("the file is damaged, cut off or not a video.", "download or convert it again.")
 
@@ -66,7 +68,21 @@ def open_picture(path: Path) -> Image.Image | None:
         fix = "develop it to JPEG, or name it .tif if it is an ordinary TIFF."
         raise VideoError(f"{path}: may be a raw photo.", why, fix)
     check_size(path, *picture.size)
+    if picture.format == "WEBP" and picture.is_animated:
+        picture.close()
+        return _open_transparent(path)
     return picture
+
+
+def _open_transparent(path: Path) -> Image.Image:
+    """Open an animated WebP, and keep what no frame covers transparent.
+
+    WHY: its header has a bit, ALPHA, that says whether a frame has transparent pixels. If not,
+    Pillow shows black also where there is no frame; browsers show the page.
+    """
+    content = bytearray(path.read_bytes())
+    content[20] |= 0x10  # https://developers.google.com/speed/webp/docs/riff_container
+    return Image.open(BytesIO(content), formats=("WEBP",))
 
 
 def frame_numbers(picture: Image.Image) -> range:
@@ -79,13 +95,14 @@ def frame_numbers(picture: Image.Image) -> range:
     return range(first, total) if total > first else range(1)
 
 
-def frame_times(path: Path, picture: Image.Image) -> list[float]:
+def frame_times(path: Path) -> list[float]:
     """When each frame of an animation is shown, in seconds; [0.0] for a still picture."""
     times = [0.0]
-    for number in frame_numbers(picture)[:-1]:
-        seek(path, picture, number)
-        delay = float(picture.info.get("duration", 0)) / 1000
-        times.append(times[-1] + (delay or 0.1))  # browsers show a frame without a delay for 0.1 s
+    with open_picture(path) as picture:  # WHY: Pillow cannot go back in every animated PNG
+        for number in frame_numbers(picture)[:-1]:
+            seek(path, picture, number)
+            delay = float(picture.info.get("duration", 0)) / 1000
+            times.append(times[-1] + (delay or DEFAULT_DELAY))
     return times
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from support.errors import UserError, VideoError
-from support.films import load_film
+from support.films import evenly_spaced, load_film
 from support.pictures import (
     DAMAGED,
     IMAGE_SUFFIXES,
@@ -107,7 +107,7 @@ class Span:
         """
         start, end = self.start, self.end
         by_seconds = start is not None or end is not None
-        if by_seconds and times and not _evenly_spaced(times, fps):
+        if by_seconds and times and not evenly_spaced(times, fps):
             # Count frames instead of seconds: from the frame on screen at `start` to the last one
             # that appears before `end`.
             fps = 1
@@ -120,13 +120,6 @@ class Span:
             fix = "pass fps, for example 3 for VLEP."
             raise VideoError(what, "start and end in seconds need a frame rate.", fix)
         return sample_indices(total, self.num_frames, fps, start, end, self.end_frame)
-
-
-def _evenly_spaced(times: list[float], fps: float | None) -> bool:
-    """Return whether frame i is shown at i / fps, give or take half a frame."""
-    if not fps:
-        return False
-    return all(abs(time * fps - number) <= 0.5 for number, time in enumerate(times))
 
 
 def _load(path: Path, span: Span, fps: float | None) -> list[np.ndarray]:
@@ -143,7 +136,7 @@ def _load(path: Path, span: Span, fps: float | None) -> list[np.ndarray]:
         numbers = frame_numbers(picture)
         if len(numbers) == 1:
             return [to_rgb(path, picture, numbers[0])]
-        indices = span.pick(len(numbers), None, frame_times(path, picture))
+        indices = span.pick(len(numbers), None, frame_times(path))
         frames = {}
         for index in sorted(set(indices)):
             frames[index] = to_rgb(path, picture, numbers[index])

@@ -351,6 +351,22 @@ def test_a_file_that_was_cut_off_still_shows_its_beginning(tmp_path):
         load_video(whole, 5)
 
 
+@pytest.mark.filterwarnings("ignore:.*concealed")
+@pytest.mark.parametrize("extension", ["mkv", "webm", "flv"])
+def test_a_download_that_broke_off_is_not_a_shorter_film(tmp_path, extension):
+    """The header still states 4 s. The frames of the first second can be shown; the rest are lost.
+
+    Half a film used to be sampled as if it were the whole.
+    """
+    codec = "libvpx" if extension == "webm" else "libx264"
+    path = write_video(tmp_path / f"half.{extension}", numbered_frames(50) * 2, codec)
+    whole = load_video(path, 100)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert torch.equal(load_video(path, 25, end=1), whole[:25])
+    with pytest.raises(VideoError, match="lost"):
+        load_video(path, 4)
+
+
 # ------------------------------------------------------------------------------------ names, trust
 
 
