@@ -155,7 +155,7 @@ def _read_packets(path: Path, container, stream) -> Packets:
     discarded = False
     corrupt = False
     for packet in container.demux():
-        if packet.pts is not None:
+        if packet.pts is not None and packet.time_base:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if not packet.size or packet.stream.index != stream.index:
             continue

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from support.errors import UserError, VideoError
@@ -127,9 +128,7 @@ def _load(path: Path, span: Span, fps: float | None) -> list[np.ndarray]:
     if path.is_dir():
         return _load_folder(path, span, fps)
     _check_file(path)
-    picture = None
-    if path.suffix.lower() not in (".mjpeg", ".mjpg"):  # WHY: such films are rows of JPEG pictures
-        picture = open_picture(path)
+    picture = _open_picture(path)
     if picture is None:
         return load_film(path, span.pick)
     with picture:
@@ -141,6 +140,29 @@ def _load(path: Path, span: Span, fps: float | None) -> list[np.ndarray]:
         for index in sorted(set(indices)):
             frames[index] = to_rgb(path, picture, numbers[index])
         return [frames[index] for index in indices]
+
+
+def is_still(path: str | Path) -> bool:
+    """Return whether a path is a picture of one frame, which load_video repeats.
+
+    Decided by content: an animated WebP or PNG is a video. Raises VideoError as load_video does.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return False
+    _check_file(path)
+    picture = _open_picture(path)
+    if picture is None:
+        return False
+    with picture:
+        return len(frame_numbers(picture)) == 1
+
+
+def _open_picture(path: Path) -> Image.Image | None:
+    """Open a picture; None if the file is a video, such as a row of JPEG pictures (MJPEG)."""
+    if path.suffix.lower() in (".mjpeg", ".mjpg"):
+        return None
+    return open_picture(path)
 
 
 def _check_file(path: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image, features
 
 from support.errors import VideoError
 from support.pictures import IMAGE_SUFFIXES
-from support.video import files_in_order, find_video, load_video, videos_by_name
+from support.video import files_in_order, find_video, is_still, load_video, videos_by_name
 
 # ---------------------------------------------------------------------------------------- one frame
 
@@ -233,6 +233,18 @@ def test_frames_that_change_only_a_part_are_shown_whole(tmp_path):
         for number, frame in enumerate(load_video(tmp_path / name, 3)):
             shown = frame[0, 16, 8::16].tolist()  # the middle of each third
             assert shown == [0 if third == number else 255 for third in range(3)], name
+
+
+def test_a_still_is_told_from_an_animation_by_its_content(tmp_path):
+    """The name of an animated WebP is that of a photo."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "still.webp")
+    write_animation(tmp_path / "moving.webp", [100] * 4)
+    write_video(tmp_path / "film.mp4", numbered_frames(3))
+    assert is_still(tmp_path / "still.webp")
+    for name in ("moving.webp", "film.mp4", ""):
+        assert not is_still(tmp_path / name)
+    with pytest.raises(VideoError, match="no such video"):
+        is_still(tmp_path / "missing.webp")
 
 
 def test_a_damaged_animation_is_refused(tmp_path):
