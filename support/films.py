@@ -154,7 +154,7 @@ def _read_packets(path: Path, container, stream) -> Packets:
     end = 0.0  # the second at which the last packet of any stream ends
     discarded = False
     corrupt = False
-    for packet in container.demux():
+    for packet in _demux(container):
         if packet.pts is not None and packet.time_base:
             end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
         if not packet.size or packet.stream.index != stream.index:
@@ -183,6 +183,16 @@ def _read_packets(path: Path, container, stream) -> Packets:
     known = codec in ONE_FRAME_A_PACKET and not SEEKABLE.isdisjoint(formats)
     packets.trusted = times_differ and whole and known
     return packets
+
+
+def _demux(container, *streams) -> Iterator[av.Packet]:
+    """Yield the packets of the given streams, or of all."""
+    try:
+        yield from container.demux(*streams)
+    except IndexError:
+        # WHY: a stream that appeared in the middle of a file. PyAV stumbles over it at the end,
+        # after the last packet of the streams that it knows.
+        return
 
 
 def _missing_at_the_end(packets: Packets, seconds: float) -> int:
@@ -320,7 +330,7 @@ def _decode_all(path: Path, wanted: set[int], one_thread: bool) -> Decoded:
         stream = _main_stream(path, container)
         if one_thread:
             stream.thread_type = "NONE"
-        for packet in container.demux(stream):
+        for packet in _demux(container, stream):
             try:
                 frames = packet.decode()
             except av.FFmpegError:

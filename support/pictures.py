@@ -68,21 +68,25 @@ def open_picture(path: Path) -> Image.Image | None:
         fix = "develop it to JPEG, or name it .tif if it is an ordinary TIFF."
         raise VideoError(f"{path}: may be a raw photo.", why, fix)
     check_size(path, *picture.size)
-    if picture.format == "WEBP" and picture.is_animated:
+    transparent = picture.format == "WEBP" and picture.is_animated
+    if transparent or picture.format == "TIFF":
         picture.close()
-        return _open_transparent(path)
+        return _open_from_memory(path, transparent)
     return picture
 
 
-def _open_transparent(path: Path) -> Image.Image:
-    """Open an animated WebP, and keep what no frame covers transparent.
+def _open_from_memory(path: Path, transparent: bool) -> Image.Image:
+    """Open a picture in a way that avoids two faults of Pillow.
 
-    WHY: its header has a bit, ALPHA, that says whether a frame has transparent pixels. If not,
-    Pillow shows black also where there is no frame; browsers show the page.
+    A TIFF file that is grey and on its side is read with its width and height exchanged if Pillow
+    maps the file, which it does only if it is told the name. The header of an animated WebP has a
+    bit that says whether a frame has transparent pixels. If it is 0, Pillow shows black where no
+    frame has drawn yet, and browsers show the page. `transparent` sets the bit.
     """
     content = bytearray(path.read_bytes())
-    content[20] |= 0x10  # https://developers.google.com/speed/webp/docs/riff_container
-    return Image.open(BytesIO(content), formats=("WEBP",))
+    if transparent:
+        content[20] |= 0x10  # ALPHA in https://developers.google.com/speed/webp/docs/riff_container
+    return Image.open(BytesIO(content), formats=FORMATS)
 
 
 def frame_numbers(picture: Image.Image) -> range:

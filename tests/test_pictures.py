@@ -22,6 +22,9 @@ FOUR_COLOURS[:16, :24] = [250, 0, 0]
 FOUR_COLOURS[:16, 24:] = [0, 250, 0]
 FOUR_COLOURS[16:, :24] = [0, 0, 250]
 
+RAMP = np.linspace(0, 1, 48)[None].repeat(32, 0)  # from black to white
+EIGHT_BITS = np.rint(255 * RAMP).astype(np.uint8)
+
 STORED: dict[int, Callable] = {  # EXIF orientation -> what the camera stored of an upright picture
     1: lambda upright: upright,
     2: lambda upright: upright[:, ::-1],
@@ -54,14 +57,27 @@ def test_photos_are_shown_upright(tmp_path, extension, orientation):
     assert np.abs(frame.astype(int) - FOUR_COLOURS).mean() < 6
 
 
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGBA", "RGB"])
+@pytest.mark.parametrize("orientation", STORED)
+def test_scans_are_shown_upright_in_every_mode(tmp_path, mode, orientation):
+    """Pillow exchanges the sides of grey TIFF files that lie on their side."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    grey = np.ascontiguousarray(STORED[orientation](np.repeat(EIGHT_BITS[..., None], 3, 2)))
+    if mode == "I;16":
+        picture = Image.fromarray(grey[..., 0].astype(np.uint16) * 257)
+    else:
+        picture = Image.fromarray(grey).convert(mode)
+    for extension in ("tif", "png"):
+        picture.save(tmp_path / f"scan.{extension}", exif=exif)
+        frame = load_video(tmp_path / f"scan.{extension}", 1)[0]
+        assert np.array_equal(frame[0].numpy(), EIGHT_BITS), extension
+
+
 def test_a_photo_with_a_damaged_exif_block_is_still_a_photo(tmp_path):
     """Editors break EXIF more often than pictures."""
     Image.fromarray(FOUR_COLOURS).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0garbage")
     assert np.array_equal(as_picture(load_video(tmp_path / "a.png", 1)[0]), FOUR_COLOURS)
-
-
-RAMP = np.linspace(0, 1, 48)[None].repeat(32, 0)  # from black to white
-EIGHT_BITS = np.rint(255 * RAMP).astype(np.uint8)
 
 
 def _grey_16(folder: Path) -> Path:

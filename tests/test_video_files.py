@@ -78,7 +78,6 @@ MISMARKED = {
     "h264": ("libx264", {"bf": "2"}),
     "h264, intra refresh": ("libx264", {"x264-params": "intra-refresh=1:keyint=10"}),
     "mpeg4": ("mpeg4", {"bf": "2"}),
-    "hevc": ("libx265", {"x265-params": "log-level=none"}),
     "vp9": ("libvpx-vp9", {"cpu-used": "8"}),
     "av1": ("libsvtav1", {"preset": "12"}),
 }
@@ -126,15 +125,21 @@ def test_a_clip_that_begins_between_key_frames_begins_with_what_a_player_shows(t
     assert torch.equal(load_video(path, 1), decode_everything(whole)[12:13])
 
 
-@pytest.mark.parametrize(("extension", "codec"), [("h264", "libx264"), ("hevc", "libx265")])
-def test_a_raw_stream_without_times_is_counted(tmp_path, extension, codec):
-    """Nothing in such a file says when a frame is shown, so its rate does."""
-    options = {"x265-params": "log-level=none"} if codec == "libx265" else {"b_frames": 2}
-    path = write_video(tmp_path / f"raw.{extension}", numbered_frames(40), codec, **options)
-    reference = decode_everything(path)
-    assert torch.equal(load_video(path, 7), reference[sample_indices(40, 7)])
-    piece = sample_indices(40, 7, 25, 0.4, 1.2)
-    assert torch.equal(load_video(path, 7, start=0.4, end=1.2), reference[piece])
+# WHY files for HEVC: x265 damages the memory of the process that encodes so small frames with it.
+HEVC = ["hevc_every_sample_marked_sync.mp4", "hevc_every_sample_marked_sync.mkv", "raw.hevc"]
+
+
+@pytest.mark.parametrize("name", [*HEVC, "raw.h264", "every_sample_marked_sync.mp4"])
+def test_a_file_without_usable_marks_or_times_is_decoded_and_counted(name):
+    """Nothing in a raw stream says when a frame is shown, so its rate does: 25 a second."""
+    reference = decode_everything(CASES / name)
+    total = len(reference)
+    assert total == (40 if name in HEVC else 50)
+    for num_frames in (2, 7, total):
+        wanted = reference[sample_indices(total, num_frames)]
+        assert torch.equal(load_video(CASES / name, num_frames), wanted)
+    piece = sample_indices(total, 7, 25, 0.4, 1.2)
+    assert torch.equal(load_video(CASES / name, 7, start=0.4, end=1.2), reference[piece])
 
 
 # ------------------------------------------------------------------------------- packets and frames
@@ -365,6 +370,35 @@ def test_a_download_that_broke_off_is_not_a_shorter_film(tmp_path, extension):
     assert torch.equal(load_video(path, 25, end=1), whole[:25])
     with pytest.raises(VideoError, match="lost"):
         load_video(path, 4)
+
+
+class StumblingContainer:
+    """An open video file in which PyAV stumbles over a late stream after the last packet."""
+
+    def __init__(self, container: av.container.InputContainer):
+        self.container = container
+
+    def __enter__(self) -> StumblingContainer:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.container.close()
+
+    def __getattr__(self, name: str):
+        return getattr(self.container, name)
+
+    def demux(self, *streams):
+        yield from self.container.demux(*streams)
+        raise IndexError("list index out of range")
+
+
+def test_a_stream_that_appears_late_does_not_cost_the_film(tmp_path, monkeypatch):
+    """The sound of a broadcast may begin minutes after the picture."""
+    path = write_video(tmp_path / "film.ts", numbered_frames(20))
+    reference = decode_everything(path)
+    open_file = av.open
+    monkeypatch.setattr(av, "open", lambda *a, **o: StumblingContainer(open_file(*a, **o)))
+    assert torch.equal(load_video(path, 20), reference)
 
 
 # ------------------------------------------------------------------------------------ names, trust
