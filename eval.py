@@ -64,10 +64,8 @@ class Clips:
     def __getitem__(self, number: int) -> tuple[int, dict[str, Tensor], str]:
         """(number, encoder -> pixels (T_e, 3, side, side), ""), or (number, {}, the error)."""
         question = self.groups[number][0]
-        if question.video not in self.videos:
-            return number, {}, f"{self.folder} has no video {question.video}, with any extension."
-        path = self.videos[question.video]
         try:
+            path = self.videos.find(question.video)
             return number, load_pixels(path, self.encoders, *question.cut, FPS), ""
         except VideoError as error:
             return number, {}, str(error)
@@ -78,10 +76,10 @@ def check_benchmark(name: str, folder: str | Path, workers: int) -> int:
     questions = load_questions(name, folder)
     clips = Clips(questions, folder, [ENCODERS["siglip"]])  # any encoder: all decode alike
     expected = {question.video for question in questions}
-    found = expected & set(clips.videos)
-    print(
-        f"{len(questions)} questions, {len(found)}/{len(expected)} videos found in {clips.folder}"
-    )
+    found = 0
+    for name in expected:
+        found += bool(clips.videos.candidates(name))
+    print(f"{len(questions)} questions, {found}/{len(expected)} videos found in {clips.folder}")
     total = len(clips.groups)
     bad = 0
     loader = DataLoader(clips, batch_size=None, sampler=range(total), num_workers=workers)

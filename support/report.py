@@ -65,8 +65,8 @@ def film_strip(question: Question, settings: dict, num_frames: int = 6) -> str:
     """Frames of a question's clip side by side, as a data: URL of a JPEG; "" if it is missing."""
     videos = list_videos(Path(settings["data"]) / "videos")
     try:
-        frames = load_video(videos[question.video], num_frames, *question.cut, FPS)
-    except (KeyError, VideoError):
+        frames = load_video(videos.find(question.video), num_frames, *question.cut, FPS)
+    except VideoError:
         return ""
     strip = Image.fromarray(torch.cat(list(frames), dim=2).permute(1, 2, 0).numpy())
     strip.thumbnail((num_frames * 160, 120))
