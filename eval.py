@@ -36,7 +36,7 @@ from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype, 
 from support.errors import UserError, VideoError
 from support.files import Journal, write_file
 from support.judge import Judge, judge_answers
-from support.report import write_report
+from support.report import read_result, write_report
 from support.runs import latest_run
 
 MCQ_RULES = ("parse", "released", "likelihood")
@@ -125,7 +125,7 @@ def evaluate(
     clips = Clips(questions, folder, model.config.encoders)
     mine = []
     for number in range(rank, len(clips.groups), num_processes):
-        if clips.groups[number][0].id not in done:
+        if unanswered(clips.groups[number], done):
             mine.append(number)
     loader = DataLoader(clips, batch_size=None, sampler=mine, num_workers=config.workers)
     for number, pixels, failure in progress(loader, name):
@@ -144,13 +144,13 @@ def evaluate(
     # nothing left to do for anyone, process 0 writes the result.
     done = stored_answers(journal)
     had_work = bool(mine)
-    if len(done) < len(questions) or not (had_work or rank == 0):
+    if unanswered(questions, done) or not (had_work or rank == 0):
         return None
     for question in questions:
         record = done[question.id]
-        question.answer = record["answers"][question.id]
+        question.answer = record["answer"]
         question.failure = record["failure"]
-        question.mixing_weights = tuple(record["mixing_weights"])
+        question.mixing_weights = record["mixing_weights"]
     write_results(output / f"{name}.json", settings, questions, config.mcq_rule)
     return questions
 
@@ -164,16 +164,27 @@ def trained_digest(model: MERV) -> str:
 
 
 def stored_answers(journal: Journal) -> dict[str, dict]:
-    """Question id -> the record with its answer, from all processes.
+    """Question id -> its answer, mixing weights and failure, from all processes.
 
-    Older journals say "weights" for mixing_weights.
+    Older journals say "weights" for mixing_weights. A damaged record raises DataError.
     """
     found = {}
     for record in journal.records():
-        record.setdefault("mixing_weights", record.get("weights"))
-        for id in record["answers"]:
-            found[id] = record
+        answers = record.record("answers")
+        mixing_weights = record.numbers("mixing_weights") or record.numbers("weights")
+        failure = record.text("failure", "")
+        for id in answers.values:
+            found[id] = {
+                "answer": answers.text(id, ""),
+                "mixing_weights": mixing_weights,
+                "failure": failure,
+            }
     return found
+
+
+def unanswered(questions: list[Question], done: dict[str, dict]) -> list[Question]:
+    """The questions that have no stored answer."""
+    return [question for question in questions if question.id not in done]
 
 
 def answer_clip(
@@ -272,7 +283,7 @@ def score(question: Question, rule: str) -> None:
 class Row(NamedTuple):
     """A row of the results table: one kind of question."""
 
-    accuracy: float  # right answers / expected questions, failures included
+    accuracy: float | None  # right answers / expected questions, failures included
     answered: int  # questions with an answer
     expected: int  # all questions
     baseline: float  # accuracy of always giving the most common right answer
@@ -283,7 +294,8 @@ def summarise(questions: list[Question], by: str = "kind") -> dict[str, Row]:
 
     by: the attribute of Question that is the kind, such as "first_word".
 
-    Answers without a readable verdict of the judge do not count towards the accuracy.
+    Answers without a readable verdict of the judge do not count towards the accuracy, which is None
+    if the judge's replies were all unreadable.
     """
     groups: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
@@ -292,12 +304,16 @@ def summarise(questions: list[Question], by: str = "kind") -> dict[str, Row]:
     rows = {}
     for kind, group in [*sorted(groups.items()), ("all", questions)]:
         # The judge may have failed on an answer; that says nothing about the answer.
-        judged = [q for q in group if q.verdict not in ("unparsable", "no reply")]
-        right = sum(question.correct for question in judged)
+        judged = [question for question in group if question.verdict in ("", "yes", "no")]
+        verdicts = {question.verdict for question in group}
+        if verdicts <= {""} or verdicts & {"yes", "no"}:
+            accuracy = sum(question.correct for question in judged) / max(1, len(judged))
+        else:
+            accuracy = None
         answered = sum(not question.failure for question in group)
         same = sum(hits.values()) if group is questions else hits[kind]
         expected = len(group)
-        rows[kind] = Row(right / max(1, len(judged)), answered, expected, same / expected)
+        rows[kind] = Row(accuracy, answered, expected, same / expected)
     return rows
 
 
@@ -339,8 +355,11 @@ def print_table(title: str, questions: list[Question]) -> None:
     """Print accuracy and baseline of each kind, and a summary of the judge's verdicts."""
     print(f"\n{title:<28} {'accuracy':>8} {'baseline':>9}  {'answered/expected':>18}")
     for kind, row in summarise(questions).items():
-        percents = f"{100 * row.accuracy:>7.1f}% {100 * row.baseline:>8.1f}%"
-        print(f"  {kind:<26} {percents}  {f'{row.answered}/{row.expected}':>18}")
+        accuracy = "-"
+        if row.accuracy is not None:
+            accuracy = f"{100 * row.accuracy:.1f}%"
+        answered = f"{row.answered}/{row.expected}"
+        print(f"  {kind:<26} {accuracy:>8} {100 * row.baseline:>8.1f}%  {answered:>18}")
     if not questions[0].options:
         mean_f1 = sum(question.f1 for question in questions) / len(questions)
         print(f"  {'word F1':<26} {100 * mean_f1:>7.1f}%")
@@ -354,9 +373,9 @@ def judge_results(path: Path, judge: Judge) -> None:
 
     Multiple-choice results are left as they are: their letters need no judge.
     """
-    result = json.loads(path.read_text())
-    questions = [Question.from_dict(values) for values in result["questions"]]
-    if not questions or questions[0].options:
+    result = read_result(path)
+    questions = result["questions"]
+    if questions[0].options:
         return
     judged_by = judge_answers(questions, judge, path.with_suffix(".judge"))
     settings = result["settings"] | {"judge": judged_by}

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from support.errors import UserError
+from support.records import Record, as_record, parse_json, read_text
 
 
 class Journal:
@@ -23,8 +24,9 @@ class Journal:
         self.file = folder / f"{rank}.jsonl"
         settings_file = folder / "settings.json"
         if settings_file.exists():
-            stored = settings_file.read_text()
-            if json.loads(stored) != settings:
+            fix = f"delete {folder}; the same command asks its questions again."
+            stored = read_text(settings_file, fix)
+            if parse_json(stored, str(settings_file), fix) != settings:
                 what = f"{folder} holds the answers of another run."
                 why = f"it was made with {stored}, but this run has {json.dumps(settings)}."
                 raise UserError(what, why, "choose another --output, or delete that folder.")
@@ -32,11 +34,13 @@ class Journal:
         # Remove a last line that a kill cut short, so that the next record starts a new line.
         write_file(self.file, "".join(whole_lines(self.file)))
 
-    def records(self) -> Iterator[dict]:
-        """Read the records of all processes."""
+    def records(self) -> Iterator[Record]:
+        """Read the records of all processes. A damaged line raises DataError, which names it."""
+        fix = "delete this line; the same command asks its questions again."
         for path in sorted(self.file.parent.glob("*.jsonl")):
-            for line in whole_lines(path):
-                yield json.loads(line)
+            for number, line in enumerate(whole_lines(path), 1):
+                place = f"{path}, line {number}"
+                yield as_record(parse_json(line, place, fix), place, fix)
 
     def append(self, record: dict) -> None:
         """Add a record. It is on disk when this returns."""
@@ -53,17 +57,17 @@ def whole_lines(path: Path) -> list[str]:
     """
     if not path.exists():
         return []
-    lines = path.read_text().splitlines(keepends=True)
-    return [line for line in lines if line.endswith("\n")]
+    lines = read_text(path, "delete it.").split("\n")
+    return [f"{line}\n" for line in lines[:-1]]
 
 
 def write_file(path: Path, text: str) -> None:
     """Write a text file atomically: readers see the old text or the new one, never a part.
 
     The name of the temporary file contains the process id, so that several processes may write the
-    same file.
+    same file. What UTF-8 cannot encode, half an emoji, becomes a question mark.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial_path.write_text(text)
+    partial_path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
     partial_path.replace(path)

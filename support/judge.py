@@ -55,7 +55,8 @@ def judge_answers(questions: list[Question], judge: Judge, folder: Path) -> dict
     journal = Journal(folder, depends_on)
     records = {}
     for record in journal.records():
-        records[record["id"], record["answer"]] = record
+        key = record.text("id"), record.text("answer", "")
+        records[key] = {"reply": record.values.get("reply"), "date": record.text("date")}
     answered = [question for question in questions if not question.failure]
     missing = [q for q in answered if (q.id, q.answer) not in records]
     key = os.environ.get("JUDGE_API_KEY", "none")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 from support.benchmarks import FPS, LETTERS, TEMPORAL, Question, list_videos
 from support.errors import UserError, VideoError
 from support.files import write_file
+from support.records import as_record, read_object
 from support.video import load_video
 
 MOST_BARS = 16  # with more answers than this, a chart by answer is too long to read
@@ -54,11 +54,34 @@ def read_results(run: Path) -> list[dict]:
         raise UserError(f"{run} has no results.", f"there is no {run}/eval/*.json.", fix)
     results = []
     for file in files:
-        result = json.loads(file.read_text())
-        result["run"] = run.name
-        result["questions"] = [Question.from_dict(values) for values in result["questions"]]
-        results.append(result)
+        results.append(read_result(file) | {"run": run.name})
     return results
+
+
+def read_result(path: Path) -> dict:
+    """A result file as eval.write_results writes it, with its questions as Questions.
+
+    Raises DataError, which names the file and the remedy, if the file is cut off, is not a result,
+    or comes from a version that this one does not understand.
+    """
+    fix = "delete it and run eval.py again: the stored answers are reused."
+    result = read_object(path, fix)
+    settings = result.record("settings")
+    settings.text("benchmark")
+    settings.text("data")
+    result.text("rule")
+    encoders = settings.texts("encoders")
+    questions = []
+    for number, values in enumerate(result.items("questions"), 1):
+        row = as_record(values, f"{path}, question {number}", fix)
+        question = Question.from_dict(row.values, row.place, fix)
+        if len(question.mixing_weights) not in (0, len(encoders)):
+            what = f"has {len(question.mixing_weights)} mixing weights."
+            raise row.fault(what, f"the model has {len(encoders)} encoders.")
+        questions.append(question)
+    if not questions:
+        raise result.fault("has no questions.", "every benchmark has some.")
+    return {**result.values, "questions": questions}
 
 
 def film_strip(question: Question, settings: dict, num_frames: int = 6) -> str:

@@ -16,7 +16,9 @@ from llama import LLAMAS
 from merv import MERV, MERVS
 from miniature.world import write_world
 from support import benchmarks
-from support.errors import UserError
+from support.errors import DataError, UserError
+from support.files import Journal
+from support.report import read_result
 
 ROOT = Path(__file__).parent.parent
 
@@ -371,3 +373,133 @@ def test_an_unknown_benchmark_is_explained():
     command = [sys.executable, ROOT / "eval.py", "--benchmark", "imagenet"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "choose from 'msvd'" in done.stderr
+
+
+def result(folder: Path, **changes) -> Path:
+    """A result file with one answered question; `changes` are made to its JSON."""
+    question = benchmarks.Question("7", "v", "Who?", "me", answer="me", mixing_weights=(0.5, 0.5))
+    path = folder / "eval" / "msvd.json"
+    settings = {"benchmark": "msvd", "data": "nowhere", "encoders": ["vivit", "siglip"]}
+    eval.write_results(path, settings, [question], "parse")
+    stored = json.loads(path.read_text())
+    for field, value in changes.items():
+        if field in stored:
+            stored[field] = value
+        else:
+            stored["questions"][0][field] = value
+    path.write_text(json.dumps(stored))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"questions": []}, "has no questions"),
+        ({"questions": {}}, "questions is {}"),
+        ({"questions": [7]}, "question 1: is not an object"),
+        ({"settings": None}, "settings: is not an object"),
+        ({"settings": {"benchmark": "msvd", "encoders": []}}, "has no data"),
+        ({"rule": ["parse"]}, "rule is"),
+        ({"answer": ["me"]}, "question 1: answer is"),
+        ({"reply": "me"}, "unknown fields ['reply']"),  # of a version that called it so
+        ({"mixing_weights": [0.5]}, "has 1 mixing weights"),
+        ({"mixing_weights": [0.5, None]}, "is incomplete"),
+        ({"options": ["a", "b"]}, "expects me"),
+        ({"cut": [1]}, "is incomplete"),
+        ({"correct": "yes"}, "true or false"),
+        ({"text": None}, "has no text"),
+    ],
+)
+def test_a_result_that_is_not_one_is_named_with_the_remedy(changes, message, tmp_path):
+    """A foreign file in eval/ or one of another version: no traceback from inside the report."""
+    path = result(tmp_path, **changes)
+    for read in (read_result, lambda path: eval.judge_results(path, None)):
+        with pytest.raises(
+            DataError, match=r"(?s)msvd\.json.*Fix: delete it and run eval"
+        ) as caught:
+            read(path)
+        assert message in str(caught.value)
+
+
+def test_a_result_cut_at_any_byte_is_named(tmp_path):
+    """A full disk or an interrupted copy: never any other exception, never half the questions."""
+    path = result(tmp_path)
+    assert read_result(path)["questions"][0].answer == "me"
+    whole = path.read_bytes()
+    for length in range(0, len(whole) - 1, 7):
+        path.write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"msvd\.json"):
+            read_result(path)
+    done = subprocess.run(
+        [sys.executable, ROOT / "eval.py", "--report", tmp_path / "report.html", tmp_path],
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1 and "msvd.json" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["{", "[]", "7", "\0\0\0", '{"answers": []}', '{"failure": ""}', '{"answers": {"1": [2]}}',
+     '{"answers": {"1": "me"}, "mixing_weights": "all"}', "[" * 100_000],
+)  # fmt: skip
+def test_a_damaged_line_of_a_journal_is_named(line, tmp_path):
+    """The error says which line to delete; the questions of that line are asked again."""
+    journal = Journal(tmp_path, {})
+    journal.append({"answers": {"1": "me"}, "mixing_weights": [], "failure": ""})
+    with journal.file.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(DataError, match=r"(?s)0\.jsonl, line 2.*Fix: delete this line"):
+        eval.stored_answers(Journal(tmp_path, {}))
+
+
+@pytest.mark.parametrize("settings", [b"", b"{", b"\xff", b"[" * 100_000])
+def test_a_journal_whose_settings_cannot_be_read_is_named(settings, tmp_path):
+    """They say which model the answers are from."""
+    (tmp_path / "settings.json").write_bytes(settings)
+    with pytest.raises(DataError, match=r"settings\.json") as caught:
+        Journal(tmp_path, {})
+    assert f"delete {tmp_path}" in str(caught.value) or "UTF-8" in str(caught.value)
+
+
+def test_questions_that_were_added_since_are_asked(world, model, tmp_path):
+    """A clip counted as answered if its first question was, so no result was ever written."""
+    evaluate(model, "miniature-open", world, tmp_path)
+    file = tmp_path / "miniature-open.answers" / "0.jsonl"
+    records = [json.loads(line) for line in file.read_text().splitlines()]
+    last = list(records[0]["answers"])[-1]
+    del records[0]["answers"][last]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "miniature-open.json").unlink()
+    questions = evaluate(model, "miniature-open", world, tmp_path)
+    assert questions and last in {question.id for question in questions}
+
+
+def test_an_accuracy_that_nobody_judged_is_not_zero(capsys, tmp_path):
+    """A judge that is down, or never speaks JSON, says nothing about the answers."""
+    base = benchmarks.Question("1", "v", "Who?", "me", "who", answer="me")
+    questions = [
+        replace(base, verdict="unparsable"),
+        replace(base, id="2", verdict="no reply"),
+        replace(base, id="3", answer="", failure="no such video"),
+        replace(base, id="4", kind="what", verdict="yes"),
+    ]
+    settings = {"benchmark": "msvd", "data": "nowhere", "encoders": []}
+    eval.write_results(tmp_path / "eval/msvd.json", settings, questions, "parse")
+    stored = json.loads((tmp_path / "eval/msvd.json").read_text())
+    assert stored["accuracy"] == {"what": 1.0, "who": None, "all": 0.5}
+    eval.print_table("msvd", questions)
+    row = next(line for line in capsys.readouterr().out.splitlines() if "who" in line)
+    assert row.split() == ["who", "-", "100.0%", "2/3"]
+    unjudged = [replace(question, verdict="no reply") for question in questions]
+    eval.write_results(tmp_path / "down/eval/msvd.json", settings, unjudged, "parse")
+    runs = [str(tmp_path), str(tmp_path / "down")]
+    eval.write_report(runs, tmp_path / "report.html", eval.summarise)
+    page = (tmp_path / "report.html").read_text()
+    assert '<td class="score">–</td>' in page and "<b>–</b>" in page
+
+
+def test_a_report_survives_half_an_emoji(tmp_path):
+    """A surrogate in a stored text cannot be written as UTF-8."""
+    result(tmp_path, answer="\ud83d", failure="\ude00")
+    eval.write_report([str(tmp_path)], tmp_path / "report.html", eval.summarise)
+    assert "\ufffd" in (tmp_path / "report.html").read_text()
