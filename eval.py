@@ -31,7 +31,15 @@ from torch.utils.data import DataLoader
 from data import load_pixels
 from encoders import ENCODERS, EncoderConfig
 from merv import MERV
-from support.benchmarks import BENCHMARKS, FPS, LETTERS, Question, list_videos, load_questions
+from support.benchmarks import (
+    BENCHMARKS,
+    FPS,
+    LETTERS,
+    Question,
+    list_videos,
+    load_questions,
+    named_letters,
+)
 from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype, progress
 from support.errors import UserError, VideoError
 from support.files import Journal, write_file
@@ -174,11 +182,8 @@ def stored_answers(journal: Journal) -> dict[str, dict]:
         mixing_weights = record.numbers("mixing_weights") or record.numbers("weights")
         failure = record.text("failure", "")
         for id in answers.values:
-            found[id] = {
-                "answer": answers.text(id, ""),
-                "mixing_weights": mixing_weights,
-                "failure": failure,
-            }
+            found[id] = {"answer": answers.text(id, ""), "failure": failure}
+            found[id]["mixing_weights"] = mixing_weights
     return found
 
 
@@ -220,27 +225,24 @@ def normalise(text: str) -> str:
 def parse_letter(reply: str, options: tuple[str, ...]) -> str:
     """The letter that a reply to a multiple-choice question chooses, or "" if there is none.
 
-    Of the options "red", "blue":
+    Of the options "red", "blue", "two (A)", "a cat":
 
-        "B"  "B."  "(B)"  "B: blue"  "(B) blue"     B     a letter at the start
-        "The answer is B."  "Option (B)"            B     a letter after answer, option, choice
-        "I think (B)."                              B     a letter in brackets
-        "blue"  "Blue."                             B     the words of exactly one option
-        "Both"  "A cat"  "b"  "E"  ""               none
+        "B"  "B."  "b)"  "(B)"  "**B**"  "B: blue"  "(b) blue"    B     a letter at the start
+        "The answer is B."  "Answer: **B**"  "option b"           B     a letter after such a word
+        "I think (B)."  "It is [B]"                               B     a letter in brackets
+        "Not (A). The answer is B"  "B: it is not (A)"            B     the first of these rules
+        "blue"  "Blue."                                           B     the words of one option
+        "A cat"  "a cat"                                          D     (the article is no letter)
+        "b"  "E"  "Both"  "A man opens a door"  "I think a"  ""   none  no letter that is meant
+        "A or B"  "B, C"  "(A) or (B)"  "Options A and B"         none  two letters
+        "A. red\nB. blue"  "The answer is A. Answer: B"           none  two letters
 
     FIX: the released code takes the first character: "Both" is B, "The answer is B" is T (ledger
     F9). `--mcq-rule released` does the same.
     """
-    last = LETTERS[len(options) - 1]
-    patterns = (
-        # "A" followed by a word in lower case is an article: "A cat".
-        rf"(?!A\s+[a-z])\(?([A-{last}])\)?(?:[.:)]|\s|$)",
-        rf".*\b(?:answer|option|choice)\b(?:\s+is)?:?\s+\(?([A-{last}])\b",
-        rf".*\(([A-{last}])\)",
-    )
-    for pattern in patterns:
-        if match := re.match(pattern, reply.strip(), re.DOTALL):
-            return match[1]
+    for letters in named_letters(reply, LETTERS[: len(options)]):
+        if letters:
+            return letters.pop() if len(letters) == 1 else ""
     words = [normalise(option) for option in options]
     chosen = normalise(reply)
     return LETTERS[words.index(chosen)] if words.count(chosen) == 1 else ""
@@ -304,12 +306,12 @@ def summarise(questions: list[Question], by: str = "kind") -> dict[str, Row]:
     rows = {}
     for kind, group in [*sorted(groups.items()), ("all", questions)]:
         # The judge may have failed on an answer; that says nothing about the answer.
-        judged = [question for question in group if question.verdict in ("", "yes", "no")]
-        verdicts = {question.verdict for question in group}
-        if verdicts <= {""} or verdicts & {"yes", "no"}:
-            accuracy = sum(question.correct for question in judged) / max(1, len(judged))
-        else:
+        verdicts = Counter(question.verdict for question in group)
+        counted = verdicts["yes"] + verdicts["no"] + verdicts[""]
+        if counted == verdicts[""] and counted < len(group):
             accuracy = None
+        else:
+            accuracy = sum(question.correct for question in group) / counted
         answered = sum(not question.failure for question in group)
         same = sum(hits.values()) if group is questions else hits[kind]
         expected = len(group)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -57,6 +58,52 @@ def mcq_prompt(question: str, options: list[str]) -> str:
         # QUIRK: only the first option is indented by four spaces, as in the released code
         # (ledger K10).
     )
+
+
+def named_letters(reply: str, letters: str) -> list[set[str]]:
+    """The letters that a reply names as its choice: at the start or after "answer", after "option"
+    or "choice", and in brackets. The earlier of these three sets says more than the later ones.
+
+    letters: of the options, such as "ABCD". eval.parse_letter has a table of examples.
+    """
+    reply = unicodedata.normalize("NFKC", reply)
+    reply = re.sub(r"[*`\"“”$]|__|(?<!\w)'|'(?!\w)", "", reply)
+    reply = re.sub(r"[\[{<]", "(", re.sub(r"[\]}>]", ")", reply)).strip()
+    # "A man": in front of a noun, A is an article and I a pronoun. These words are no nouns:
+    function_word = (
+        r"(?:and|as|at|based|because|but|by|due|for|from|given|if|in|is|of|on|or|since|so"
+    )
+    function_word += r"|that|then|to|was|which|with)\b"
+    mention = rf"(?![AI]\s+(?!{function_word})[a-z])"
+    mention += r"(?!.\)?\s+(?:is|are)\s+(?:not|wrong|incorrect|false)\b)"  # "B is wrong"
+    upper = rf"{mention}[{letters}](?!\w)"
+    lower = rf"{mention}(?:(?![ai])[{letters.lower()}](?![\w'’-])"
+    lower += rf"|(?=[ai])[{letters.lower()}](?=\s*(?:[).,:;!]|$|{function_word})))"
+    letter = rf"\(?({upper}|{lower})"
+    link = r"(?:\s+(?:is|was|(?:would|should|must)\s+be))?"
+    link += r"(?:\s+(?:the\s+)?(?:correct\s+)?(?:letter|option|choice|answer))?[\s:=(–-]+"
+    label = rf"\(?({upper})(?:[.:),;!。]|\s|$)|\(?({mention}[{letters.lower()}])[.:)](?:\s|$)"
+
+    def find(pattern: str, text: str = reply) -> set[str]:
+        """The letters of all matches, and those joined to them: "B or C" -> {"B", "C"}."""
+        found = set()
+        for match in re.finditer(pattern, text):
+            while match:
+                found.add(match[match.lastindex].upper())
+                end = match.end(match.lastindex)
+                joint = rf"[.)]?\s*(?:,|/|&|\bor\b|\band\b)\s*(?:(?:option|choice)\s+)?{letter}"
+                match = re.compile(joint).match(text, end)
+        return found
+
+    start = set()
+    for line in reply.split("\n"):  # a reply may list options, one a line
+        if not (found := find(rf"^(?:{label})", line.strip())):
+            break
+        start |= found
+    answer = find(rf"\b(?i:answer{link}){letter}")
+    positive = r"(?<![Nn]ot )(?<!n't )"
+    option = find(rf"{positive}\b(?i:(?:option|choice){link}){letter}")
+    return [start | answer, option, find(rf"{positive}\(\s*({upper}|{lower})\s*\)")]
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """eval.py: which answers are right, damaged videos, killed runs, and the table with baselines."""
 
 import json
+import re
 import subprocess
 import sys
 import tarfile
@@ -67,11 +68,74 @@ def model(world):
         ("E", ""),
         ("A cat", ""),
         ("", ""),
+        ("b)", "B"),
+        ("b.", "B"),
+        ("(b) blue", "B"),
+        ("option b", "B"),
+        ("Answer:B", "B"),
+        ("Answer - B", "B"),
+        ("**Answer:** B", "B"),
+        ("__B__", "B"),
+        ("`B`", "B"),
+        ("'B'", "B"),
+        ("\\boxed{B}", "B"),
+        ("\uff08\uff22\uff09", "B"),  # full-width brackets and letter
+        ("B\u3002", "B"),
+        ("The answer is option B", "B"),
+        ("The answer would be b.", "B"),
+        ("The answer is A because of the red", "A"),
+        ("A is correct", "A"),
+        ("Answer: a", "A"),
+        ("Option A is wrong, so the answer is B", "B"),
+        ("Option A is wrong, option B is right", "B"),
+        ("It is not option A but option B", "B"),
+        ("(A) is wrong, I think (B)", "B"),
+        ("B. Because (A) is absent", "B"),
+        ("B\nA man opens a door", "B"),
+        ("Between B and C, the answer is C", "C"),
+        ("The answer is A man", ""),
+        ("the answer is a man", ""),
+        ("the option a man has", ""),
+        ("The man (a doctor) leaves", ""),
+        ("I think A", ""),
+        ("It is not (A)", ""),
+        ("B or C", ""),
+        ("B and C", ""),
+        ("B, C", ""),
+        ("The answer is B or C", ""),
+        ("The answer is A. The answer is B.", ""),
+        ("(a) red\n(b) blue\n(c) green", ""),
+        ("The answer is E", ""),
     ],
 )
 def test_the_letter_of_a_reply_is_found(reply, letter):
     """Ledger F9: the first character alone would call "Both" B and "The answer is B." wrong."""
     assert eval.parse_letter(reply, ("red", "blue", "green", "white")) == letter
+
+
+def test_the_table_of_replies_in_the_docstring_holds():
+    """The docstring of parse_letter is the rule: each of its examples is read as it says."""
+    options = ("red", "blue", "two (A)", "a cat")
+    shown = ", ".join(f'"{option}"' for option in options)
+    assert f"Of the options {shown}:" in eval.parse_letter.__doc__
+    read = []
+    for line in eval.parse_letter.__doc__.splitlines():
+        if match := re.match(r'\s+(".*")\s+(none|[A-D])\s', line):
+            for reply in re.findall(r'"(.*?)"', match[1]):
+                letter = match[2].replace("none", "")
+                assert eval.parse_letter(reply, options) == letter, reply
+                read.append(letter)
+    assert len(read) > 25 and {"", "B", "D"} <= set(read)
+
+
+def test_what_the_words_of_an_option_say_does_not_name_a_letter():
+    """Ten options: "I" and "A" are words as well; a letter beyond the options is none."""
+    options = tuple(f"thing {number}" for number in range(10))
+    assert eval.parse_letter("I think it is thing 3", options) == ""
+    assert eval.parse_letter("I", options) == "I"
+    assert eval.parse_letter("Answer: j", options) == "J"
+    assert eval.parse_letter("thing 3", options) == "D"
+    assert eval.parse_letter("Answer: J", options[:9]) == ""
 
 
 def test_an_option_that_begins_with_an_article_is_recognised():
