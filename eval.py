@@ -383,6 +383,7 @@ def judge_results(path: Path, judge: Judge) -> None:
     settings = result["settings"] | {"judge": judged_by}
     write_results(path, settings, questions, result["rule"])
     print_table(path.stem, questions)
+    print(f"  the judge's replies: {judged_by['replies']}")
 
 
 # ------------------------------------------------------------------------------------- command line

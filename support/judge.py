@@ -5,15 +5,19 @@ The judge compares each answer with the expected one. It says yes or no and give
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import random
+import re
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from huggingface_hub import InferenceClient
 from huggingface_hub.errors import HfHubHTTPError
@@ -22,6 +26,7 @@ from support.benchmarks import Question
 from support.cli import progress
 from support.errors import UserError
 from support.files import Journal
+from support.records import clean
 
 JUDGE_PROMPT = """\
 You grade answers to questions about a video. Compare the given answer with the correct one: they \
@@ -35,70 +40,176 @@ Reply with one JSON object and nothing else: {{"pred": "yes" or "no", "score": a
 0 (unrelated) to 5 (the same meaning)}}. Example: {{"pred": "yes", "score": 4}}"""
 
 
+# What a request asks for beside its text: room for a model that thinks first, and no randomness.
+PARAMETERS = {"max_tokens": 1024, "temperature": 0}
+
+FILTER_WORDS = (  # endpoints say in these words that they will not read a certain text
+    "content_filter", "content filter", "content_policy", "content policy", "content management",
+    "responsibleai", "moderation", "flagged", "safety system", "safety policy", "safety filter",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Judge:
     """A model behind an OpenAI-compatible endpoint. Its key comes from JUDGE_API_KEY."""
 
-    url: str  # base URL, such as https://api.openai.com/v1
+    url: str  # base URL, such as https://api.openai.com/v1; see `chat_url`
     model: str
     parallel: int = 8  # requests at once
     retries: int = 6  # attempts after the first one
+
+
+class Refusal(Exception):
+    """The endpoint will not judge this one answer, for example because of a content filter."""
 
 
 def judge_answers(questions: list[Question], judge: Judge, folder: Path) -> dict:
     """Fill in `verdict` and `mark` of each question that has an answer.
 
     folder: a journal of the raw replies. A rerun only asks about answers without a reply.
-    Returns what the verdicts depend on: model, prompt, URL and the dates of the replies.
+    Returns what the verdicts depend on: model, prompt, URL, the dates of the replies and the
+    parameters of the requests; and how many replies were strict, lenient and so on.
     """
     depends_on = {"model": judge.model, "prompt": JUDGE_PROMPT}
     journal = Journal(folder, depends_on)
     records = {}
-    for record in journal.records():
-        key = record.text("id"), record.text("answer", "")
-        records[key] = {"reply": record.values.get("reply"), "date": record.text("date")}
+    for stored in journal.records():
+        if not {"reply", "refusal"} & stored.values.keys():
+            raise stored.wrong("reply", "the judge's reply")
+        record = stored.values | {"date": stored.text("date"), "reply": stored.text("reply", "")}
+        records[stored.text("id"), stored.text("answer", "")] = record
     answered = [question for question in questions if not question.failure]
     missing = [q for q in answered if (q.id, q.answer) not in records]
-    key = os.environ.get("JUDGE_API_KEY", "none")
-    client = InferenceClient(base_url=judge.url, api_key=key, timeout=60)
+    endpoint = Endpoint(judge)
 
     def ask(question: Question) -> None:
-        reply = ask_judge(question, client, judge)
-        if reply is not None:
-            record = {"id": question.id, "answer": question.answer, "reply": reply}
-            record["date"] = date.today().isoformat()
-            journal.append(record)
-            records[question.id, question.answer] = record
+        record = {"id": question.id, "answer": question.answer, "date": date.today().isoformat()}
+        try:
+            record["reply"] = ask_judge(question, endpoint, judge)
+        except Refusal as refusal:
+            record["refusal"] = clean(str(refusal))
+        else:
+            if record["reply"] is None:
+                return
+        record["parameters"] = endpoint.parameters
+        journal.append(record)
+        records[question.id, question.answer] = record
 
     with ThreadPoolExecutor(judge.parallel) as pool:
         for _ in progress(pool.map(ask, missing), "judge", len(missing)):
             pass  # An error in `ask` is raised here, and the requests that wait are cancelled.
+    replies = dict.fromkeys(("strict", "lenient", "unparsable", "refused", "no reply"), 0)
+    dates = set()
+    parameters = []
     for question in answered:
         record = records.get((question.id, question.answer), {"reply": None})
-        question.verdict, question.mark = parse_verdict(record["reply"])
-    dates = {record["date"] for record in records.values()}
-    return {**depends_on, "url": judge.url, "dates": sorted(dates)}
+        if "refusal" in record:
+            question.verdict, question.mark, how = "refused", 0, "refused"
+        else:
+            question.verdict, question.mark, how = read_reply(record["reply"])
+        replies[how] += 1
+        if "date" in record:
+            dates.add(record["date"])
+        if "parameters" in record and record["parameters"] not in parameters:
+            parameters.append(record["parameters"])
+    found = {"dates": sorted(dates), "parameters": parameters, "replies": replies}
+    return {**depends_on, "url": judge.url, **found}
 
 
-def ask_judge(question: Question, client: InferenceClient, judge: Judge) -> str | None:
+# ---------------------------------------------------------------------------------------- requests
+
+
+def chat_url(base: str) -> str:
+    """The address of the chat completions under a base URL. A path is used as it is given:
+
+    https://api.openai.com/v1       -> https://api.openai.com/v1/chat/completions
+    https://HOST/v1beta/openai/     -> https://HOST/v1beta/openai/chat/completions
+    https://HOST/chat/completions   -> the same
+    http://localhost:8000           -> http://localhost:8000/v1/chat/completions
+    """
+    parts = urlsplit(base.strip())
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        why = "the address of an endpoint begins with http:// or https://."
+        raise UserError(f"--judge is {base}.", why, "give a URL like https://api.openai.com/v1.")
+    path = parts.path.rstrip("/") or "/v1"
+    if not path.endswith("/chat/completions"):
+        path += "/chat/completions"
+    return urlunsplit(parts._replace(path=path))
+
+
+class Endpoint:
+    """A judge's endpoint, and the parameters that its model has been found to accept.
+
+    Newer models take `max_completion_tokens` in place of `max_tokens`, and no `temperature`. They
+    say so with status 400; the parameter is then changed once, for all later requests.
+    """
+
+    def __init__(self, judge: Judge):
+        key = os.environ.get("JUDGE_API_KEY", "none")
+        self.client = InferenceClient(base_url=chat_url(judge.url), api_key=key, timeout=60)
+        self.model = judge.model
+        self.parameters = dict(PARAMETERS)
+        self.replied = False  # a request has been accepted
+        self.lock = threading.Lock()
+
+    def ask(self, prompt: str) -> str:
+        """The reply to a prompt. Raises Refusal if this text is refused, else HfHubHTTPError."""
+        messages = [{"role": "user", "content": prompt}]
+        while True:
+            sent = self.parameters
+            try:
+                reply = self.client.chat_completion(messages, model=self.model, extra_body=sent)
+                break
+            except HfHubHTTPError as error:
+                text = error.response.text
+                status = error.response.status_code
+                filtered = any(word in text.lower() for word in FILTER_WORDS)
+                if status in (400, 422) and not filtered and self.adapt(sent, text):
+                    continue
+                # An endpoint that has accepted other texts refuses this one only.
+                if status in (400, 403, 413, 422) and (filtered or self.replied):
+                    raise Refusal(f"status {status}: {text[:500]}") from error
+                raise
+        self.replied = True
+        if reply.choices[0].finish_reason == "content_filter":
+            raise Refusal("a content filter stopped the reply.")
+        return reply.choices[0].message.content or ""
+
+    def adapt(self, sent: dict, complaint: str) -> bool:
+        """Drop or rename the parameter that the endpoint complains of. Returns whether to retry."""
+        with self.lock:
+            if sent is not self.parameters:
+                return True  # another thread has just changed them
+            changed = dict(sent)
+            for name in sent:
+                if re.search(rf"\b{name}\b", complaint):
+                    limit = changed.pop(name)
+                    if name == "max_tokens" and "max_completion_tokens" in complaint:
+                        changed["max_completion_tokens"] = limit
+                    print(f"judge: the model refuses {name}; now {changed}", file=sys.stderr)
+                    self.parameters = changed
+                    return True
+            return False
+
+
+def ask_judge(question: Question, endpoint: Endpoint, judge: Judge) -> str | None:
     """The judge's raw reply about an answer, or None if all attempts fail.
 
-    Raises UserError at once if the endpoint rejects the request, as for a wrong key.
+    Raises UserError at once if the endpoint rejects the request, as for a wrong key, and Refusal if
+    it refuses this question only.
     """
     prompt = JUDGE_PROMPT.format(
         text=question.text, expected=question.expected, answer=question.answer
     )
-    messages = [{"role": "user", "content": prompt}]
     for attempt in range(judge.retries + 1):
         if attempt:
             # 1, 2, 4 ... 60 s, shortened at random so that parallel requests do not all come back
             # at the same moment.
             time.sleep(min(60, 0.5 * 2**attempt) * random.uniform(0.5, 1))
         try:
-            reply = client.chat_completion(
-                messages, model=judge.model, max_tokens=64, temperature=0
-            )
-            return reply.choices[0].message.content or ""
+            return endpoint.ask(clean(prompt))
+        except Refusal:
+            raise
         except HfHubHTTPError as error:
             status = error.response.status_code
             may_pass = status >= 500 or status in (408, 429)  # time-out, too many requests
@@ -112,22 +223,60 @@ def ask_judge(question: Question, client: InferenceClient, judge: Judge) -> str 
     return None
 
 
-def parse_verdict(reply: str | None) -> tuple[str, int]:
-    """Read a judge's reply strictly, without guessing.
+# ----------------------------------------------------------------------------------------- replies
 
-    '{"pred": "yes", "score": 4}' -> ("yes", 4)
-    'I would say yes.'            -> ("unparsable", 0)
-    None                          -> ("no reply", 0)
+
+def parse_verdict(reply: str | None) -> tuple[str, int]:
+    """The verdict and the score in a judge's reply; `read_reply` has the rule."""
+    verdict, mark, _ = read_reply(reply)
+    return verdict, mark
+
+
+def read_reply(reply: str | None) -> tuple[str, int, str]:
+    """(verdict, score, how the reply was read).
+
+    Strict is the JSON that was asked for. Lenient is one object, written as JSON or as a Python
+    dict, whose verdict is yes or no in any case and whose score is a whole number, also as text or
+    with .0; text may stand around it, such as a fence or a <think> part. Nothing is guessed.
+
+    '{"pred": "yes", "score": 4}'                            -> ("yes", 4, "strict")
+    "Sure: ```json {'pred': 'Yes', 'score': '4.0'} ```"      -> ("yes", 4, "lenient")
+    'I would say yes.'                                       -> ("unparsable", 0, "unparsable")
+    None                                                     -> ("no reply", 0, "no reply")
     """
     if reply is None:
-        return "no reply", 0
+        return "no reply", 0, "no reply"
     try:
-        verdict = json.loads(reply)
-        pred = verdict["pred"]
-        mark = verdict["score"]
-    except (ValueError, TypeError, KeyError):  # not JSON, not an object, or without these keys
-        return "unparsable", 0
-    # type(), not isinstance(): True is an int to isinstance.
-    if pred in ("yes", "no") and type(mark) is int and 0 <= mark <= 5:
-        return pred, mark
-    return "unparsable", 0
+        found = json.loads(reply)
+        pred, mark = found["pred"], found["score"]
+        # type(), not isinstance(): True is an int to isinstance.
+        if pred in ("yes", "no") and type(mark) is int and 0 <= mark <= 5:
+            return pred, mark, "strict"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        pass  # not JSON, not an object, or without these keys: perhaps lenient
+    found = find_object(re.sub(r"(?s)^.*</think>|<think>.*", "", reply))
+    pred = str(found.get("pred")).strip().lower()
+    mark = found.get("score")
+    if isinstance(mark, bool) or not re.fullmatch(r"\s*[0-5](\.0+)?\s*", str(mark)):
+        return "unparsable", 0, "unparsable"
+    if pred not in ("yes", "no"):
+        return "unparsable", 0, "unparsable"
+    return pred, int(float(mark)), "lenient"
+
+
+def find_object(text: str) -> dict:
+    """The one object {...} in a text, in JSON or as a Python dict; {} if there is none or several.
+
+    literal_eval only reads literals: it calls nothing and looks up no names.
+    """
+    match = re.search(r"(?s)\{.*\}", text)
+    if not match:
+        return {}
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(match[0])
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            continue
+        if isinstance(found, dict):
+            return found
+    return {}

@@ -71,6 +71,10 @@ def read_result(path: Path) -> dict:
     settings.text("data")
     result.text("rule")
     encoders = settings.texts("encoders")
+    if "judge" in settings.values:
+        judge = settings.record("judge")
+        if "replies" in judge.values:
+            judge.record("replies")
     questions = []
     for number, values in enumerate(result.items("questions"), 1):
         row = as_record(values, f"{path}, question {number}", fix)
