@@ -60,29 +60,38 @@ def mcq_prompt(question: str, options: list[str]) -> str:
     )
 
 
-def named_letters(reply: str, letters: str) -> list[set[str]]:
-    """The letters that a reply names as its choice: at the start or after "answer", after "option"
-    or "choice", and in brackets. The earlier of these three sets says more than the later ones.
+# Words that cannot follow an article: "A is right" and "A because" name option A, "A man" does not.
+NO_NOUN = (
+    r"(?:and|as|at|based|because|but|by|due|for|from|given|if|in|is|of|on|or|since|so|that|then|to"
+    r"|was|which|with)\b"
+)
 
+
+def named_letters(reply: str, letters: str) -> list[set[str]]:
+    """The letters that a reply names as its choice, in three sets, the most telling one first.
+
+    At the start of the reply or after "answer"; after "option" or "choice"; in brackets.
     letters: of the options, such as "ABCD". eval.parse_letter has a table of examples.
     """
     reply = unicodedata.normalize("NFKC", reply)
-    reply = re.sub(r"[*`\"“”$]|__|(?<!\w)'|'(?!\w)", "", reply)
+    reply = re.sub(r"[*`\"“”$]|__|(?<!\w)'|'(?!\w)", "", reply)  # **B** or "B" -> B
     reply = re.sub(r"[\[{<]", "(", re.sub(r"[\]}>]", ")", reply)).strip()
-    # "A man": in front of a noun, A is an article and I a pronoun. These words are no nouns:
-    function_word = (
-        r"(?:and|as|at|based|because|but|by|due|for|from|given|if|in|is|of|on|or|since|so"
-    )
-    function_word += r"|that|then|to|was|which|with)\b"
-    mention = rf"(?![AI]\s+(?!{function_word})[a-z])"
-    mention += r"(?!.\)?\s+(?:is|are)\s+(?:not|wrong|incorrect|false)\b)"  # "B is wrong"
-    upper = rf"{mention}[{letters}](?!\w)"
-    lower = rf"{mention}(?:(?![ai])[{letters.lower()}](?![\w'’-])"
-    lower += rf"|(?=[ai])[{letters.lower()}](?=\s*(?:[).,:;!]|$|{function_word})))"
+
+    # A letter that stands by itself, is no article or pronoun ("A man", "I think") and is not said
+    # to be wrong. In lower case, "a" and "i" must also end a phrase.
+    meant = rf"(?![AI]\s+(?!{NO_NOUN})[a-z])(?!.\)?\s+(?:is|are)\s+(?:not|wrong|incorrect|false)\b)"
+    upper = rf"{meant}[{letters}](?!\w)"
+    small = rf"{meant}[{letters.lower()}](?![\w'’-])"
+    lower = rf"{small}(?:(?<![ai])|(?=\s*(?:[).,:;!]|$|{NO_NOUN})))"
     letter = rf"\(?({upper}|{lower})"
+    # "B.", "(b) blue", "B blue" at the start of a line
+    label = rf"^(?:\(?({upper})(?:[.:),;!。]|\s|$)|\(?({small})[.:)](?:\s|$))"
+    # " is option ", ": ", " would be " between the word "answer" and the letter
     link = r"(?:\s+(?:is|was|(?:would|should|must)\s+be))?"
     link += r"(?:\s+(?:the\s+)?(?:correct\s+)?(?:letter|option|choice|answer))?[\s:=(–-]+"
-    label = rf"\(?({upper})(?:[.:),;!。]|\s|$)|\(?({mention}[{letters.lower()}])[.:)](?:\s|$)"
+    # ", " or " or option " between two letters
+    joined = rf"[.)]?\s*(?:,|/|&|\bor\b|\band\b)\s*(?:(?:option|choice)\s+)?{letter}"
+    affirmed = r"(?<![Nn]ot )(?<!n't )"
 
     def find(pattern: str, text: str = reply) -> set[str]:
         """The letters of all matches, and those joined to them: "B or C" -> {"B", "C"}."""
@@ -90,20 +99,18 @@ def named_letters(reply: str, letters: str) -> list[set[str]]:
         for match in re.finditer(pattern, text):
             while match:
                 found.add(match[match.lastindex].upper())
-                end = match.end(match.lastindex)
-                joint = rf"[.)]?\s*(?:,|/|&|\bor\b|\band\b)\s*(?:(?:option|choice)\s+)?{letter}"
-                match = re.compile(joint).match(text, end)
+                match = re.compile(joined).match(text, match.end(match.lastindex))
         return found
 
     start = set()
-    for line in reply.split("\n"):  # a reply may list options, one a line
-        if not (found := find(rf"^(?:{label})", line.strip())):
+    for line in reply.split("\n"):  # a reply may repeat the options, one a line
+        named = find(label, line.strip())
+        start |= named
+        if not named:
             break
-        start |= found
     answer = find(rf"\b(?i:answer{link}){letter}")
-    positive = r"(?<![Nn]ot )(?<!n't )"
-    option = find(rf"{positive}\b(?i:(?:option|choice){link}){letter}")
-    return [start | answer, option, find(rf"{positive}\(\s*({upper}|{lower})\s*\)")]
+    option = find(rf"{affirmed}\b(?i:(?:option|choice){link}){letter}")
+    return [start | answer, option, find(rf"{affirmed}\(\s*({upper}|{lower})\s*\)")]
 
 
 @dataclass

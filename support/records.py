@@ -32,11 +32,11 @@ csv.field_size_limit(2**31 - 1)  # Python's default refuses fields of more than 
 
 
 def clean(text: str) -> str:
-    r"""Replace unpaired surrogates, "half an emoji", which no file or terminal can encode.
+    r"""Replace unpaired surrogates ("half an emoji"), which no file can encode, and NUL by U+FFFD.
 
-    JSON can write them: json.loads(r'"\ud83d"') is one. Each becomes U+FFFD.
+    JSON can write them: json.loads(r'"\ud83d"') is an unpaired surrogate.
     """
-    return re.sub(r"[\ud800-\udfff]", "\ufffd", text)
+    return re.sub(r"[\ud800-\udfff\0]", "\ufffd", text)
 
 
 @dataclass(frozen=True)
@@ -171,10 +171,20 @@ def read_text(path: Path, fix: str = LAYOUT) -> str:
         raise DataError(f"{path}: cannot be read.", why, "save it as UTF-8.") from error
 
 
+def unique_keys(pairs: list[tuple[str, object]]) -> dict:
+    """Build a JSON object. Of two values for one key, json would silently take the last."""
+    values = {}
+    for key, value in pairs:
+        if clean(key) in values:
+            raise ValueError(f"the key {clean(key)[:100]!r} stands twice in one object")
+        values[clean(key)] = value
+    return values
+
+
 def parse_json(text: str, place: str, fix: str = LAYOUT) -> object:
     """Parse JSON; an error names the place. Nesting that Python cannot follow is an error too."""
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except RecursionError as error:
         raise DataError(f"{place}: cannot be read.", "it is nested too deeply.", fix) from error
     except ValueError as error:

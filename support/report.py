@@ -67,10 +67,12 @@ def read_result(path: Path) -> dict:
     fix = "delete it and run eval.py again: the stored answers are reused."
     result = read_object(path, fix)
     settings = result.record("settings")
-    settings.text("benchmark")
-    settings.text("data")
-    result.text("rule")
     encoders = settings.texts("encoders")
+    checked = {
+        "benchmark": settings.text("benchmark"),
+        "data": settings.text("data"),
+        "encoders": list(encoders),
+    }
     if "judge" in settings.values:
         judge = settings.record("judge")
         if "replies" in judge.values:
@@ -85,7 +87,8 @@ def read_result(path: Path) -> dict:
         questions.append(question)
     if not questions:
         raise result.fault("has no questions.", "every benchmark has some.")
-    return {**result.values, "questions": questions}
+    found = {"settings": settings.values | checked, "rule": result.text("rule")}
+    return result.values | found | {"questions": questions}
 
 
 def film_strip(question: Question, settings: dict, num_frames: int = 6) -> str:

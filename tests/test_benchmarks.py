@@ -371,6 +371,19 @@ def test_two_answers_to_a_question_are_refused_unless_they_agree(tmp_path):
         benchmarks.load_questions("msvd", tmp_path)
 
 
+@pytest.mark.parametrize("name", ["perception", "ssv2-mcq"])
+def test_half_an_emoji_is_replaced_in_names_of_fields_too(name, tmp_path):
+    """Some layouts have videos or classes there."""
+    _, values = published(name)
+    for file in ("mc_question_valid.json", "labels.json"):
+        if file in values:
+            values[file] = {f"{key}\ud83d": value for key, value in values[file].items()}
+    write_published(tmp_path, values)
+    for question in benchmarks.load_questions(name, tmp_path):
+        "".join([question.id, question.video, *question.options]).encode()
+        assert "\ufffd" in question.video + "".join(question.options)
+
+
 def test_half_an_emoji_is_replaced(tmp_path):
     """An unpaired surrogate can be written to no file: the report failed after all answers."""
     _, values = published("msvd")
@@ -397,6 +410,7 @@ def test_a_long_field_of_a_table_is_read(tmp_path):
         ("[{", "is not JSON"),
         ("[" + "1" * 5000 + "]", "is not JSON"),
         ("null", "is not a list"),
+        ('[{"question_id": 7, "question_id": 8}]', "'question_id' stands twice"),
         ('{"questions": []}', "is not a list"),
         ("[7]", "record 1: is not an object"),
         (b"\xff\xfe[\x00]\x00", "is not UTF-8"),

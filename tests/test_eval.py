@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -483,6 +484,43 @@ def test_a_result_that_is_not_one_is_named_with_the_remedy(changes, message, tmp
         ) as caught:
             read(path)
         assert message in str(caught.value)
+
+
+def test_any_damaged_value_of_a_result_is_named_or_harmless(tmp_path):
+    """Each value is replaced by others: table and report are written, or the error names the file.
+
+    settings.data, a number, once ended in a TypeError in the middle of the report.
+    """
+    path = result(tmp_path)
+    stored = json.loads(path.read_text())
+    fields = [(stored, field) for field in stored]
+    fields += [(stored["settings"], field) for field in stored["settings"]]
+    fields += [(stored["questions"][0], field) for field in stored["questions"][0]]
+    refused = 0
+    for inside, field in fields:
+        original = inside[field]
+        for value in (None, True, 7, -1.5, float("nan"), "", "\ud83d\0", [], ["a"], [0.5], {}):
+            inside[field] = value
+            path.write_text(json.dumps(stored))
+            try:
+                eval.print_table("msvd", read_result(path)["questions"])
+                eval.write_report([str(tmp_path)], tmp_path / "report.html", eval.summarise)
+            except DataError as error:
+                refused += 1
+                assert str(path) in str(error)
+        inside[field] = original
+    assert refused > len(fields)
+
+
+def test_two_videos_of_one_name_are_a_failure_that_names_both(world, tmp_path):
+    """Like a damaged video it is counted and shown, and the other questions are answered."""
+    for name in ("v1.mp4", "v1.mkv"):
+        (tmp_path / "videos").mkdir(exist_ok=True)
+        shutil.copy(world / "test/videos/clip_000000.mp4", tmp_path / "videos" / name)
+    questions = [benchmarks.Question(name, name, "Who?", "me") for name in ("v1", "v1.mp4")]
+    clips = eval.Clips(questions, tmp_path, MERVS["miniature"].encoders)
+    assert "v1.mp4" in clips[0][2] and "v1.mkv" in clips[0][2]
+    assert clips[1][2] == "" and len(clips[1][1]) == 4
 
 
 def test_a_result_cut_at_any_byte_is_named(tmp_path):
