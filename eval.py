@@ -240,7 +240,7 @@ def parse_letter(reply: str, options: tuple[str, ...]) -> str:
     FIX: the released code takes the first character: "Both" is B, "The answer is B" is T (ledger
     F9). `--mcq-rule released` does the same.
     """
-    for letters in named_letters(reply, LETTERS[: len(options)]):
+    for letters in named_letters(reply, options):
         if letters:
             return letters.pop() if len(letters) == 1 else ""
     words = [normalise(option) for option in options]

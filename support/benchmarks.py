@@ -67,21 +67,25 @@ NO_NOUN = (
 )
 
 
-def named_letters(reply: str, letters: str) -> list[set[str]]:
+def named_letters(reply: str, options: tuple[str, ...]) -> list[set[str]]:
     """The letters that a reply names as its choice, in three sets, the most telling one first.
 
     At the start of the reply or after "answer"; after "option" or "choice"; in brackets.
-    letters: of the options, such as "ABCD". eval.parse_letter has a table of examples.
+    eval.parse_letter has a table of examples.
     """
+    letters = LETTERS[: len(options)]
     reply = unicodedata.normalize("NFKC", reply)
     reply = re.sub(r"[*`\"“”$]|__|(?<!\w)'|'(?!\w)", "", reply)  # **B** or "B" -> B
     reply = re.sub(r"[\[{<]", "(", re.sub(r"[\]}>]", ")", reply)).strip()
+    for letter, option in zip(letters, options, strict=False):  # "A red" -> "A: red"
+        reply = re.sub(rf"\b{letter} (?={re.escape(option)}\W*$)", f"{letter}: ", reply)
 
-    # A letter that stands by itself, is no article or pronoun ("A man", "I think") and is not said
-    # to be wrong. In lower case, "a" and "i" must also end a phrase.
-    meant = rf"(?![AI]\s+(?!{NO_NOUN})[a-z])(?!.\)?\s+(?:is|are)\s+(?:not|wrong|incorrect|false)\b)"
-    upper = rf"{meant}[{letters}](?!\w)"
-    small = rf"{meant}[{letters.lower()}](?![\w'’-])"
+    # A letter that stands by itself, is not said to be wrong and is no article or pronoun ("A man",
+    # "I think"). In lower case, "a" and "i" must also end a phrase.
+    right = r"(?!.\)?\s+(?:is|are)\s+(?:not|wrong|incorrect|false)\b)"
+    by_itself = rf"{right}[{letters}](?!\w)"
+    upper = rf"(?![AI]\s+(?!{NO_NOUN})[a-z]){by_itself}"
+    small = rf"{right}[{letters.lower()}](?![\w'’-])"
     lower = rf"{small}(?:(?<![ai])|(?=\s*(?:[).,:;!]|$|{NO_NOUN})))"
     letter = rf"\(?({upper}|{lower})"
     # "B.", "(b) blue", "B blue" at the start of a line
@@ -109,8 +113,9 @@ def named_letters(reply: str, letters: str) -> list[set[str]]:
         if not named:
             break
     answer = find(rf"\b(?i:answer{link}){letter}")
-    option = find(rf"{affirmed}\b(?i:(?:option|choice){link}){letter}")
-    return [start | answer, option, find(rf"{affirmed}\(\s*({upper}|{lower})\s*\)")]
+    choice = find(rf"{affirmed}\b(?i:(?:option|choice){link}){letter}")
+    choice |= find(rf"{affirmed}\b(?i:option|choice)\s+\(?({by_itself})")  # "option A red"
+    return [start | answer, choice, find(rf"{affirmed}\(\s*({upper}|{lower})\s*\)")]
 
 
 @dataclass
