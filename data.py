@@ -38,7 +38,7 @@ from support.cli import option, parse_options, progress
 from support.errors import DataError, UserError
 from support.features import FeatureCache
 from support.rows import Rows
-from support.video import IMAGE_SUFFIXES, load_video
+from support.video import is_still, load_video
 
 # --------------------------------------------------------------------------------- frames -> pixels
 
@@ -103,8 +103,7 @@ def load_pixels(
     start, end (seconds), end_frame, fps: the part of the video to load, see load_video.
     Raises VideoError if the file is missing or damaged.
     """
-    still = Path(path).suffix.lower() in IMAGE_SUFFIXES
-    num_frames = 1 if still else max(config.num_frames for config in encoders)
+    num_frames = 1 if is_still(path) else max(config.num_frames for config in encoders)
     frames = load_video(path, num_frames, start, end, end_frame, fps)
     return {config.name: preprocess(frames, config) for config in encoders}
 

@@ -15,20 +15,13 @@ from pathlib import Path
 from support.cli import choose
 from support.errors import DataError, VideoError
 from support.records import Record, as_records, read_csv, read_lines, read_object, read_rows
-from support.video import IMAGE_SUFFIXES
+from support.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 
 LETTERS = "ABCDEFGHIJ"  # of the options of a multiple-choice question
 
 FPS = (
     3.0  # of videos that are folders of frames: VLEP and TVQA are distributed at 3 frames a second
 )
-
-VIDEO_SUFFIXES = {
-    ".264", ".265", ".3g2", ".3gp", ".asf", ".av1", ".avi", ".divx", ".dv", ".f4v", ".flv", ".gif",
-    ".h264", ".h265", ".hevc", ".ivf", ".m1v", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg", ".mkv",
-    ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mpv", ".mts", ".mxf", ".nut", ".obu", ".ogv", ".qt",
-    ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".xvid", ".y4m",
-}  # fmt: skip
 
 WHOLE = (None, None, None)  # the value of Question.cut for a whole video
 

@@ -8,7 +8,6 @@ docs/files.md lists what is read, how, and what is refused.
 
 from __future__ import annotations
 
-import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
@@ -33,10 +32,10 @@ from support.pictures import (
 )
 
 VIDEO_SUFFIXES = {
-    ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".3g2", ".mkv", ".webm", ".avi", ".divx", ".gif",
-    ".apng", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".m2v", ".vob", ".flv", ".f4v", ".wmv",
-    ".asf", ".ogv", ".mxf", ".rm", ".rmvb", ".dv", ".nut", ".y4m", ".mjpeg", ".mjpg",
-    ".h264", ".264", ".h265", ".hevc", ".265", ".ivf", ".obu",
+    ".264", ".265", ".3g2", ".3gp", ".apng", ".asf", ".av1", ".avi", ".divx", ".dv", ".f4v",
+    ".flv", ".gif", ".h264", ".h265", ".hevc", ".ivf", ".m1v", ".m2ts", ".m2v", ".m4v", ".mjpeg",
+    ".mjpg", ".mkv", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mpv", ".mts", ".mxf", ".nut",
+    ".obu", ".ogv", ".qt", ".rm", ".rmvb", ".ts", ".vob", ".webm", ".wmv", ".xvid", ".y4m",
 }  # fmt: skip
 EPSILON = 1e-3  # seconds; files round the times of frames to this
 
@@ -235,62 +234,3 @@ def _natural_key(file: Path) -> tuple:
     for position in range(1, len(parts), 2):
         parts[position] = Decimal(parts[position])
     return parts, file.name
-
-
-def videos_by_name(folder: str | Path) -> dict[str, list[Path]]:
-    """List everything that may be a video, in a folder and its subfolders: name -> paths.
-
-    A name may have an extension and subfolders or not: v1, v1.mp4, part/v1 and part/v1.mp4. A
-    subfolder that holds pictures and no videos is itself a video.
-    WHY: names from annotation files are only looked up in this table, so a name such as
-    "../secret" cannot open a file outside the folder.
-    """
-    folder = Path(folder)
-    found: dict[str, list[Path]] = {}
-    visited = set()
-    for place, subfolders, files in os.walk(folder, followlinks=True):
-        here = Path(place)
-        subfolders[:] = sorted(filter(_is_visible, subfolders))
-        paths = [here / file for file in sorted(files) if _is_visible(file)]
-        suffixes = {path.suffix.lower() for path in paths}
-        if here != folder and suffixes & IMAGE_SUFFIXES and not suffixes & VIDEO_SUFFIXES:
-            paths = [here]
-            subfolders.clear()
-        if os.path.realpath(place) in visited:  # a link to a folder around it
-            paths = []
-            subfolders.clear()
-        visited.add(os.path.realpath(place))
-        for path in paths:
-            inside = path.relative_to(folder)
-            names = {path.stem, path.name, inside.as_posix(), inside.with_suffix("").as_posix()}
-            for name in names:
-                found.setdefault(name, []).append(path)
-    return found
-
-
-def find_video(folder: str | Path, name: str, by_name: dict[str, list[Path]] | None = None) -> Path:
-    """Find the video called `name`, with or without its extension, in a folder.
-
-    Sound, subtitles and thumbnails beside a video do not answer for it; a picture answers only if
-    there is no video. by_name: what videos_by_name returned, to look up many names.
-    Raises VideoError if there is none, or more than one.
-    """
-    if by_name is None:
-        by_name = videos_by_name(folder)
-    videos = []
-    pictures = []
-    for path in by_name.get(name, ()):
-        suffix = path.suffix.lower()
-        if suffix in VIDEO_SUFFIXES or suffix == "" or path.is_dir():
-            videos.append(path)
-        elif suffix in IMAGE_SUFFIXES:
-            pictures.append(path)
-    candidates = videos or pictures
-    if not candidates:
-        why = "no file with this name has the extension of a video."
-        raise VideoError(f"{folder}: has no video {name!r}.", why, "check the name.")
-    if len(candidates) > 1:
-        names = " and ".join(str(path.relative_to(folder)) for path in candidates)
-        what = f"{folder}: has more than one video {name!r}: {names}."
-        raise VideoError(what, "either may be meant.", "remove or rename all but one.")
-    return candidates[0]

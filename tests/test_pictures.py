@@ -13,7 +13,7 @@ from PIL import Image, features
 
 from support.errors import VideoError
 from support.pictures import IMAGE_SUFFIXES
-from support.video import files_in_order, find_video, is_still, load_video, videos_by_name
+from support.video import files_in_order, is_still, load_video
 
 # ---------------------------------------------------------------------------------------- one frame
 
@@ -325,57 +325,3 @@ def test_frames_held_sideways_are_turned_in_folders_too(tmp_path):
         stored.save(tmp_path / "frames" / f"{number}.png", exif=exif)
     frames = load_video(tmp_path / "frames", 3)
     assert np.array_equal(as_picture(frames[1]), FOUR_COLOURS)
-
-
-# ------------------------------------------------------------------------------- finding by a name
-
-
-def touch(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-
-
-def test_what_lies_beside_a_video_does_not_answer_for_it(tmp_path):
-    """Downloads come with sound, subtitles and a thumbnail of the same name."""
-    beside = ("v1.m4a", "v1.mp3", "v1.wav", "v1.srt", "v1.en.vtt", "v1.jpg", "v1.webp", "v1.json")
-    touch(tmp_path, "v1.mp4", "._v1.mp4", *beside, "v2.srt", "v2.wav", "v3.jpg", "part/v4.mkv")
-    assert find_video(tmp_path, "v1") == tmp_path / "v1.mp4"
-    assert find_video(tmp_path, "v1.mp4") == tmp_path / "v1.mp4"
-    assert find_video(tmp_path, "v3") == tmp_path / "v3.jpg"  # a still, if that is all there is
-    for name in ("v4", "part/v4", "part/v4.mkv"):
-        assert find_video(tmp_path, name) == tmp_path / "part" / "v4.mkv"
-    for name in ("v2", "v9", "", "..", "../v1"):
-        with pytest.raises(VideoError, match="has no video"):
-            find_video(tmp_path, name)
-
-
-def test_two_videos_of_one_name_are_refused_with_both_names(tmp_path):
-    """Taking either would answer questions about the other."""
-    touch(tmp_path, "v1.mp4", "v1.mkv", "a/v2.mp4", "b/v2.mp4", "v3.mp4", "v3/0.jpg", "v3/1.jpg")
-    for name, both in (("v1", r"v1\.mkv and v1\.mp4"), ("v2", r"a/v2\.mp4 and b/v2\.mp4")):
-        with pytest.raises(VideoError, match=both):
-            find_video(tmp_path, name)
-    with pytest.raises(VideoError, match=r"v3\.mp4"):
-        find_video(tmp_path, "v3")
-    assert find_video(tmp_path, "v1.mkv") == tmp_path / "v1.mkv"
-    assert find_video(tmp_path, "a/v2") == tmp_path / "a" / "v2.mp4"
-
-
-def test_a_folder_of_frames_is_a_video_and_a_folder_of_videos_is_not(tmp_path):
-    touch(
-        tmp_path, "v1/0.jpg", "v1/1.jpg", "set/cover.jpg", "set/v2.mp4", "v.3/0.png", ".git/x.mp4"
-    )
-    table = videos_by_name(tmp_path)
-    assert find_video(tmp_path, "v1", table) == tmp_path / "v1"
-    assert find_video(tmp_path, "v.3", table) == tmp_path / "v.3"
-    assert find_video(tmp_path, "v2", table) == tmp_path / "set" / "v2.mp4"
-    for name in ("set", "0", "x"):
-        with pytest.raises(VideoError, match="has no video"):
-            find_video(tmp_path, name, table)
-
-
-def test_a_link_to_the_folder_around_it_is_followed_once(tmp_path):
-    touch(tmp_path, "v1.mp4")
-    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
-    assert find_video(tmp_path, "v1") == tmp_path / "v1.mp4"
