@@ -1,0 +1,319 @@
+"""lesson/: the numbers behind the pictures, recomputed by other means; and the pictures."""
+
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_encoders import build, tiny
+from tiny_encoders import clip as random_clip
+from tiny_merv import *  # noqa: F403 (its fixtures)
+from tiny_merv import QUESTIONS, TINY, random_pixels
+
+from data import IGNORE, TEMPLATES, render_prompt, tokenize
+from lesson import figures, views
+from lesson.__main__ import main
+from merv import MERV, pooling_matrix
+from support.benchmarks import Question
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def lab(model, short_clip) -> figures.Lab:
+    """A tiny random model with a short clip, two clips with questions, and a log of three steps."""
+    lab = figures.open_lab(model, short_clip, QUESTIONS[:2], "no run")
+    for seed in range(3):
+        pixels = random_pixels(seed)
+        asked = []
+        for number, text in enumerate(QUESTIONS):
+            asked.append(Question(f"{seed}-{number}", "clip", text, "red", kind=f"kind {number}"))
+        lab.clips.append(views.look_both_ways(model, pixels, asked))
+    for step in (1, 2, 3):
+        row = {"step": step, "loss": 4.0 / step, "mixing_weights": [0.1, 0.2, 0.3, 0.4]}
+        lab.metrics.append(row)
+    lab.metrics[-1]["held_out_loss"] = 1.5
+    return lab
+
+
+# ------------------------------------------------------------------------------------------ numbers
+
+
+def test_colours_are_the_three_directions_of_largest_variance():
+    """Along red, green and blue the patches differ less and less, and never together.
+
+    The covariance of the colours, before they are scaled to their range, is diagonal: so each
+    colour tells what the others do not. Three known directions are found again.
+    """
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4 * 5 * 5, 3, generator=generator) * torch.tensor([9.0, 3.0, 1.0])
+    directions, _ = torch.linalg.qr(torch.randn(12, 3, generator=generator))
+    features = (hidden @ directions.mT + 7).view(4, 5, 5, 12)
+    colours = views.principal_colours(features).flatten(0, 2)
+    assert colours.min() == 0 and colours.max() == 1
+    for channel in range(3):
+        correlation = torch.corrcoef(torch.stack([colours[:, channel], hidden[:, channel]]))[0, 1]
+        assert abs(correlation) > 0.97, channel
+    covariance = torch.cov(colours.mT)
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-5
+
+
+def test_equal_features_everywhere_are_one_colour():
+    """A black clip has no directions to show; it must not become noise or NaN."""
+    assert views.principal_colours(torch.ones(2, 3, 3, 8)).unique().tolist() == [0.0]
+
+
+@pytest.mark.parametrize("name", ["languagebind", "dinov2", "siglip", "vivit"])
+def test_frames_reach_the_steps_that_the_architecture_lets_them_reach(name):
+    """LanguageBind: 8 of 16 steps, its window. A ViT: its own step. ViViT: all 16."""
+    config = tiny(name)
+    reached = views.reach(build(config), random_clip(config)[0]) > 1e-6
+    frame = torch.arange(config.num_frames)[:, None]
+    step = torch.arange(16)
+    expected = {
+        "languagebind": frame // 8 == step // 8,
+        "vivit": torch.ones(32, 16, dtype=torch.bool),
+    }
+    assert torch.equal(reached, expected.get(name, frame == step))
+    narrow = views.narrow(config)
+    small = torch.randn(config.num_frames, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(views.reach(narrow, small) > 1e-6, reached)
+
+
+def test_a_reader_of_features_answers_as_the_model_does(model, short_clip):
+    """Swapping features is only fair if unswapped features give the model's own answers."""
+    pixels = model.pixels(short_clip)
+    clip = views.look_both_ways(model, pixels, [])
+    reader = views.reader_of_features(model, list(model.encoders))
+    expected = model.answer(pixels, QUESTIONS, max_new_tokens=8)
+    found = reader.answer(clip.pooled, QUESTIONS, max_new_tokens=8)
+    assert [answer.text for answer in found] == [answer.text for answer in expected]
+    torch.testing.assert_close(found[0].weights, expected[0].weights)
+    reversed_pixels = {name: frames.flip(0) for name, frames in pixels.items()}
+    expected = model.answer(reversed_pixels, QUESTIONS, max_new_tokens=8)
+    found = reader.answer(clip.backwards, QUESTIONS, max_new_tokens=8)
+    assert [answer.text for answer in found] == [answer.text for answer in expected]
+
+
+def test_an_encoder_that_is_taken_away_leaves_the_others_mixed(model):
+    """The mixing weights of the others keep their ratios, and the model itself keeps all four."""
+    clip = views.look_both_ways(model, random_pixels(1), [])
+    names = list(model.encoders)
+    _, all_weights = views.reader_of_features(model, names).prefill(clip.pooled)
+    _, weights = views.reader_of_features(model, names[1:]).prefill(clip.pooled)
+    torch.testing.assert_close(weights, all_weights[1:] / all_weights[1:].sum())
+    assert list(model.projectors) == names
+    assert MERV.pooled_features.__get__(model) == model.pooled_features
+
+
+def test_the_view_that_matters_is_the_one_an_answer_was_read_from(lab, monkeypatch):
+    """A model that reads only ViViT loses every answer with ViViT's view, and none with another's.
+
+    Its answer is the sign of the change over time in ViViT's features: forwards it says one thing,
+    and backwards the opposite, whatever the other encoders see.
+    """
+    vivit = next(e.name for e in TINY.encoders if e.family == "vivit")
+
+    def read_vivit(reader, pooled, questions, max_new_tokens):
+        change = (pooled[vivit][-1] - pooled[vivit][0]).sum()
+        text = "up" if change > 0 else "down"
+        return [type("Reply", (), {"text": text}) for _ in questions]
+
+    signs = [1, -1, 1, -1]
+    lab.clips = []
+    for sign in signs:
+        forwards = {e.name: torch.arange(4.0).view(4, 1, 1, 1) * sign for e in TINY.encoders}
+        backwards = {name: features.flip(0) for name, features in forwards.items()}
+        expected = "up" if sign > 0 else "down"
+        asked = [
+            Question(f"{len(lab.clips)}a", "clip", "which way?", expected, kind="way"),
+            Question(f"{len(lab.clips)}b", "clip", "which?", "never", kind="wrong"),
+        ]
+        lab.clips.append(views.Asked(forwards, backwards, asked))
+    monkeypatch.setattr(MERV, "answer", read_vivit)
+    found = views.whose_view_matters(lab.model, lab.clips)
+    row = [e.name for e in TINY.encoders].index(vivit)
+    assert found.kinds == ["way", "wrong"]
+    assert found.right.tolist() == [4, 0] and found.turning.tolist() == [4, 4]
+    only_vivit = torch.zeros(len(TINY.encoders), 2, dtype=torch.long)
+    only_vivit[row] = torch.tensor([4, 0])
+    assert torch.equal(found.lost, only_vivit)
+    only_vivit[row] = torch.tensor([4, 4])
+    assert torch.equal(found.turned, only_vivit)
+
+
+def test_mixing_weights_of_clips_are_those_of_the_model(lab):
+    """Row i is what MERV.encode returns for clip i."""
+    found = views.mixing_of(lab.model, lab.clips)
+    for row, seed in zip(found, range(3), strict=True):
+        videos = {name: clip[None] for name, clip in random_pixels(seed).items()}
+        torch.testing.assert_close(row, lab.model.encode(videos)[1][0])
+
+
+def test_the_strip_predicts_each_label_from_the_place_before_it(model):
+    """Every labelled token is predicted once, by its left neighbour; visual tokens by none."""
+    conversation = [{"from": "human", "value": "what moves"}, {"from": "gpt", "value": "red"}]
+    turns = render_prompt(conversation, TEMPLATES["base"])
+    ids, labels = tokenize(turns, model.tokenizer)
+    tokens = views.strip(model, turns)
+    n = TINY.num_visual
+    assert [token.id for token in tokens] == [ids[0], *[None] * n, *ids[1:]]
+    labelled = [place for place, token in enumerate(tokens) if token.label]
+    expected = [place + n for place, label in enumerate(labels) if label != IGNORE]
+    assert labelled == expected
+    for place, token in enumerate(tokens[:-1]):
+        assert token.predicts == tokens[place + 1].label
+    assert not any(token.label for token in tokens[: n + 1])
+
+
+def test_the_mask_hides_a_question_from_the_others_and_from_its_own_future(model):
+    """Changing what the mask hides changes no logit; changing what it shows does."""
+    visible = views.prompt_mask(model, random_pixels(0), QUESTIONS[:3])
+    _, lengths = model.prompts(QUESTIONS[:3])
+    b, s, keys = visible.shape
+    prefix = 1 + TINY.num_visual
+    assert (b, keys) == (3, prefix + s) and s == max(lengths)
+    assert visible[:, :, :prefix].all()
+    assert torch.equal(visible[:, :, prefix:], torch.ones(s, s).tril().bool().expand(3, s, s))
+
+
+def test_attention_of_the_last_token_is_what_the_layer_adds_up(model):
+    """One full pass without a cache, and the softmax written out, give the same shares."""
+    pixels, question = random_pixels(2), QUESTIONS[1]
+    found = views.where_it_looks(model, pixels, question)
+    assert found.shape == (len(model.llm.layers), *TINY.grid)
+    ids, _ = model.prompts(question)
+    visual, _ = model.encode({name: clip[None] for name, clip in pixels.items()})
+    embed = model.llm.embed_tokens
+    embeds = torch.cat([embed(torch.tensor([[1]])), visual, embed(ids)], dim=1)
+    seen = []
+
+    def naive(attention, inputs, output):
+        x, rotary, _ = inputs
+        q, k = (attention.split_heads(p(x)) for p in (attention.q_proj, attention.k_proj))
+        half = attention.head_dim // 2
+        turn = torch.complex(rotary.cos[:, :half], rotary.sin[:, half:])
+        q, k = (torch.complex(y[..., :half], y[..., half:]) * turn for y in (q, k))
+        group = q.shape[1] // k.shape[1]
+        shares = []
+        for head in range(q.shape[1]):
+            scores = (q[0, head, -1] * k[0, head // group].conj()).sum(-1).real
+            shares.append((scores / attention.head_dim**0.5).softmax(-1))
+        v = attention.split_heads(attention.v_proj(x))[0]
+        mixed = torch.cat([shares[h] @ v[h // group] for h in range(len(shares))])
+        torch.testing.assert_close(attention.o_proj(mixed), output[0, -1], rtol=1e-3, atol=1e-4)
+        seen.append(torch.stack(shares).mean(0)[1 : 1 + TINY.num_visual].view(TINY.grid))
+
+    hooks = [layer.self_attn.register_forward_hook(naive) for layer in model.llm.layers]
+    with torch.no_grad():
+        model.llm.hidden_states(inputs_embeds=embeds)
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(found, torch.stack(seen), rtol=1e-3, atol=1e-5)
+
+
+def test_pooling_windows_of_14_to_8_overlap(lab):
+    """Each window averages 2 or 3 neighbours, and some patches are in two windows."""
+    by_size = {w.shape: w for w in figures.pooling_numbers(lab)["windows"]}
+    assert {(2, 4), (8, 16), (8, 14)} <= by_size.keys()
+    overlapping = (by_size[8, 14] > 0).sum(0)
+    assert overlapping.max() == 2 and (by_size[8, 16] > 0).sum(0).max() == 1
+    assert torch.equal(by_size[2, 4], pooling_matrix(4, 2, torch.device("cpu")))
+
+
+# ----------------------------------------------------------------------------------------- pictures
+
+
+def test_every_figure_is_an_svg_with_a_title_and_a_caption(lab, tmp_path):
+    """All ten are drawn for a model that nobody has seen, and the page shows each with its text."""
+    report = figures.write_figures(lab, tmp_path)
+    assert len(report) == len(figures.FIGURES) + 1 and not any("skipped" in r for r in report)
+    page = (tmp_path / "README.md").read_text()
+    for name in figures.FIGURES:
+        root = xml.etree.ElementTree.parse(tmp_path / f"{name}.svg").getroot()
+        assert root.find("{*}title").text
+        style = root.find("{*}style").text
+        assert "prefers-color-scheme: dark" in style
+        section = page.split(f"({name}.svg)")[1].split("##")[0]
+        assert len(section.split()) >= 15, name
+    assert "QUESTION" not in page and "{{" not in page
+
+
+def test_nothing_is_drawn_outside_a_picture(lab, tmp_path):
+    """Every cell, image and text begins inside the view box, so nothing is cut off."""
+    figures.write_figures(lab, tmp_path)
+    for name in figures.FIGURES:
+        root = xml.etree.ElementTree.parse(tmp_path / f"{name}.svg").getroot()
+        _, _, width, height = map(float, root.get("viewBox").split())
+        for shape in root.iter():
+            x, y = float(shape.get("x", 0)), float(shape.get("y", 0))
+            right = x + float(shape.get("width", 0))
+            bottom = y + float(shape.get("height", 0))
+            assert x >= 0 and y >= 0, name
+            assert right <= width + 1 and bottom <= height + 1, (name, shape.attrib)
+
+
+def test_a_model_without_a_run_or_a_benchmark_gets_the_other_figures(lab, tmp_path):
+    """A released checkpoint has no metrics.jsonl; its figures 5, 6 and 10 are named as skipped."""
+    lab.clips, lab.metrics = [], []
+    report = figures.write_figures(lab, tmp_path)
+    skipped = [line for line in report if line.startswith("skipped")]
+    assert [re.search(r"\d+", line)[0] for line in skipped] == ["5", "6", "10"]
+    assert len(list(tmp_path.glob("*.svg"))) == len(figures.FIGURES) - 3
+
+
+def test_a_still_and_a_single_encoder_can_be_drawn(tokenizer, tmp_path):
+    """Neither a picture instead of a video nor a model with one encoder is a special case."""
+    single = MERV.create(replace(TINY, encoders=TINY.encoders[:1]), tokenizer).eval()
+    still = tmp_path / "still.png"
+    figures.Image.new("RGB", (50, 40), (200, 30, 30)).save(still)
+    lab = figures.open_lab(single, still, ["what moves"], "no run")
+    lab.clips = [views.look_both_ways(single, lab.pixels, [Question("1", "a", "what", "red")])]
+    report = figures.write_figures(lab, tmp_path)
+    assert [line for line in report if "skipped" in line] == [
+        "skipped 10-learning: the checkpoint is not a run of train.py, so it has no metrics.jsonl"
+    ]
+
+
+@pytest.mark.parametrize("mixer", ["concat_sequence", "concat_channel", "learned", "mean"])
+def test_other_mixers_can_be_drawn(tokenizer, mixer, tmp_path, short_clip):
+    """A mixer that concatenates has four times as many visual tokens: figure 9 adds them up."""
+    other = MERV.create(replace(TINY, mixer=mixer), tokenizer).eval()
+    lab = figures.open_lab(other, short_clip, ["what moves"], "no run")
+    looks = figures.attention_numbers(lab)["looks"]
+    assert looks.shape[1:] == TINY.grid
+    assert (looks.flatten(1).sum(1) <= 1).all()
+    figures.write_figures(lab, tmp_path)
+
+
+def test_the_command_draws_a_checkpoint_and_a_video(saved, short_clip, tmp_path, capsys):
+    """`python -m lesson figures --checkpoint FOLDER --video FILE --data none`."""
+    arguments = ["figures", "--checkpoint", str(saved), "--video", str(short_clip)]
+    main([*arguments, "--data", "none", "--output", str(tmp_path), "--ask", "what moves"])
+    assert "wrote" in capsys.readouterr().out
+    assert (tmp_path / "9-attention.svg").exists()
+
+
+def test_an_unknown_command_names_those_that_exist(capsys):
+    """`python -m lesson figure` explains itself instead of doing nothing."""
+    with pytest.raises(SystemExit, match=r"Why:(.|\n)*Fix: .*figures"):
+        main(["figure"])
+
+
+def test_the_committed_pictures_belong_to_their_page():
+    """docs/figures/README.md shows every picture of the folder, and no other."""
+    folder = ROOT / "docs/figures"
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    shown = set(re.findall(r"\]\(([\w-]+\.svg)\)", page))
+    assert shown == {f"{name}.svg" for name in figures.FIGURES}
+    assert shown == {file.name for file in folder.glob("*.svg")}
+
+
+def test_the_lesson_stays_small():
+    """At most 900 lines of Python, exercises and solutions included."""
+    files = (ROOT / "lesson").rglob("*.py")
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files) <= 900
