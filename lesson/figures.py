@@ -6,22 +6,19 @@ name, in templates/, draws them and says what to see. views.py measures them.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
 import torch
-from PIL import Image
 from torch import Tensor
 
 from data import TEMPLATES, preprocess, render_prompt
 from eval import Clips
-from lesson import architecture, views
+from lesson import views
+from lesson.templating import fill
 from merv import MERV, MERVS, pooling_matrix
 from support.benchmarks import load_questions
 from support.errors import VideoError
@@ -29,7 +26,6 @@ from support.files import whole_lines, write_file
 from support.runs import running_average
 from support.video import IMAGE_SUFFIXES, load_video
 
-TEMPLATE_FOLDER = Path(__file__).with_name("templates")
 MOST = 8  # time steps or layers that a picture shows, evenly spaced
 
 
@@ -69,26 +65,14 @@ def read_clips(model: MERV, benchmark: str, folder: str | Path, count: int) -> l
     """The first `count` clips of a benchmark, encoded, with their questions."""
     clips = Clips(load_questions(benchmark, folder), folder, model.config.encoders)
     found = []
-    for number in range(min(count, len(clips.groups))):
+    count = min(count, len(clips.groups))
+    for number in range(count):
         _, pixels, failure = clips[number]
         if failure:
             fix = f"python eval.py --check --benchmark {benchmark} --data {folder} lists all."
             raise VideoError("A clip of the benchmark cannot be used.", failure, fix)
         found.append(views.look_both_ways(model, pixels, clips.groups[number]))
     return found
-
-
-def png_url(image: Tensor) -> str:
-    """A frame, uint8 (3, h, w), or colours from 0 to 1 (h, w, 3), as a data: URL of a PNG."""
-    pixels = image.movedim(0, -1)
-    if image.is_floating_point():
-        pixels = 255 * image.clamp(0, 1)
-        pixels = pixels.round().byte()
-    picture = Image.fromarray(pixels.numpy())
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    text = base64.b64encode(file.getvalue()).decode()
-    return f"data:image/png;base64,{text}"
 
 
 def spaced(count: int) -> list[int]:
@@ -101,8 +85,8 @@ def spaced(count: int) -> list[int]:
 
 
 def architecture_numbers(lab: Lab) -> dict:
-    """Figure 1: the picture of the full-size model, as architecture.py draws it."""
-    return {"picture": architecture.draw(MERVS["merv"])}
+    """Figure 1: the full-size model, whose shapes the picture shows."""
+    return {"config": MERVS["merv"]}
 
 
 def views_numbers(lab: Lab) -> dict:
@@ -113,7 +97,8 @@ def views_numbers(lab: Lab) -> dict:
     frames = [lab.frames[int(step * every)] for step in steps]
     rows = {}
     for label, (name, clip) in zip(lab.labels, lab.pixels.items(), strict=True):
-        features = views.features_of(lab.model.encoders[name], clip)
+        encoder = lab.model.encoders[name]
+        features = views.features_of(encoder, clip)
         colours = views.principal_colours(features)
         rows[label] = colours[steps]
     return {"steps": steps, "frames": frames, "rows": rows}
@@ -157,7 +142,7 @@ def mixing_numbers(lab: Lab) -> dict:
 def strip_numbers(lab: Lab) -> dict:
     """Figure 7: the questions and the model's answers, token by token."""
     conversation = []
-    answers = lab.model.answer(lab.pixels, lab.questions, max_new_tokens=64)
+    answers = lab.model.answer(lab.pixels, lab.questions, views.LONGEST)
     for question, answer in zip(lab.questions, answers, strict=True):
         conversation.append({"from": "human", "value": question})
         conversation.append({"from": "gpt", "value": answer.text})
@@ -175,7 +160,8 @@ def mask_numbers(lab: Lab) -> dict:
     prefix = keys - s
     shown = min(MOST, prefix)  # of the tokens of the prefix, the last ones
     visible = visible[:, :, prefix - shown :]
-    masks = list(zip(questions, visible, lengths.tolist(), strict=True))
+    lengths = lengths.tolist()
+    masks = list(zip(questions, visible, lengths, strict=True))
     return {"masks": masks, "prefix": prefix, "shown": shown}
 
 
@@ -218,23 +204,6 @@ FIGURES: dict[str, Callable[[Lab], dict]] = {  # name of the file and of the tem
 # --------------------------------------------------------------------------------- numbers -> files
 
 
-def fill(template: str, numbers: dict) -> tuple[str, str]:
-    """Fill a template of templates/: the text of the picture or page, and its caption."""
-    loader = jinja2.FileSystemLoader(TEMPLATE_FOLDER)
-    whitespace = {"trim_blocks": True, "lstrip_blocks": True}
-    strict = {"undefined": jinja2.StrictUndefined, "autoescape": True}
-    environment = jinja2.Environment(loader=loader, **whitespace, **strict)
-    environment.filters["png_url"] = png_url
-    found = environment.get_template(f"{template}.jinja")
-    module = found.make_module(numbers)
-    text = ""
-    for line in str(module).splitlines():
-        if line.strip():
-            text += f"{line}\n"
-    caption = getattr(module, "caption", "")
-    return text, str(caption).strip()
-
-
 def missing(lab: Lab, name: str) -> str:
     """Why a figure cannot be drawn from this lab, or ""."""
     if name in ("5-matters", "6-mixing") and not lab.clips:
@@ -254,11 +223,12 @@ def write_figures(lab: Lab, folder: Path) -> list[str]:
             report.append(f"skipped {name}: {reason}")
             continue
         picture, caption = fill(name, numbers(lab))
-        write_file(folder / f"{name}.svg", picture)
         number, _, title = name.partition("-")
         page += f"\n## Figure {number}: {title}\n\n"
         page += f"![{title}]({name}.svg)\n\n{caption}\n"
-        report.append(f"wrote {folder / name}.svg")
+        file = folder / f"{name}.svg"
+        write_file(file, picture)
+        report.append(f"wrote {file}")
     write_file(folder / "README.md", page)
     report.append(f"wrote {folder}/README.md")
     return report

@@ -23,6 +23,7 @@ from support.benchmarks import Question
 from support.cli import progress
 from support.weights import initialise
 
+LONGEST = 64  # answers, in tokens
 Pooled = dict[str, Tensor]  # encoder -> pooled features of one clip (t, h, w, d_e)
 
 
@@ -144,7 +145,7 @@ def answers_of(reader: MERV, pooled: Pooled, questions: list[Question]) -> list[
     """The questions with the reader's answers, scored as eval.py scores them."""
     prompts = [question.prompt for question in questions]
     answered = []
-    replies = reader.answer(pooled, prompts, max_new_tokens=64)
+    replies = reader.answer(pooled, prompts, LONGEST)
     for question, reply in zip(questions, replies, strict=True):
         question = replace(question, answer=reply.text)
         score(question, "parse")
@@ -199,10 +200,10 @@ def whose_view_matters(model: MERV, clips: list[Asked]) -> Matters:
     return Matters(kinds, right, lost, turning, turned)
 
 
-@torch.no_grad()
 def mixing_of(model: MERV, clips: list[Asked]) -> Tensor:
     """The mixing weights (clips, e), float32."""
-    reader = reader_of_features(model, list(model.encoders))
+    names = list(model.encoders)
+    reader = reader_of_features(model, names)
     rows = []
     for clip in clips:
         _, mixing_weights = reader.prefill(clip.pooled)

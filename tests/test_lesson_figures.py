@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny_encoders import build, tiny
 from tiny_encoders import clip as random_clip
 from tiny_merv import *  # noqa: F403 (its fixtures)
@@ -21,6 +22,15 @@ from merv import MERV, pooling_matrix
 from support.benchmarks import Question
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+pytestmark = pytest.mark.usefixtures("one_thread", "short_answers")
+
+
+@pytest.fixture
+def short_answers(monkeypatch):
+    """Random weights never end an answer, so it is cut after four tokens."""
+    monkeypatch.setattr(views, "LONGEST", 4)
 
 
 @pytest.fixture
@@ -118,7 +128,7 @@ def test_the_view_that_matters_is_the_one_an_answer_was_read_from(lab, monkeypat
     """
     vivit = next(e.name for e in TINY.encoders if e.family == "vivit")
 
-    def read_vivit(reader, pooled, questions, max_new_tokens):
+    def read_vivit(reader, pooled, questions, longest):
         change = (pooled[vivit][-1] - pooled[vivit][0]).sum()
         text = "up" if change > 0 else "down"
         return [type("Reply", (), {"text": text}) for _ in questions]
@@ -231,7 +241,8 @@ def test_pooling_windows_of_14_to_8_overlap(lab):
 def test_every_figure_is_an_svg_with_a_title_and_a_caption(lab, tmp_path):
     """All ten are drawn for a model that nobody has seen, and the page shows each with its text."""
     report = figures.write_figures(lab, tmp_path)
-    assert len(report) == len(figures.FIGURES) + 1 and not any("skipped" in r for r in report)
+    assert len(report) == len(figures.FIGURES) + 1
+    assert not any("skipped" in line for line in report)
     page = (tmp_path / "README.md").read_text()
     for name in figures.FIGURES:
         root = xml.etree.ElementTree.parse(tmp_path / f"{name}.svg").getroot()
@@ -240,14 +251,7 @@ def test_every_figure_is_an_svg_with_a_title_and_a_caption(lab, tmp_path):
         assert "prefers-color-scheme: dark" in style
         section = page.split(f"({name}.svg)")[1].split("##")[0]
         assert len(section.split()) >= 15, name
-    assert "QUESTION" not in page and "{{" not in page
-
-
-def test_nothing_is_drawn_outside_a_picture(lab, tmp_path):
-    """Every cell, image and text begins inside the view box, so nothing is cut off."""
-    figures.write_figures(lab, tmp_path)
-    for name in figures.FIGURES:
-        root = xml.etree.ElementTree.parse(tmp_path / f"{name}.svg").getroot()
+        # Nothing is drawn outside the view box, where it would be cut off.
         _, _, width, height = map(float, root.get("viewBox").split())
         for shape in root.iter():
             x, y = float(shape.get("x", 0)), float(shape.get("y", 0))
@@ -270,7 +274,7 @@ def test_a_still_and_a_single_encoder_can_be_drawn(tokenizer, tmp_path):
     """Neither a picture instead of a video nor a model with one encoder is a special case."""
     single = MERV.create(replace(TINY, encoders=TINY.encoders[:1]), tokenizer).eval()
     still = tmp_path / "still.png"
-    figures.Image.new("RGB", (50, 40), (200, 30, 30)).save(still)
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(still)
     lab = figures.open_lab(single, still, ["what moves"], "no run")
     lab.clips = [views.look_both_ways(single, lab.pixels, [Question("1", "a", "what", "red")])]
     report = figures.write_figures(lab, tmp_path)
