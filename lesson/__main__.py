@@ -2,6 +2,7 @@
 
     python -m lesson figures                         draw docs/figures/ from the run trained last
     python -m lesson figures --checkpoint RUN --video FILE --output FOLDER
+    python -m lesson page RUN VIDEO "question" ...   write an HTML page about one clip
     python -m lesson check 1                         check your answer to exercise 1
 
 Pictures are described in figures.py, exercises in exercises/.
@@ -11,26 +12,27 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import dataclass
-from importlib.util import find_spec
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lesson import figures
+from lesson import figures, views
+from lesson.templating import fill
 from merv import MERV
 from support.benchmarks import list_videos
 from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype
 from support.errors import UserError
+from support.files import write_file
 from support.runs import latest_run
 
 ROOT = Path(__file__).parents[1]
-USAGE = "python -m lesson figures, or check N"
+USAGE = "python -m lesson figures, page RUN VIDEO, or check N"
 
 
 @dataclass(frozen=True)
 class LessonConfig:
     """The command line of the lesson."""
 
-    command: tuple[str, ...] = option((), "figures, or check N", positional=True)
+    command: tuple[str, ...] = option((), "figures, page RUN VIDEO, or check N", positional=True)
     checkpoint: str | None = option(None, "a run, a folder or a released name; none: latest run")
     video: str | None = option(None, "the clip to draw; none: the first one of --data")
     ask: tuple[str, ...] = option(
@@ -39,25 +41,51 @@ class LessonConfig:
     data: str | None = option("data/miniature/test", "folder of a benchmark, or none", group="clip")
     benchmark: str = option("miniature-open", "the benchmark", group="clip")
     clips: int = option(60, "clips of the benchmark, for figures 5 and 6", group="clip")
-    output: str = option("docs/figures", "folder for the pictures")
+    output: str | None = option(None, "folder of the figures or file of the page")
     device: str = option("auto", "auto, cuda, mps or cpu", group="machine")
     dtype: str = option("auto", "to compute in", DTYPES, group="machine")
 
 
-def draw_figures(config: LessonConfig) -> None:
-    """`figures`: load the checkpoint and the clip, and draw what can be drawn."""
-    checkpoint = config.checkpoint or latest_run()
+def open_lab(config: LessonConfig, run: str | Path, video: str | Path) -> figures.Lab:
+    """Load a checkpoint and a clip."""
     device = pick_device(config.device)
-    model = MERV.from_pretrained(checkpoint, pick_dtype(config.dtype, device), device)
+    dtype = pick_dtype(config.dtype, device)
+    model = MERV.from_pretrained(run, dtype, device)
+    return figures.open_lab(model, video, list(config.ask), run)
+
+
+def draw_figures(config: LessonConfig) -> None:
+    """`figures`: draw what can be drawn from a checkpoint and a clip."""
     video = config.video
     if video is None:
-        if config.data is None:
-            raise UserError("Which clip?", "--video and --data are none.", "give --video FILE.")
-        video = min(list_videos(Path(config.data) / "videos").values())
-    lab = figures.open_lab(model, video, list(config.ask), checkpoint)
+        videos = list_videos(Path(config.data or "") / "videos")
+        if not videos:
+            raise UserError("Which clip?", "--data has none.", "give --video FILE --data none.")
+        video = min(videos.values())
+    lab = open_lab(config, config.checkpoint or latest_run(), video)
     if config.data is not None:
-        lab.clips = figures.read_clips(model, config.benchmark, config.data, config.clips)
-    print("\n".join(figures.write_figures(lab, Path(config.output))))
+        lab.clips = figures.read_clips(lab.model, config.benchmark, config.data, config.clips)
+    folder = Path(config.output or "docs/figures")
+    print("\n".join(figures.write_figures(lab, folder)))
+
+
+def write_page(config: LessonConfig, run: str, video: Path) -> None:
+    """`page`: write a self-contained HTML page about one clip.
+
+    To deceive an encoder, it shows it the clip before it in its folder, backwards; the first
+    or only clip is shown the last one.
+    """
+    lab = open_lab(config, run, video)
+    clips = sorted(video.parent.glob(f"*{video.suffix}"))
+    other = clips[clips.index(video) - 1]
+    pixels = lab.model.pixels(other)
+    deceit = views.look_both_ways(lab.model, pixels, []).backwards
+    numbers = figures.page_numbers(lab, deceit)
+    names = {"model": lab.model.config.name, "video": video.name, "other": other.name}
+    page, _ = fill("page", numbers | names | {"questions": lab.questions})
+    file = Path(config.output or "report-clip.html")
+    write_file(file, page)
+    print(f"wrote {file}")
 
 
 def check(number: str) -> None:
@@ -66,9 +94,6 @@ def check(number: str) -> None:
     if not any(name.startswith(f"e{number}_") for name in exercises):
         what = f"There is no exercise {number}."
         raise UserError(what, "exercises have numbers.", f"choose among {', '.join(exercises)}.")
-    if find_spec("pytest") is None:
-        fix = "pip install -r requirements-dev.txt"
-        raise UserError("pytest is missing.", "the checks of an exercise are tests.", fix)
     command = [sys.executable, "-m", "pytest", "-v", "-n", "0", "--no-header", "--tb=short"]
     # --runxfail: the test suite expects that stubs fail; here a failure is a failure.
     command += ["--runxfail", "-k", f"stub and test_{number}_"]
@@ -83,6 +108,10 @@ def main(arguments: list[str] | None = None) -> None:
         match config.command:
             case ("figures",):
                 draw_figures(config)
+            case ("page", run, video, *questions):
+                if questions:
+                    config = replace(config, ask=tuple(questions))
+                write_page(config, run, Path(video))
             case ("check", number):
                 check(number)
             case _:

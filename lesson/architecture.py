@@ -21,11 +21,5 @@ def draw(config: MERVConfig) -> str:
     return picture
 
 
-def main() -> None:
-    """Write the picture that README.md shows."""
-    PICTURE.write_text(draw(MERVS["merv"]), encoding="utf-8")
-    print(f"wrote {PICTURE}")
-
-
 if __name__ == "__main__":
-    main()
+    PICTURE.write_text(draw(MERVS["merv"]), encoding="utf-8")

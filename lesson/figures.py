@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from support.benchmarks import load_questions
 from support.errors import VideoError
 from support.files import whole_lines, write_file
 from support.runs import running_average
-from support.video import IMAGE_SUFFIXES, load_video
+from support.video import load_video
 
 MOST = 8  # time steps or layers that a picture shows, evenly spaced
 
@@ -49,10 +48,8 @@ class Lab:
 def open_lab(model: MERV, video: str | Path, questions: list[str], run: str | Path) -> Lab:
     """Load a clip and, if `run` is a folder of train.py, the metrics of the training."""
     configs = model.config.encoders
-    num_frames = max(config.num_frames for config in configs)
-    if Path(video).suffix.lower() in IMAGE_SUFFIXES:
-        num_frames = 1
-    frames = load_video(video, num_frames)
+    longest = max(config.num_frames for config in configs)
+    frames = load_video(video, longest)  # a still is repeated
     pixels = {config.name: preprocess(frames, config) for config in configs}
     lab = Lab(model, frames, pixels, questions)
     log = Path(run) / "metrics.jsonl"
@@ -96,19 +93,21 @@ def views_numbers(lab: Lab) -> dict:
     every = len(lab.frames) / t
     frames = [lab.frames[int(step * every)] for step in steps]
     rows = {}
-    for label, (name, clip) in zip(lab.labels, lab.pixels.items(), strict=True):
-        encoder = lab.model.encoders[name]
+    for config in lab.model.config.encoders:
+        clip = lab.pixels[config.name]
+        encoder = lab.model.encoders[config.name]
         features = views.features_of(encoder, clip)
         colours = views.principal_colours(features)
-        rows[label] = colours[steps]
+        rows[config.label] = colours[steps]
     return {"steps": steps, "frames": frames, "rows": rows}
 
 
 def pooling_numbers(lab: Lab) -> dict:
     """Figure 3: the pooling matrices (side, size) of the paper's grids and of this model's."""
     sizes = {(4, 2), (16, 8), (14, 8)}
-    for encoder in lab.model.config.encoders:
-        sizes.add((encoder.grid[1], lab.model.config.pooled_side))
+    config = lab.model.config
+    for encoder in config.encoders:
+        sizes.add((encoder.grid[1], config.pooled_side))
     cpu = torch.device("cpu")
     windows = []
     for size, side in sorted(sizes):
@@ -119,12 +118,15 @@ def pooling_numbers(lab: Lab) -> dict:
 def reach_numbers(lab: Lab) -> dict:
     """Figure 4: which frames reach which time step, in the paper's model and in this one."""
     generator = torch.Generator().manual_seed(0)
-    paper, own = {}, {}
+    paper = {}
+    own = {}
     for config in MERVS["merv"].encoders:
         clip = torch.randn(config.num_frames, 3, 8, 8, generator=generator)
-        paper[config.label] = views.reach(views.narrow(config), clip)
-    for label, (name, clip) in zip(lab.labels, lab.pixels.items(), strict=True):
-        own[label] = views.reach(lab.model.encoders[name], clip)
+        encoder = views.narrow(config)
+        paper[config.label] = views.reach(encoder, clip)
+    for config in lab.model.config.encoders:
+        encoder = lab.model.encoders[config.name]
+        own[config.label] = views.reach(encoder, lab.pixels[config.name])
     return {"groups": {"the paper's frames": paper, lab.model.config.name: own}}
 
 
@@ -187,7 +189,35 @@ def learning_numbers(lab: Lab) -> dict:
     return {"losses": losses, "mixing": mixing}
 
 
-FIGURES: dict[str, Callable[[Lab], dict]] = {  # name of the file and of the template -> numbers
+def page_numbers(lab: Lab, other: views.Pooled) -> dict:
+    """The page of one clip: figures 2 and 7, mixing weights, and answers with one view changed.
+
+    other: pooled features of another clip, which one encoder after the other is given.
+    """
+    model = lab.model
+    names = list(model.encoders)
+
+    def ask(kept, pooled):
+        reader = views.reader_of_features(model, kept)
+        return reader.answer(pooled, lab.questions, views.LONGEST)
+
+    shown = views_numbers(lab) | strip_numbers(lab)
+    clip = views.look_both_ways(model, lab.pixels, [])
+    pooled = {}
+    answers = {"all encoders": ask(names, clip.pooled)}
+    for label, name in zip(lab.labels, names, strict=True):
+        colours = views.principal_colours(clip.pooled[name])
+        pooled[label] = colours[shown["steps"]]
+        others = [kept for kept in names if kept != name]
+        # A learned mixer has one score for each encoder, and nothing to mix fewer with.
+        if others and model.config.mixer != "learned":
+            answers[f"without {label}"] = ask(others, clip.pooled)
+        deceived = clip.pooled | {name: other[name]}
+        answers[f"{label} deceived"] = ask(names, deceived)
+    return shown | {"pooled": pooled, "answers": answers}
+
+
+FIGURES = {  # name of the file and of the template -> numbers
     "1-architecture": architecture_numbers,
     "2-views": views_numbers,
     "3-pooling": pooling_numbers,
@@ -199,18 +229,7 @@ FIGURES: dict[str, Callable[[Lab], dict]] = {  # name of the file and of the tem
     "9-attention": attention_numbers,
     "10-learning": learning_numbers,
 }
-
-
-# --------------------------------------------------------------------------------- numbers -> files
-
-
-def missing(lab: Lab, name: str) -> str:
-    """Why a figure cannot be drawn from this lab, or ""."""
-    if name in ("5-matters", "6-mixing") and not lab.clips:
-        return "it needs the clips of a benchmark: give --data"
-    if name == "10-learning" and not lab.metrics:
-        return "the checkpoint is not a run of train.py, so it has no metrics.jsonl"
-    return ""
+NEEDS = {"5-matters": "clips", "6-mixing": "clips", "10-learning": "metrics"}  # fields of Lab
 
 
 def write_figures(lab: Lab, folder: Path) -> list[str]:
@@ -219,8 +238,9 @@ def write_figures(lab: Lab, folder: Path) -> list[str]:
     page += f"`python -m lesson figures` drew them from the model {lab.model.config.name}.\n"
     report = []
     for name, numbers in FIGURES.items():
-        if reason := missing(lab, name):
-            report.append(f"skipped {name}: {reason}")
+        need = NEEDS.get(name)
+        if need and not getattr(lab, need):
+            report.append(f"skipped {name}: there are no {need}")
             continue
         picture, caption = fill(name, numbers(lab))
         number, _, title = name.partition("-")

@@ -35,9 +35,6 @@ def fill(template: str, numbers: dict) -> tuple[str, str]:
     environment.filters["png_url"] = png_url
     found = environment.get_template(f"{template}.jinja")
     module = found.make_module(numbers)
-    text = ""
-    for line in str(module).splitlines():
-        if line.strip():
-            text += f"{line}\n"
+    lines = [line for line in str(module).splitlines() if line.strip()]
     caption = getattr(module, "caption", "")
-    return text, str(caption).strip()
+    return "\n".join(lines) + "\n", str(caption).strip()

@@ -52,18 +52,10 @@ def principal_colours(features: Tensor) -> Tensor:
     return colours.unflatten(0, features.shape[:3])
 
 
-def whole_clip(encoder: Encoder, clip: Tensor) -> Tensor:
-    """Repeat a still (1, 3, H, W) to the encoder's number of frames; a clip stays as it is."""
-    if len(clip) == 1:
-        return clip.expand(encoder.config.num_frames, -1, -1, -1)
-    return clip
-
-
 @torch.no_grad()
 def features_of(encoder: Encoder, clip: Tensor) -> Tensor:
     """The features (t, h, w, d_e) of one preprocessed clip (T_e, 3, H, W), before pooling."""
     parameter = next(encoder.parameters())
-    clip = whole_clip(encoder, clip)
     clips = clip[None].to(parameter.device, parameter.dtype)
     return encoder(clips)[0]
 
@@ -74,7 +66,6 @@ def reach(encoder: Encoder, clip: Tensor) -> Tensor:
     Entry (i, j) is how much the features of step j change if frame i of the clip (T_e, 3, H, W) is
     replaced by its negative: the norm of the difference over the norm of the features.
     """
-    clip = whole_clip(encoder, clip)
     before = features_of(encoder, clip).float()
     size = before.flatten(1).norm(dim=1)
     rows = []

@@ -279,7 +279,7 @@ def test_a_still_and_a_single_encoder_can_be_drawn(tokenizer, tmp_path):
     lab.clips = [views.look_both_ways(single, lab.pixels, [Question("1", "a", "what", "red")])]
     report = figures.write_figures(lab, tmp_path)
     assert [line for line in report if "skipped" in line] == [
-        "skipped 10-learning: the checkpoint is not a run of train.py, so it has no metrics.jsonl"
+        "skipped 10-learning: there are no metrics"
     ]
 
 
@@ -300,6 +300,47 @@ def test_the_command_draws_a_checkpoint_and_a_video(saved, short_clip, tmp_path,
     main([*arguments, "--data", "none", "--output", str(tmp_path), "--ask", "what moves"])
     assert "wrote" in capsys.readouterr().out
     assert (tmp_path / "9-attention.svg").exists()
+
+
+def test_the_page_of_a_clip_stands_alone(saved, short_clip, tmp_path, capsys):
+    """One file without script or links: frames, grids, mixing weights, the strip, the answers.
+
+    Every image is inside the file, every question has a column, and every encoder is once taken
+    away and once deceived.
+    """
+    file = tmp_path / "page.html"
+    main(["page", str(saved), str(short_clip), *QUESTIONS[:2], "--output", str(file)])
+    page = file.read_text(encoding="utf-8")
+    assert "<script" not in page and "http" not in page and "<link" not in page
+    assert 'name="viewport"' in page and "overflow-x" in page
+    sources = re.findall(r'<img alt="[^"]+" src="([^"]{,22})', page)
+    t = TINY.grid[0]
+    assert len(sources) == t + 2 * t * len(TINY.encoders)
+    assert set(sources) == {"data:image/png;base64,"}
+    for question in QUESTIONS[:2]:
+        assert f"<th>{question}</th>" in page
+    for encoder in TINY.encoders:
+        assert f"<th>without {encoder.label}</th>" in page
+        assert f"<th>{encoder.label} deceived</th>" in page
+
+
+def test_the_page_of_a_single_encoder_takes_nothing_away(tokenizer, short_clip):
+    """There would be nothing left to mix; a learned mixer cannot mix fewer either."""
+    single = MERV.create(replace(TINY, encoders=TINY.encoders[:1]), tokenizer).eval()
+    learned = MERV.create(replace(TINY, mixer="learned"), tokenizer).eval()
+    for model in (single, learned):
+        lab = figures.open_lab(model, short_clip, ["what moves"], "no run")
+        other = views.look_both_ways(model, lab.pixels, []).backwards
+        answers = figures.page_numbers(lab, other)["answers"]
+        assert list(answers) == ["all encoders", *[f"{label} deceived" for label in lab.labels]]
+
+
+def test_a_question_about_html_cannot_change_the_page(saved, short_clip, tmp_path, capsys):
+    """Text of questions and answers is escaped: <b> stays <b>."""
+    file = tmp_path / "page.html"
+    main(["page", str(saved), str(short_clip), "what <b>moves</b>", "--output", str(file)])
+    page = file.read_text(encoding="utf-8")
+    assert "what &lt;b&gt;moves&lt;/b&gt;" in page and "<b>" not in page
 
 
 def test_an_unknown_command_names_those_that_exist(capsys):
