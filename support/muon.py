@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 # These coefficients are Jordan's: the steepest at 0 that still end between about 0.7 and 1.2.
 A, B, C = 3.4445, -4.7750, 2.0315
 STEPS = 5
+LARGEST_STACK = 2**26  # numbers that are orthogonalised at once: 256 MB, four matrices of the 7B
 
 
 def orthogonalise(g_kmn: Tensor) -> Tensor:
@@ -85,7 +86,10 @@ class Muon(torch.optim.Optimizer):
                 if matrix.grad is not None:
                     by_shape.setdefault(matrix.shape, []).append(matrix)
             for matrices in by_shape.values():
-                self.update(matrices, group)
+                # WHY: gathered all at once, the 128 attention matrices of the 7B would take 9 GB.
+                at_once = max(1, LARGEST_STACK // matrices[0].numel())
+                for first in range(0, len(matrices), at_once):
+                    self.update(matrices[first : first + at_once], group)
 
     def update(self, matrices: list[Tensor], group: dict) -> None:
         """One step for matrices of one shape."""

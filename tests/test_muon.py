@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from llama import LLAMAS, Llama
+from support import muon
 from support.muon import Muon, orthogonalise
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -68,6 +69,24 @@ def test_five_steps_equal_torchs_in_float32(decay):
         by_hand.step()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def test_many_large_matrices_are_orthogonalised_a_few_at_a_time(monkeypatch):
+    """All 128 attention matrices of the 7B at once, gathered in float32, would take 9 GB."""
+    at_once, few = matrices_of_the_miniature(), matrices_of_the_miniature()
+    sizes = []
+    whole = muon.orthogonalise
+    monkeypatch.setattr(muon, "orthogonalise", lambda g: sizes.append(g.numel()) or whole(g))
+    for matrices, largest in ((at_once, 2**26), (few, 2 * few[0].numel())):
+        sizes.clear()
+        monkeypatch.setattr(muon, "LARGEST_STACK", largest)
+        generator = torch.Generator().manual_seed(2)
+        for matrix in matrices:
+            matrix.grad = torch.randn(matrix.shape, generator=generator)
+        Muon(matrices, lr=0.02).step()
+        assert max(sizes) <= largest
+    for one, other in zip(at_once, few, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_a_save_of_torchs_muon_loads():
