@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader
 from data import load_pixels
 from encoders import ENCODERS, EncoderConfig
 from merv import MERV
+from support import cli
 from support.benchmarks import (
     BENCHMARKS,
     FPS,
@@ -429,8 +430,8 @@ def main(arguments: list[str] | None = None) -> None:
     config = read_options(arguments)
     try:
         run_command(config)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except cli.FIXABLE as error:
+        sys.exit(cli.explain(error, "use --dtype bfloat16, or a GPU with more memory."))
 
 
 def run_command(config: EvalConfig) -> None:

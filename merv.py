@@ -38,7 +38,7 @@ import encoders
 from data import TEMPLATES, Batch, load_pixels, preprocess, render_prompt, tokenize
 from encoders import ENCODERS, EncoderConfig
 from llama import LLAMAS, KVCache, Llama, LlamaConfig, Tokenizer, load_llama
-from support import variants, weights
+from support import cli, variants, weights
 from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype
 from support.errors import CheckpointError, UserError
 from support.released import AUTHORS, LLAMA_SKIP, authors_settings, authors_tensors
@@ -746,8 +746,8 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit('error: give a video and a question, or --trace: merv.py clip.mp4 "What is it?"')
     try:
         answer_questions(options)
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    except cli.FIXABLE as error:
+        sys.exit(cli.explain(error, "use --dtype bfloat16, or ask fewer questions at once."))
 
 
 def answer_questions(options: AskConfig) -> None:

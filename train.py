@@ -54,19 +54,12 @@ import merv
 import miniature
 from merv import MERV, MERVS, MIXERS, PROJECTORS
 from miniature import preset as small
-from support import errors, features, report, runs
+from support import cli, errors, features, processes, report, runs
 from support.cli import exit_now, option, parse_options, progress
 from support.errors import UserError
 from support.held_out import HeldOut
 from support.muon import Muon
-from support.processes import (
-    check_common_folder,
-    ignore_sigterm,
-    join_processes,
-    make_mesh,
-    patient_group,
-    wait_for_all,
-)
+from support.processes import ignore_sigterm, join_processes, make_mesh
 from support.rows import Rows
 from support.runs import Run
 
@@ -350,7 +343,7 @@ def read_rows(model: MERV, file: Path, template: str | None, cache) -> data.Conv
 def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConfig) -> None:
     """Encode the files that the cache lacks, each by one process."""
     cache = dataset.cache
-    patient = patient_group()
+    patient = processes.patient_group()
     media = sorted({dataset.media(row) for row in dataset.rows} - {("text", None)})
     mine = media[dist.get_rank() :: dist.get_world_size()]
     # Sorted by kind, so that few batches mix stills and clips (ledger F8).
@@ -365,7 +358,7 @@ def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConf
             if file == missing[0]:
                 size = sum(2 * value.numel() for value in clip.values()) / 1e6  # bfloat16
                 print(f"{cache.folder}: {len(media)} clips or stills of {size:.3f} MB each")
-    wait_for_all(patient)
+    processes.wait_for_all(patient)
 
 
 def decode(files: list[Path], encoders: list) -> tuple[list[Path], dict]:
@@ -706,9 +699,9 @@ def begin(config: TrainConfig) -> Run:
         opened = [runs.open_run(config)]
     dist.broadcast_object_list(opened)
     run = opened[0]
-    check_common_folder(run.folder / "config.json")
+    processes.check_common_folder(run.folder / "config.json")
     if run.done:
-        check_common_folder(runs.save_folder(run, run.done) / ".metadata")
+        processes.check_common_folder(runs.save_folder(run, run.done) / ".metadata")
     return run
 
 
@@ -777,8 +770,8 @@ def main(arguments: list[str] | None = None) -> None:
         dist.destroy_process_group()
         if run.config.evaluate and run.config.data == "miniature":
             evaluate(run)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except cli.FIXABLE as error:
+        print(cli.explain(error, "lower --micro-batch, or use more GPUs."), file=sys.stderr)
         exit_now(1)
 
 

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from support.errors import UserError
 
 DEVICES = ("auto", "cuda", "mps", "cpu")
+FIXABLE = (UserError, torch.OutOfMemoryError)  # errors that `explain` explains
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -217,6 +218,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     # Cards before compute capability 8 emulate bfloat16, slowly.
     modern = torch.cuda.get_device_capability(device) >= (8, 0)
     return torch.bfloat16 if modern else torch.float16
+
+
+def explain(error: Exception, fix: str) -> str:
+    """The message for an error that the user can fix.
+
+    fix: what to change if the GPU had too little memory; a UserError says by itself.
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        # torch says more, such as "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."
+        why = ". ".join(str(error).split(". ")[:2]) + "."
+        error = UserError("The GPU has too little memory.", why, fix)
+    return f"error: {error}"
 
 
 def exit_now(status: int = 0) -> typing.NoReturn:

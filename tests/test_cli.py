@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+import eval
+import merv
 import train
 from support import cli
 from support.cli import option, parse_options, pick_device
@@ -118,3 +120,30 @@ def test_devices_are_checked(monkeypatch):
             pick_device(name)
     with pytest.raises(UserError, match="There is no device gpu"):
         cli.pick_device("gpu")
+
+
+@pytest.mark.parametrize(
+    ("script", "function", "arguments", "fix"),
+    [
+        (merv, "answer_questions", ["clip.mp4", "What?"], "--dtype bfloat16"),
+        (eval, "run_command", [], "--dtype bfloat16"),
+        (train, "train", [], "--micro-batch"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_gpu_without_enough_memory_is_an_error_that_says_what_to_change(
+    script, function, arguments, fix, monkeypatch, capsys
+):
+    """torch's own message is a traceback that ends with advice about its allocator."""
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.")
+
+    monkeypatch.setattr(script, function, run_out)
+    monkeypatch.setattr(train, "exit_now", sys.exit)  # exit_now would end pytest
+    with pytest.raises(SystemExit) as ended:
+        script.main(arguments)
+    message = f"{ended.value} {capsys.readouterr().err}"
+    assert "Tried to allocate 2.00 GiB." in message
+    assert fix in message
+    assert ended.value.code != 0

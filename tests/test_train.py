@@ -22,6 +22,7 @@ from llama import Tokenizer
 from merv import FOUR, MERV, MERVS
 from miniature import preset
 from miniature.world import write_world
+from support import processes
 from support.features import FeatureCache
 from support.video import load_video
 from train import TrainConfig
@@ -160,8 +161,8 @@ def test_no_still_is_repeated_to_fill_the_cache(workplace, tmp_path, monkeypatch
     (tmp_path / "rows.json").write_text(json.dumps(rows))
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
-    monkeypatch.setattr(train, "patient_group", lambda: None)
-    monkeypatch.setattr(train, "wait_for_all", lambda group: None)
+    monkeypatch.setattr(processes, "patient_group", lambda: None)
+    monkeypatch.setattr(processes, "wait_for_all", lambda group: None)
     encoder, frames = ENCODERS["miniature-languagebind"], []
 
     class Eyes:
