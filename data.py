@@ -37,7 +37,8 @@ from llama import Tokenizer
 from support.cli import option, parse_options, progress
 from support.errors import DataError, UserError
 from support.features import FeatureCache
-from support.rows import Rows
+from support.records import clean
+from support.rows import Rows, find_media, modality_of, require_no_placeholder, tidy
 from support.video import is_still, load_video
 
 # --------------------------------------------------------------------------------- frames -> pixels
@@ -135,7 +136,9 @@ TEMPLATES: dict[str, tuple[str, str]] = {
 }
 
 
-def render_prompt(conversation: list[dict], template: tuple[str, str]) -> list[tuple[str, bool]]:
+def render_prompt(
+    conversation: list[dict], template: tuple[str, str], visual: bool = True
+) -> list[tuple[str, bool]]:
     """Render a conversation as (text, is_answer) pairs; the loss covers answers only.
 
     conversation: [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]
@@ -143,8 +146,9 @@ def render_prompt(conversation: list[dict], template: tuple[str, str]) -> list[t
         human "What?"   ->  ("In: What?\\nOut:", False)
         gpt   "A cat"   ->  ("A cat", True)
 
-    The placeholders <image> and <video> are removed: visual tokens stand before all text. Raises
-    DataError unless the turns alternate, starting with human.
+    The placeholders <image> and <video> are removed: visual tokens stand before all text. In a row
+    of text alone (visual=False) they are words, as in a question about HTML. Raises DataError
+    unless the turns alternate, starting with human.
     FIX: training and inference share this renderer; inference just leaves out the last answer. The
     authors have two that differ, for example in the system prompt (ledger F12).
     """
@@ -157,7 +161,10 @@ def render_prompt(conversation: list[dict], template: tuple[str, str]) -> list[t
     first, later = template
     turns = []
     for number, turn in enumerate(conversation):
-        text = re.sub(r"\s*<(image|video)>\s*", " ", turn["value"]).strip()
+        text = turn["value"]
+        if visual:
+            text = re.sub(r"\s*<(image|video)>\s*", " ", text)
+        text = text.strip()
         if turn["from"] == "gpt":
             turns.append((text, True))
         else:
@@ -221,8 +228,8 @@ MALFORMED = (KeyError, TypeError, AttributeError, UnicodeEncodeError)  # raised 
 class ConversationDataset(Dataset):
     """Read rows of a JSON file in Video-LLaVA's layout: a list of ROW.
 
-    Paths are relative to the JSON file. Raises DataError if the file cannot be read; a malformed
-    row is found only when it is used.
+    Paths are relative to the JSON file and stay in its folder (support/rows.py says how). Raises
+    DataError if the file cannot be read; a malformed row is found only when it is used.
     """
 
     file: str | Path
@@ -231,31 +238,39 @@ class ConversationDataset(Dataset):
     encoders: list[EncoderConfig]
     max_length: int = 2048  # text tokens; longer conversations are cut
     cache: FeatureCache | None = None
+    allow_outside: bool = False  # whether paths may lead out of the folder
 
     def __post_init__(self):
+        file = Path(self.file)
         try:
-            rows = json.loads(Path(self.file).read_bytes())
+            if file.exists() and not file.is_file():
+                raise ValueError("it is no file.")
+            rows = json.loads(file.read_bytes())
             if not isinstance(rows, list):
                 raise ValueError("it holds no list.")
-        except (OSError, ValueError) as error:
+            self.rows = Rows(map(tidy, rows))
+        except (OSError, ValueError, RecursionError) as error:
             fix = f"check the path and the file: a dataset is a JSON list of {ROW}."
             raise DataError(f"Cannot read {self.file}.", str(error), fix) from error
-        self.rows = Rows(row if isinstance(row, dict) else {} for row in rows)
         self.modalities = []
         self.lengths = []
         self.rows_of: dict[str, list[int]] = {"video": [], "image": [], "text": []}
         for index, row in enumerate(self.rows):
-            modality, _ = self.media(row)
+            modality = modality_of(row)
             self.modalities.append(modality)
             self.lengths.append(self.approximate_length(row))
             self.rows_of[modality].append(index)
 
     def media(self, row: dict) -> tuple[str, Path | None]:
-        """Return the modality of a row ("video", "image" or "text") and its file, if any."""
-        for modality in ("video", "image"):
-            if modality in row:
-                return modality, Path(self.file).parent / str(row[modality])
-        return "text", None
+        """Return the modality of a row ("video", "image" or "text") and its file, if any.
+
+        A row whose file may not be read counts as text here; `parse` says what is wrong with it.
+        """
+        try:
+            path = find_media(row, Path(self.file).parent, self.allow_outside)
+        except (DataError, *MALFORMED):
+            path = None
+        return (modality_of(row), path) if path else ("text", None)
 
     def approximate_length(self, row: dict) -> int:
         """Approximate the length by the number of words, good enough to group similar lengths."""
@@ -264,24 +279,34 @@ class ConversationDataset(Dataset):
         except MALFORMED:
             return 0
 
-    def turns(self, index: int) -> list[tuple[str, bool]]:
-        """Render the conversation of row `index`; DataError if the row is malformed."""
+    def parse(self, index: int) -> tuple[list[tuple[str, bool]], Path | None]:
+        """The rendered conversation of row `index` and its file; DataError if it is malformed."""
         row = self.rows[index]
+        why, fix = f"a row is {ROW}.", "correct or remove the row."
         try:
-            turns = render_prompt(row["conversations"], self.template)
+            path = find_media(row, Path(self.file).parent, self.allow_outside)
+            turns = render_prompt(row["conversations"], self.template, visual=path is not None)
+            if path is None:
+                require_no_placeholder(row["conversations"][0]["value"])
             for text, _ in turns:
                 text.encode()  # rejects unpaired surrogates, which the tokenizer cannot read
-            return turns
+            return turns, path
         except (DataError, *MALFORMED) as error:
             what = f"{self.file}, row {index} (id {row.get('id')}) is malformed: {error.args[0]}"
-            raise DataError(what, f"a row is {ROW}.", "correct or remove the row.") from error
+            if isinstance(error, DataError):
+                why, fix = error.args[1:]
+            raise DataError(what, why, fix) from error
+
+    def encode(self, turns: list[tuple[str, bool]]) -> Example:
+        """The ids and labels of a rendered conversation, cut to max_length."""
+        ids, labels = tokenize(turns, self.tokenizer)
+        size = self.max_length
+        return Example(torch.tensor(ids)[:size], torch.tensor(labels)[:size])
 
     def read(self, index: int) -> Example:
         """Read row `index`. Raises DataError or VideoError if it cannot be used."""
-        ids, labels = tokenize(self.turns(index), self.tokenizer)
-        size = self.max_length
-        example = Example(torch.tensor(ids)[:size], torch.tensor(labels)[:size])
-        _, path = self.media(self.rows[index])
+        turns, path = self.parse(index)
+        example = self.encode(turns)
         if path and self.cache:
             example.pooled = self.cache.get(path) or {}
         if path and not example.pooled:
@@ -323,11 +348,19 @@ class ConversationDataset(Dataset):
     def find_fault(self, index: int) -> dict | None:
         """Describe what is wrong with row `index`, or return None.
 
-        Decodes four frames of the video, including the first and the last.
+        Decodes four frames of the video, including the first and the last. Training accepts a row
+        without a label, but learns nothing from it. That an answer lies beyond max_length is found
+        only if the data set has a tokenizer.
         """
         try:
-            self.turns(index)
-            _, path = self.media(self.rows[index])
+            turns, path = self.parse(index)
+            labelled = any(is_answer for _, is_answer in turns)
+            if labelled and self.tokenizer:
+                labelled = bool((self.encode(turns).labels != IGNORE).any())
+            if not labelled:
+                what = f"{self.file}, row {index} has no label."
+                why = f"it has no answer, or none within the first {self.max_length} tokens."
+                raise DataError(what, why, "shorten the question, add an answer or remove the row.")
             if path:
                 load_video(path, 4)
         except DataError as error:
@@ -500,8 +533,9 @@ class DataOptions:
     folders: tuple[str, ...] = option((), "folders, as for train.py --data", positional=True)
     check: bool = option(False, "list the rows that cannot be used")
     show: int = option(0, "number of rows of each file to print, with tokens and labels")
-    tokenizer: str = option("tokenizer.model", "LLaMA-2's tokenizer file, for --show")
+    tokenizer: str = option("tokenizer.model", "LLaMA-2's tokenizer; --show needs it, --check may")
     workers: int = option(2, "processes that decode videos, for --check")
+    allow_outside: bool = option(False, "follow paths and links that leave the folder")
 
 
 def read_options(arguments: list[str] | None = None) -> DataOptions:
@@ -516,8 +550,8 @@ def print_bad_rows(dataset: ConversationDataset, workers: int) -> int:
     faults = DataLoader(indices, None, collate_fn=dataset.find_fault, num_workers=workers)
     bad = [fault for fault in progress(faults, f"check {dataset.file.name}") if fault]
     for fault in bad:
-        print(f"row {fault['row']}  id {fault['id']}  file {fault['file']}")
-        print(f"{fault['reason']}\n")
+        print(clean(f"row {fault['row']}  id {fault['id']}  file {fault['file']}"))
+        print(clean(f"{fault['reason']}\n"))
     print(f"{dataset.file}: {len(dataset)} rows, {len(bad)} of them cannot be used")
     return len(bad)
 
@@ -526,7 +560,7 @@ def print_rows(dataset: ConversationDataset, count: int) -> None:
     """Print the first rows: the file, the text, and each token with its label (- for none)."""
     for index, row in enumerate(dataset.rows[:count]):
         modality, path = dataset.media(row)
-        turns = dataset.turns(index)
+        turns, _ = dataset.parse(index)
         print(f"\n{dataset.file}, row {index}  id {row.get('id')}  {modality} {path or ''}")
         for text, is_answer in turns:
             kind = "answer" if is_answer else "prompt"
@@ -546,13 +580,16 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         if not options.folders:
             raise UserError("Which folder?", "none was given.", "python data.py DIR --check")
-        tokenizer = Tokenizer(options.tokenizer) if options.show else None
+        tokenizer = None
+        if options.show or Path(options.tokenizer).is_file():
+            tokenizer = Tokenizer(options.tokenizer)
         for folder in options.folders:
             for file in (Path(folder, "stage1.json"), Path(folder, "stage2.json")):
                 if file.name == "stage1.json" and not file.exists():
                     continue  # the first stage is optional
                 template = TEMPLATES["caption" if file.name == "stage1.json" else "base"]
                 dataset = ConversationDataset(file, tokenizer, template, encoders=[])
+                dataset.allow_outside = options.allow_outside
                 print_rows(dataset, options.show)
                 if options.check:
                     num_bad += print_bad_rows(dataset, options.workers)

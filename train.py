@@ -129,6 +129,9 @@ class TrainConfig:
     )
     tokenizer: str | None = option(None, "LLaMA-2's tokenizer.model", group="data")
     held_out: str | None = option(None, "file of rows that are not trained on", group="data")
+    allow_outside: bool = option(
+        False, "follow paths and links that leave the data folder", group="data"
+    )
     workers: int = option(2, "processes per rank that decode videos", group="data")
     cache_features: str | None = option(None, "folder for pooled features", group="data")
     max_bad: float = option(
@@ -320,6 +323,7 @@ def make_datasets(model: MERV, stage: Stage, config: TrainConfig, cache) -> Conc
     datasets = []
     for file, template in stage.files:
         datasets.append(read_rows(model, data_folder(config) / file, template, cache))
+        datasets[-1].allow_outside = config.allow_outside
         if cache:
             fill_cache(model, datasets[-1], config)
     return concatenate(datasets)
@@ -416,6 +420,7 @@ def read_held_out(model: MERV, config: TrainConfig, cache) -> HeldOut | None:
         print(f"There is no {file}, so the loss on held-out rows is not logged.")
         return None
     dataset = read_rows(model, file, None, cache)
+    dataset.allow_outside = config.allow_outside
     if cache:
         fill_cache(model, dataset, config)
     # Rows spread evenly over the file, equally many for each process.

@@ -62,7 +62,8 @@ class FeatureCache:
 
     def has(self, file: Path) -> bool:
         """Whether all encoders have features of a clip."""
-        if not file.exists() or not self.fingerprints:
+        readable = file.is_file() or file.is_dir()  # reading a pipe could wait for ever
+        if not readable or not self.fingerprints:
             return False
         return all(path.exists() for path in self.paths(file).values())
 

@@ -1,11 +1,131 @@
-"""The rows of a data set in a form that many processes share."""
+"""The rows of a data set: what a row names, and all rows in a form that many processes share."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import re
+import reprlib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
+
+from support.errors import DataError
+from support.records import clean, is_missing
+
+MEDIA = ("video", "image")  # the keys under which a row may name a file
+
+# ----------------------------------------------------------------------------------------- one row
+
+
+def tidy(row: object) -> dict:
+    """Remove the turns before the first human one, as LLaVA does: a system prompt or a greeting.
+
+    A row that is no object becomes {}. Anything else is left for `data.render_prompt` to judge.
+    """
+    if not isinstance(row, dict):
+        return {}
+    turns = row.get("conversations")
+    if isinstance(turns, list):
+        kept = list(itertools.dropwhile(comes_before_human, turns))
+        if kept:
+            row["conversations"] = kept
+    return row
+
+
+def comes_before_human(turn: object) -> bool:
+    """Whether a turn is one that may open a conversation but is not part of it."""
+    return isinstance(turn, dict) and turn.get("from") in ("gpt", "system")
+
+
+def names_of(row: dict, kind: str) -> list:
+    """What a row names under "video" or "image": [] if that is missing or empty text."""
+    values = row.get(kind)
+    if not isinstance(values, list):
+        values = [values]
+    return [value for value in values if not is_missing(value) and str(value).strip()]
+
+
+def modality_of(row: dict) -> str:
+    """ "video", "image" or "text", also of a row that turns out to be malformed."""
+    for kind in MEDIA:
+        if names_of(row, kind):
+            return kind
+    return "text"
+
+
+def find_media(row: dict, folder: Path, allow_outside: bool) -> Path | None:
+    """Return the file or folder of frames that a row names, or None for a text row.
+
+    folder: what names are relative to. allow_outside: whether a name may lead out of it. Whether
+    the file exists and can be decoded is for load_video to say. Raises DataError if the row names
+    several files or something that is no file.
+    """
+    names = names_of(row, "video") + names_of(row, "image")
+    if not names:
+        return None
+    if len(names) > 1:
+        what = f"it names {len(names)} videos or images."
+        raise DataError(what, "the model sees one of them at a time.", "keep one in each row.")
+    if isinstance(names[0], bool) or not isinstance(names[0], str | int | float):
+        what = f"its {modality_of(row)} is {clean(reprlib.repr(names[0]))}."
+        raise DataError(what, "the name of a file belongs there.", "write its name.")
+    path = folder / str(names[0])
+    try:
+        check_place(path, folder, allow_outside)
+    except (OSError, ValueError) as error:  # a name that is too long, or has NUL in it
+        if isinstance(error, DataError):
+            raise
+        what = f"its {modality_of(row)} {clean(reprlib.repr(names[0]))} cannot be looked up."
+        raise DataError(what, f"{error}.", "correct the name.") from error
+    return path
+
+
+def require_no_placeholder(question: str) -> None:
+    r"""Raise DataError if the first question of a row without a file asks about one.
+
+    It then begins or ends with <image> or <video>, outside a sentence. Without this check, a row
+    with its file under another key would be trained on as text.
+
+        <image>\nwhat is it?     <image> What is it?     What is it?\n<video>       an error
+        What is the <video> tag?     <video> is a tag.     <video>\n</video>      text, here HTML
+    """
+    marks = r"(?:<(?:image|video)>\s*)+"
+    begins = re.match(rf"\s*{marks}(?:$|(?<=\n)|(?![a-z])[\w\"(])", question)
+    ends = re.search(rf"[\n.?!]\s*{marks}$", question)
+    if (begins or ends) and not re.search("</(image|video)>", question):
+        what = "its question has a placeholder, but it names no video or image."
+        fix = 'name one file under "video" or "image"; other keys, such as "images", are not read.'
+        raise DataError(what, "visual tokens take the place of <image> and <video>.", fix)
+
+
+def check_place(path: Path, folder: Path, allow_outside: bool) -> None:
+    """Raise DataError unless a path is in a folder, all links followed, or nothing at all.
+
+    Pipes and devices are refused too, because reading one may never end. In a folder of frames each
+    link is followed.
+    """
+    links = [path]
+    if path.is_dir():
+        links += [Path(entry.path) for entry in os.scandir(path) if entry.is_symlink()]
+    root = os.path.realpath(folder)
+    for link in links:
+        target = Path(os.path.realpath(link))
+        if target == Path(root):
+            fix = "name a video, an image or a folder of frames."
+            raise DataError(f"{link} is the data folder itself.", "it stands for no clip.", fix)
+        if not allow_outside and not target.is_relative_to(root):
+            why = f"it leads to {target}, and a data set of others could name any file that way."
+            fix = "use --allow-outside if you trust it: in many data sets, files are links."
+            raise DataError(f"{link} is outside the data folder.", why, fix)
+        if target.exists() and not target.is_file() and not target.is_dir():
+            why = "it is a pipe or a device."
+            raise DataError(f"{link} is not a file.", why, "save the video as a file.")
+
+
+# ------------------------------------------------------------------------------------- all the rows
 
 
 class Rows(Sequence):

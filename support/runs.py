@@ -138,7 +138,7 @@ def saved_options(folder: str, cls: type, preset: Callable):
     if "muon_lr" in saved:
         options |= translate_legacy(saved)
     else:
-        options |= {name: saved[name] for name in options}
+        options |= {name: saved[name] for name in options if name in saved}
     for name, value in options.items():
         if isinstance(value, list):
             options[name] = tuple(value)
@@ -313,7 +313,7 @@ def draw_loss(folder: Path) -> None:
         if "held_out_loss" in metrics:
             held_steps.append(metrics["step"])
             held_losses.append(metrics["held_out_loss"])
-    top = max(losses + held_losses)
+    top = max(losses + held_losses) or 1  # 0 if no row has a label
     last = steps[-1]
 
     def x_of(step: float) -> float:

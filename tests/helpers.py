@@ -123,7 +123,7 @@ MALFORMED = {
     "a turn without text": {"id": "bad-8", "conversations": [{"from": "human"}]},
     "a turn whose text is a number": {"id": "bad-8", "conversations": talk("what", 7)},
     "half an emoji": {"id": "bad-8", "conversations": talk("what", "\ud83d")},
-    "a video without a name": {"id": "bad-8", "video": None, "conversations": talk("a", "b")},
+    "a video whose name is true": {"id": "bad-8", "video": True, "conversations": talk("a", "b")},
     "a video with a number for a name": {"video": 7, "conversations": talk("a", "b")},
     "two videos": {"video": ["clip.mp4", "b.mp4"], "conversations": talk("a", "b")},
 }

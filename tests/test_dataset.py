@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers import MALFORMED, SMALL, dataset_of, load_dataset, talk
+from PIL import Image
 
-from data import TEMPLATES, ConversationDataset, Example, GroupedBatchSampler, preprocess
+from data import IGNORE, TEMPLATES, ConversationDataset, Example, GroupedBatchSampler, preprocess
 from support.errors import DataError, VideoError
 from support.features import FeatureCache
 from support.video import load_video
+
+ROOT = Path(__file__).parent.parent
 
 # --------------------------------------------------------------------------------------------- rows
 
@@ -58,7 +65,7 @@ def test_a_malformed_row_fails_only_when_it_is_read(tmp_path, tiny_tokenizer, ki
     """The sampler still gets its length and modality; the error names the file or the row."""
     row = MALFORMED[kind]
     data = dataset_of(tmp_path, tiny_tokenizer, json.dumps([row]))
-    visual = isinstance(row, dict) and "video" in row
+    visual = isinstance(row, dict) and bool(row.get("video"))
     assert data.modalities == ["video" if visual else "text"]
     assert len(data.lengths) == 1
     assert [*GroupedBatchSampler(data, 1, 1)] == [[0]]
@@ -88,6 +95,198 @@ def test_a_missing_video_of_a_row_is_a_video_error(tmp_path, tiny_tokenizer, wit
     )
     with pytest.raises(VideoError, match=r"gone\.mp4"):
         data[0]
+
+
+# ------------------------------------------------------------------------------- what a row names
+
+
+@pytest.mark.parametrize("nothing", ['""', "null", "NaN", "[]", '[""]', "[null]", '" "'])
+@pytest.mark.parametrize("key", ["video", "image"])
+def test_empty_media_are_none(mixed_folder, tiny_tokenizer, key, nothing):
+    """`"video": ""` used to name the data folder itself, whose pictures were trained on."""
+    row = f'[{{"{key}": {nothing}, "conversations": {json.dumps(talk("left", "right"))}}}]'
+    (mixed_folder / "empty.json").write_text(row)
+    data = load_dataset(mixed_folder / "empty.json", tiny_tokenizer)
+    assert data.modalities == ["text"]
+    assert data.media(data.rows[0]) == ("text", None)
+    assert data.read(0).pixels == {}
+    assert data.find_fault(0) is None
+
+
+def test_a_list_of_one_video_is_that_video(mixed_folder, tiny_tokenizer):
+    """Beside an image that is null, as tables write it."""
+    row = {"video": ["clip.mp4"], "image": None, "conversations": talk("<video>\nwhat", "left")}
+    (mixed_folder / "list.json").write_text(json.dumps([row]))
+    data = load_dataset(mixed_folder / "list.json", tiny_tokenizer)
+    assert data.media(data.rows[0]) == ("video", mixed_folder / "clip.mp4")
+    assert data.read(0).pixels
+
+
+BAD_MEDIA = {
+    "two videos": ({"video": ["clip.mp4", "clip.mp4"]}, "2 videos or images"),
+    "a video and an image": ({"video": "clip.mp4", "image": "still.png"}, "2 videos or images"),
+    "true": ({"image": True}, "its image is True"),
+    "an object": ({"image": {"path": "still.png"}}, "its image is {'path'"),
+    "the data folder": ({"video": "."}, "the data folder itself"),
+    "a name that is too long": ({"video": "x" * 5000}, "cannot be looked up"),
+    "a name with NUL": ({"video": "clip\0.mp4"}, "cannot be looked up"),
+    "half an emoji": ({"video": "\ud83d.mp4"}, "cannot be looked up"),
+    "another key": ({"images": ["still.png"]}, "a placeholder, but it names no video or image"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MEDIA)
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_media_that_cannot_be_meant_make_a_bad_row(mixed_folder, tiny_tokenizer, kind, with_cache):
+    """Each was once read as a text row, as another file or as a traceback."""
+    media, wanted = BAD_MEDIA[kind]
+    row = {"id": 5, **media, "conversations": talk("<image>\nwhat", "left")}
+    (mixed_folder / "bad.json").write_text(json.dumps([row]))
+    data = load_dataset(mixed_folder / "bad.json", tiny_tokenizer)
+    if with_cache:
+        data.cache = FeatureCache(mixed_folder / "cache", {c.name: c.name for c in SMALL})
+    with pytest.raises(DataError, match="row 0") as caught:
+        data.read(0)
+    assert wanted in str(caught.value)
+    assert wanted in data.find_fault(0)["reason"]
+    assert data.media(data.rows[0]) == ("text", None)  # a cache is filled without it
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["<image>\nwhat is it?", "<image> What is it?", "What?\n<video>", "What is it? <video>",
+     "<video>", "<image>\n<image>\nwhich", "<image><image> Which?"],
+)  # fmt: skip
+def test_a_placeholder_without_a_file_makes_a_bad_row(tmp_path, tiny_tokenizer, question):
+    data = dataset_of(
+        tmp_path, tiny_tokenizer, json.dumps([{"conversations": talk(question, "a")}])
+    )
+    with pytest.raises(DataError, match="placeholder"):
+        data.read(0)
+
+
+@pytest.mark.parametrize(
+    "question",
+    ["What does the <video> tag do?", "<video> is a tag of HTML.", "Explain the tag <video>",
+     "<video>\n<source src='a.mp4'>\n</video>\nWhy is it dark?", "Say <image>, then <video>."],
+)  # fmt: skip
+def test_a_placeholder_in_a_sentence_of_a_text_row_is_text(tmp_path, tiny_tokenizer, question):
+    """A question about HTML lost its subject: "What does the tag do?"."""
+    rows = [{"conversations": talk(question, "see <video>.")}]
+    data = dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows))
+    turns, path = data.parse(0)
+    assert path is None
+    assert turns == [(f"In: {question}\nOut:", False), ("see <video>.", True)]
+
+
+@pytest.mark.parametrize("lead", [["gpt"], ["system"], ["system", "gpt"]])
+def test_turns_before_the_first_human_one_are_dropped(tmp_path, tiny_tokenizer, lead):
+    """ShareGPT's rows often begin with a greeting; LLaVA drops it."""
+    said = [{"from": role, "value": "hello"} for role in lead] + talk("left", "right")
+    data = dataset_of(tmp_path, tiny_tokenizer, json.dumps([{"conversations": said}]))
+    assert data.parse(0)[0] == [("In: left\nOut:", False), ("right", True)]
+    assert data.rows[0]["conversations"] == talk("left", "right")
+
+
+def test_a_row_without_a_label_is_listed_but_can_be_read(tmp_path, tiny_tokenizer):
+    """A question without an answer, and an answer behind more text than is read."""
+    rows = [{"conversations": talk("left")}, {"conversations": talk("left " * 50, "right")}]
+    data = dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows), max_length=20)
+    for row in (0, 1):
+        assert "has no label" in data.find_fault(row)["reason"]
+        assert (data[row].labels == IGNORE).all()
+        assert data[row].bad == []
+
+
+# ----------------------------------------------------------------------------- the data folder only
+
+
+def outside_of(folder: Path, clip: Path) -> dict[str, str]:
+    """Ways to leave a data set's folder: what the way is -> the name in the row."""
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "clip.mp4").write_bytes(clip.read_bytes())
+    Image.new("RGB", (30, 20)).save(elsewhere / "0.png")
+    data = folder / "data"
+    (data / "frames").mkdir(parents=True)
+    (data / "frames" / "0.png").symlink_to(elsewhere / "0.png")
+    (data / "link.mp4").symlink_to(elsewhere / "clip.mp4")
+    (data / "videos").symlink_to(elsewhere)
+    return {
+        "an absolute path": str(elsewhere / "clip.mp4"),
+        "two dots": "../elsewhere/clip.mp4",
+        "a link": "link.mp4",
+        "a folder that is a link": "videos/clip.mp4",
+        "a folder of links": "frames",
+    }
+
+
+WAYS = ("an absolute path", "two dots", "a link", "a folder that is a link", "a folder of links")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_path_out_of_the_data_folder_is_refused_unless_allowed(
+    tmp_path, tiny_tokenizer, clip, way
+):
+    """A data set from elsewhere could otherwise make training read any file of its user."""
+    name = outside_of(tmp_path, clip)[way]
+    rows = [{"video": name, "conversations": talk("what", "left")}]
+    data = dataset_of(tmp_path / "data", tiny_tokenizer, json.dumps(rows))
+    with pytest.raises(DataError, match="outside the data folder") as caught:
+        data.read(0)
+    assert "--allow-outside" in str(caught.value)
+    assert data.media(data.rows[0]) == ("text", None)
+    data.allow_outside = True
+    assert data.read(0).pixels
+
+
+def test_the_command_takes_allow_outside(tmp_path, clip):
+    """`data.py --check` names the option that a data set of links needs."""
+    names = outside_of(tmp_path, clip).values()
+    rows = [{"video": name, "conversations": talk("what", "left")} for name in names]
+    (tmp_path / "data" / "stage2.json").write_text(json.dumps(rows))
+    command = [sys.executable, "data.py", str(tmp_path / "data"), "--check", "--workers", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stdout.count("use --allow-outside") == len(rows)
+    command.append("--allow-outside")
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+
+
+def test_paths_and_links_inside_the_data_folder_are_followed(tmp_path, tiny_tokenizer, clip):
+    """The folder itself may be reached through a link."""
+    (tmp_path / "real" / "videos").mkdir(parents=True)
+    (tmp_path / "data").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "videos" / "clip.mp4").write_bytes(clip.read_bytes())
+    (tmp_path / "real" / "link.mp4").symlink_to("videos/clip.mp4")
+    names = ["link.mp4", "videos/../link.mp4", str(tmp_path / "real" / "link.mp4")]
+    rows = [{"video": name, "conversations": talk("what", "left")} for name in names]
+    data = dataset_of(tmp_path / "data", tiny_tokenizer, json.dumps(rows))
+    assert all(data.read(row).pixels for row in range(3))
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop", "folder with a pipe"])
+@pytest.mark.parametrize("with_cache", [False, True])
+def test_what_is_no_file_never_makes_training_wait(tmp_path, tiny_tokenizer, kind, with_cache):
+    """Opening a pipe waits for a writer; the cache, which hashes files, once did."""
+    file = tmp_path / "clip.mp4"
+    if kind == "pipe":
+        os.mkfifo(file)
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    elif kind == "loop":
+        file.symlink_to(file)
+    else:
+        file.mkdir()
+        os.mkfifo(file / "0.png")
+    rows = [{"video": "clip.mp4", "conversations": talk("what", "left")}]
+    data = dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows), allow_outside=True)
+    if with_cache:
+        data.cache = FeatureCache(tmp_path / "cache", {c.name: c.name for c in SMALL})
+        assert not data.cache.has(file)
+    with pytest.raises(DataError):
+        data.read(0)
 
 
 # ----------------------------------------------------------------------------------------- bad rows
