@@ -267,7 +267,7 @@ class Llama(nn.Module):
         """Continue each row until </s> or max_new_tokens. Returns the new ids, without </s>.
 
         input_ids (b, s) or inputs_embeds (b, s, d), padded on the right; lengths (b,): the number
-        of real tokens in each row; prefix: the cache of the tokens before every row. Temperature 0
+        of real tokens in each row; prefix: the cache of the tokens before the rows. Temperature 0
         decodes greedily; otherwise ids are drawn with `generator`, see `sample`.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -313,7 +313,11 @@ class KVCache:
     of its tokens, and one rule gives the mask: slot i attends to the prefix and to slots 0..i.
     FIX: the authors drop the mask when decoding, so rows attend to padding (ledger F3).
 
-    max_length: number of slots; prefix: a cache of one row, which is read and never changed.
+    Several prefixes, one for each video, have equal lengths and are followed by equally many rows:
+    with 2 prefixes and 6 rows, rows 0 to 2 follow the first one and rows 3 to 5 the second.
+
+    max_length: number of slots; prefix: a cache with a row for each prefix. It is read and never
+    changed.
     """
 
     def __init__(self, config: LlamaConfig, batch_size, max_length, dtype, device, prefix=None):
@@ -369,12 +373,12 @@ class KVCache:
         return self.attend_with_prefix(layer, q, k, v)
 
     def attend_with_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One softmax over the keys of the prefix (kv_heads, prefix, head_dim), which all rows
-        share, and over each row's own keys k (b, kv_heads, used, head_dim)."""
+        """One softmax over the keys of a row's prefix (c, kv_heads, prefix, head_dim), of which
+        there are c, and over the row's own keys k (b, kv_heads, used, head_dim)."""
         b, _, s, head_dim = q.shape
         kv_heads = k.shape[1]
-        prefix_k = self.prefix.keys[layer, 0, :, : self.prefix_length]
-        prefix_v = self.prefix.values[layer, 0, :, : self.prefix_length]
+        prefix_k = self.prefix.keys[layer, :, :, : self.prefix_length]
+        prefix_v = self.prefix.values[layer, :, :, : self.prefix_length]
         # The queries of a group of heads that share a kv head become the rows of one matrix.
         queries = q.reshape(b, kv_heads, -1, head_dim)  # (b, kv_heads, group * s, head_dim)
         queries = queries / math.sqrt(head_dim)
@@ -387,13 +391,17 @@ class KVCache:
 
 
 def matmul_shared(x: Tensor, shared: Tensor) -> Tensor:
-    """Multiply each row of a batch by the same matrices: (b, h, m, n) @ (h, n, o) -> (b, h, m, o).
+    """Multiply rows that share matrices: x (b, h, m, n), shared (c, h, n, o) -> (b, h, m, o).
 
-    WHY: `x @ shared` copies `shared` b times: at 7B and over all layers, 0.5 GB for each question
-    and step. Here the rows are stacked on top of each other: (h, b * m, n) @ (h, n, o).
+    The first b / c rows of x are multiplied by shared[0], the next ones by shared[1], and so on.
+    WHY: repeating `shared` for each row would copy it: at 7B and over all layers, 0.5 GB for each
+    question and step. Here rows are stacked on top of each other: (c, h, b/c * m, n) @ shared.
     """
-    stacked = x.transpose(0, 1).flatten(1, 2)
-    return (stacked @ shared).unflatten(1, (len(x), -1)).transpose(0, 1)
+    c, _, _, o = shared.shape
+    b, h, m, _ = x.shape
+    stacked = x.unflatten(0, (c, b // c)).transpose(1, 2).flatten(2, 3)
+    product = (stacked @ shared).view(c, h, b // c, m, o)
+    return product.transpose(1, 2).flatten(0, 1)
 
 
 # --------------------------------------------------------------------------------------- generation

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import encoders
-from data import TEMPLATES, Batch, load_pixels, preprocess, render_prompt, tokenize
+from data import TEMPLATES, Batch, load_pixels, preprocess, render_prompt, stack, tokenize
 from encoders import ENCODERS, EncoderConfig
 from llama import LLAMAS, KVCache, Llama, LlamaConfig, Tokenizer, load_llama
 from support import cli, variants, weights
@@ -373,41 +373,88 @@ class MERV(nn.Module):
 
     # ---- answers
 
-    @torch.no_grad()
     def prefill(self, pixels: dict[str, Tensor]) -> tuple[KVCache, Tensor]:
         """Run [BOS] + visual tokens of one clip through the LLM, once for all its questions.
 
         pixels: encoder -> (T_e, 3, H, W), or {} for text alone. Returns the KV cache and the mixing
         weights (e,). FIX: the authors encode a video again for every question (ledger F2).
         """
-        bos = torch.tensor([[self.tokenizer.bos_id]], device=self.device)
+        cache, mixing_weights = self.prefill_clips([pixels])
+        return cache, mixing_weights[0]
+
+    @torch.no_grad()
+    def prefill_clips(self, clips: list[dict[str, Tensor]]) -> tuple[KVCache, Tensor]:
+        """The same for c clips at once, or c times text alone: a KV cache of c rows and the mixing
+        weights (c, e)."""
+        c = len(clips)
+        bos = torch.full((c, 1), self.tokenizer.bos_id, device=self.device)
         embeds = self.llm.embed_tokens(bos)
-        mixing_weights = torch.empty(1, 0)
-        if pixels:
-            videos = {name: clip[None] for name, clip in pixels.items()}
-            visual, mixing_weights = self.encode(videos)
+        mixing_weights = torch.empty(c, 0)
+        if clips[0]:
+            visual, mixing_weights = self.encode(stack(clips))
             embeds = torch.cat([embeds, visual.to(embeds.dtype)], dim=1)
-        cache = KVCache(self.config.llm, 1, embeds.shape[1], embeds.dtype, embeds.device)
+        cache = KVCache(self.config.llm, c, embeds.shape[1], embeds.dtype, embeds.device)
         self.llm.hidden_states(inputs_embeds=embeds, cache=cache)
-        return cache, mixing_weights[0].float().cpu()
+        return cache, mixing_weights.float().cpu()
 
     def answer(
         self, video, questions, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None
-    ) -> list[Answer]:
+    ) -> list[Answer] | list[list[Answer]]:
         """Answer questions about a video, which is encoded once for all of them.
 
         video: a path, frames uint8 (T, 3, H, W), preprocessed pixels {encoder: (T_e, 3, H, W)}, or
         None for text alone. questions: a string, or a list of strings and of conversations that
         end with a human turn (data.render_prompt). Temperature 0 decodes greedily; otherwise tokens
         are drawn with `generator` (Llama.generate).
+
+        video may also be a list of videos, and questions a list with the questions of each. The
+        answers are then a list for each video. This is faster: all rows run through the model
+        together.
         """
-        prefix, mixing_weights = self.prefill(self.pixels(video))
-        ids, lengths = self.prompts(questions)
         sampling = {"temperature": temperature, "top_p": top_p, "generator": generator}
+        if not isinstance(video, list):
+            return self.answer_clips([video], [questions], max_new_tokens, **sampling)[0]
+        return self.answer_clips(video, questions, max_new_tokens, **sampling)
+
+    def answer_clips(self, videos: list, questions: list, max_new_tokens: int, **sampling):
+        """Answer the questions of each video; see `answer`. Returns a list of Answers for each."""
+        if len(videos) != len(questions):
+            what = f"There are {len(videos)} videos, but questions for {len(questions)}."
+            fix = "give a list of questions for each video, such as [[...], [...]]."
+            raise UserError(what, "each video is asked its own questions.", fix)
+        clips = [self.pixels(video) for video in videos]
+        asked = [[each] if isinstance(each, str) else each for each in questions]
+        answers: list[list[Answer]] = [[] for _ in videos]
+        # Visual tokens make a prefix longer, so clips and text alone run one after the other.
+        for has_video in (True, False):
+            numbers = []
+            for number, clip in enumerate(clips):
+                if asked[number] and bool(clip) == has_video:
+                    numbers.append(number)
+            if not numbers:
+                continue
+            prefix, mixing_weights = self.prefill_clips([clips[number] for number in numbers])
+            replies = self.reply(prefix, [asked[n] for n in numbers], max_new_tokens, **sampling)
+            for number, texts, mixture in zip(numbers, replies, mixing_weights, strict=True):
+                answers[number] = [Answer(text, mixture) for text in texts]
+        return answers
+
+    def reply(
+        self, prefix: KVCache, asked: list[list], max_new_tokens: int, **sampling
+    ) -> list[list[str]]:
+        """Generate the texts that answer asked[i], the questions after row i of the prefix."""
+        # A cache wants equally many rows after each prefix, so a short list repeats its last one:
+        #     [[a b c] [d]]  ->  rows a b c d d d
+        most = max(map(len, asked))
+        rows = []
+        for questions in asked:
+            rows.extend([*questions, *questions[-1:] * (most - len(questions))])
+        ids, lengths = self.prompts(rows)
         replies = self.llm.generate(
             ids, None, lengths, prefix, max_new_tokens, eos_id=self.tokenizer.eos_id, **sampling
         )
-        return [Answer(self.tokenizer.decode(reply).strip(), mixing_weights) for reply in replies]
+        texts = [self.tokenizer.decode(reply).strip() for reply in replies]
+        return [texts[i * most :][: len(questions)] for i, questions in enumerate(asked)]
 
     @torch.no_grad()
     def likelihoods(self, video, questions, options: list[list[str]]) -> list[Tensor]:

@@ -13,13 +13,14 @@ import torch
 from conftest import REPOSITORY
 from helpers import decode_everything, talk
 from PIL import Image
-from tiny_merv import NUM_FRAMES, QUESTIONS, TINY
+from tiny_merv import NUM_FRAMES, QUESTIONS, TINY, random_pixels
 
 import merv
 from data import TEMPLATES, preprocess, render_prompt, tokenize
 from llama import LLAMAS
 from merv import FOUR, MERV
 from support import cli
+from support.errors import UserError
 from support.video import load_video, sample_indices
 
 pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, short_clip, tokenizer
@@ -98,6 +99,36 @@ def test_a_video_is_encoded_once_for_all_its_questions(model, short_clip, encode
     """FIX F2: 4 questions, one pass of each encoder."""
     model.answer(short_clip, QUESTIONS, max_new_tokens=2)
     assert encoder_calls == {name: 1 for name in model.encoders}
+
+
+def test_several_videos_together_are_answered_as_one_by_one(model, replies):
+    """Clips, a still and text alone, with 1 to 4 questions each, and one without any question.
+
+    Token for token in float32: each question attends to its own video. A clip with fewer questions
+    than another repeats one, and these copies are not returned.
+    """
+    videos = [random_pixels(1), None, random_pixels(2, still=True), random_pixels(3), None]
+    videos.append(random_pixels(4))
+    questions = [QUESTIONS, QUESTIONS[:2], QUESTIONS[1:3], QUESTIONS[2], QUESTIONS[3:], []]
+    together = model.answer(videos, questions, max_new_tokens=12)
+    replies.clear()
+    for video, asked, answers in zip(videos, questions, together, strict=True):
+        alone = model.answer(video, asked, max_new_tokens=12) if asked else []
+        assert [a.text for a in answers] == [a.text for a in alone]
+        for a, b in zip(answers, alone, strict=True):
+            torch.testing.assert_close(a.weights, b.weights, rtol=1e-5, atol=1e-6)
+    assert len({tuple(ids) for ids in replies}) > 4  # the videos and the questions matter
+
+
+def test_each_encoder_runs_once_for_several_videos(model, encoder_calls):
+    model.answer([random_pixels(n) for n in range(5)], [["what", "x"]] * 5, max_new_tokens=2)
+    assert encoder_calls == {name: 1 for name in model.encoders}
+
+
+def test_videos_without_a_list_of_questions_each_are_an_error(model):
+    with pytest.raises(UserError, match="There are 2 videos, but questions for 1") as error:
+        model.answer([None, None], [["what"]])
+    assert "\nFix: " in str(error.value)
 
 
 def test_text_alone_is_answered_without_any_encoder(model, encoder_calls):

@@ -14,7 +14,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import eval
-from llama import LLAMAS
+from llama import LLAMAS, Llama
 from merv import MERV, MERVS
 from miniature.world import write_world
 from support import benchmarks
@@ -289,9 +289,12 @@ def test_a_killed_run_continues_where_it_was(world, model, tmp_path, monkeypatch
     assert len(lines) == 3
     asked = []
     answer = MERV.answer
-    monkeypatch.setattr(
-        MERV, "answer", lambda self, *a, **k: asked.append(len(a[1])) or answer(self, *a, **k)
-    )
+
+    def spy(self, videos, questions, *rest):
+        asked.extend(map(len, questions))
+        return answer(self, videos, questions, *rest)
+
+    monkeypatch.setattr(MERV, "answer", spy)
     for number, (whole, cut) in enumerate([(0, 0), (0, 5), (1, 0), (1, 20), (2, 1), (3, 0)]):
         output = tmp_path / f"killed-{number}"
         left = output / "miniature-open.answers" / "0.jsonl"
@@ -303,6 +306,63 @@ def test_a_killed_run_continues_where_it_was(world, model, tmp_path, monkeypatch
         results = [folder / "miniature-open.json" for folder in (tmp_path / "straight", output)]
         assert results[0].read_bytes() == results[1].read_bytes()
         assert left.read_bytes() == journal.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["miniature-open", "miniature-mcq"])
+def test_clips_in_a_batch_are_answered_as_one_by_one(world, model, tmp_path, name):
+    """Five clips with different numbers of questions, and a damaged one among them: the same words,
+    and a record for each clip."""
+    folder = tmp_path / "world"
+    write_world(folder, {"train": 12, "test": 6})
+    (folder / "test/videos/clip_000002.mp4").write_bytes(b"no video")
+    results = []
+    for size in (1, 4, None):
+        output = tmp_path / f"by {size}"
+        questions = evaluate(model, name, folder, output, batch_videos=size)
+        results.append([replace(question, mixing_weights=()) for question in questions])
+        records = (output / f"{name}.answers/0.jsonl").read_text().splitlines()
+        assert len(records) == 6
+    assert results[0] == results[1] == results[2]
+    assert len({question.answer for question in results[0]}) > 1
+
+
+def test_the_records_of_a_batch_are_on_disk_before_the_next_one(
+    world, model, tmp_path, monkeypatch
+):
+    """A kill loses no more than the batch that is being answered."""
+    folder = tmp_path / "world"
+    write_world(folder, {"train": 12, "test": 5})
+    stored = []
+    answer = MERV.answer
+
+    def spy(*arguments):
+        journal = tmp_path / "miniature-open.answers/0.jsonl"
+        stored.append(len(journal.read_text().splitlines()))
+        return answer(*arguments)
+
+    monkeypatch.setattr(MERV, "answer", spy)
+    evaluate(model, "miniature-open", folder, tmp_path, batch_videos=2)
+    assert stored == [0, 2, 4]
+
+
+def test_large_models_answer_fewer_clips_at_once(model):
+    """16 of the miniature. At 7B in bfloat16, 4 GB of KV cache hold 4 clips of 5 questions, or one
+    clip of 60."""
+    config = eval.EvalConfig()
+    question = benchmarks.Question("1", "v", "Who?", "me")
+    assert eval.clips_at_once(model, [question] * 500, 100, config) == 16
+    with torch.device("meta"):
+        parts = [torch.nn.Module() for _ in MERVS["merv"].encoders]
+        large = MERV(MERVS["merv"], parts, Llama(MERVS["merv"].llm), None).bfloat16()
+    assert eval.clips_at_once(large, [question] * 500, 100, config) == 4
+    assert eval.clips_at_once(large, [question] * 6000, 100, config) == 1
+
+
+@pytest.mark.parametrize("size", ["0", "-3"])
+def test_a_batch_of_no_video_is_refused(size, capsys):
+    with pytest.raises(SystemExit) as caught:
+        eval.main(["--batch-videos", size, "--checkpoint", "nobody/nothing"])
+    assert f"--batch-videos {size}" in str(caught.value.code)
 
 
 def test_a_journal_of_an_older_version_continues(tmp_path, monkeypatch):

@@ -124,11 +124,32 @@ def test_using_a_prefix_does_not_change_it():
     assert prefix.used == before[2]
 
 
-def test_matmul_shared_equals_repeating_the_shared_matrices():
+@pytest.mark.parametrize("c", [1, 2, 6])
+def test_matmul_shared_equals_repeating_the_shared_matrices(c):
+    """Six rows in c groups: each group has its matrices."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3, 2, 5, 4, generator=generator)
-    shared = torch.randn(2, 4, 6, generator=generator)
-    torch.testing.assert_close(matmul_shared(x, shared), x @ shared.expand(3, 2, 4, 6))
+    x = torch.randn(6, 2, 5, 4, generator=generator)
+    shared = torch.randn(c, 2, 4, 3, generator=generator)
+    repeated = x @ shared.repeat_interleave(6 // c, dim=0)
+    torch.testing.assert_close(matmul_shared(x, shared), repeated)
+
+
+@EACH_GROUPING
+@torch.no_grad()
+def test_rows_follow_the_prefix_of_their_own_video(num_kv_heads):
+    """Two videos are read together. Rows 0 and 1 follow the first one, rows 2 and 3 the second."""
+    model = build(num_kv_heads=num_kv_heads)
+    videos, questions, lengths = ids_of(2, 9), ids_of(4, 5, seed=1), [5, 2, 4, 1]
+    more = ids_of(4, 3, seed=2)
+    prefix = new_cache(model, 2, 9)
+    model(videos, cache=prefix)
+    cache = new_cache(model, 4, 8, prefix)
+    first = model(questions, cache=cache, lengths=torch.tensor(lengths))
+    later = torch.cat([model(more[:, i : i + 1], cache=cache) for i in range(3)], dim=1)
+    for row, length in enumerate(lengths):
+        whole = torch.cat([videos[row // 2], questions[row, :length], more[row]])
+        ours = torch.cat([first[row, :length], later[row]])
+        assert_close(ours, model(whole[None])[0, 9:])
 
 
 @EACH_GROUPING
