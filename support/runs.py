@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +19,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import StorageMeta
 
 from support import files
 from support.errors import CheckpointError, UserError
+from support.records import as_record, parse_json, read_object
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,11 +87,20 @@ def open_run(config) -> Run:
     saves = folder / "saves"
     for unfinished in saves.glob("*.partial"):
         shutil.rmtree(unfinished)
-    done = max((int(save.name) for save in saves.glob("*")), default=0)
+    done = max((int(save.name) for save in saves_of(folder)), default=0)
     cut_log(folder / "metrics.jsonl", done)
     bad = cut_log(folder / "bad_examples.jsonl", done)
     print(f"{folder}, from step {done}; its options are in config.json")
     return Run(config, folder, done, bad)
+
+
+def saves_of(folder: Path) -> list[Path]:
+    """The complete saves of a run, the oldest first. Other names in saves/ are left alone."""
+    found = []
+    for save in (folder / "saves").glob("*"):
+        if re.fullmatch("[0-9]{8}", save.name) and (save / ".metadata").is_file():
+            found.append(save)
+    return sorted(found)
 
 
 def describe(config) -> dict:
@@ -112,8 +127,10 @@ def find_folder(config, saved: dict) -> tuple[Path, bool]:
     while folder.exists():
         file = folder / "config.json"
         ended = (folder / "checkpoint").exists()
+        if not file.exists() and not ended and not saves_of(folder):
+            return folder, False  # killed before it began
         if file.exists() and not ended:
-            began = json.loads(file.read_text())
+            began = read_object(file, f"delete {folder}, or choose another --name.").values
             if began | {"commit": saved["commit"]} == saved:
                 return folder, True
         number += 1
@@ -122,10 +139,23 @@ def find_folder(config, saved: dict) -> tuple[Path, bool]:
 
 
 def cut_log(file: Path, done: int) -> int:
-    """Drop the lines of a log that belong to steps after `done`; return how many stay."""
-    lines = [line for line in files.whole_lines(file) if json.loads(line)["step"] <= done]
-    files.write_file(file, "".join(lines))
-    return len(lines)
+    """Drop the lines of a log that belong to steps after `done`; return how many stay.
+
+    Raises DataError, which names the file and the line, if a line is not of a run.
+    """
+    kept = []
+    for number, line in enumerate(files.whole_lines(file), 1):
+        fix = f"delete this line of {file.name}."
+        place = f"{file}, line {number}"
+        record = as_record(parse_json(line, place, fix), place, fix)
+        needed = ["step", "loss"] if file.name == "metrics.jsonl" else ["step"]
+        for name in needed:
+            if record.number(name) is None:
+                raise record.wrong(name, "a number")
+        if record.whole("step") <= done:
+            kept.append(line)
+    files.write_file(file, "".join(kept))
+    return len(kept)
 
 
 def saved_options(folder: str, cls: type, preset: Callable):
@@ -133,16 +163,32 @@ def saved_options(folder: str, cls: type, preset: Callable):
     file = Path(folder) / "config.json"
     if not file.is_file():
         raise UserError(f"No run at {folder}.", f"{file} is missing.", "check the path.")
-    saved = json.loads(file.read_text())
-    options = asdict(preset(saved["model"], saved["recipe"]))
-    if "muon_lr" in saved:
-        options |= translate_legacy(saved)
-    else:
-        options |= {name: saved[name] for name in options if name in saved}
-    for name, value in options.items():
-        if isinstance(value, list):
-            options[name] = tuple(value)
+    fix = "restore the file, or begin a new run."
+    saved = read_object(file, fix).values
+    try:
+        options = asdict(preset(saved["model"], saved["recipe"]))
+        if "muon_lr" in saved:
+            options |= translate_legacy(saved)
+    except (KeyError, TypeError) as error:
+        why = f"it is of another program or version: {error!r}."
+        raise UserError(f"{file} does not describe a run.", why, fix) from error
+    for name, usual in options.items():
+        # An option that is younger than the run has its usual value.
+        value = saved.get(name, usual) if "muon_lr" not in saved else usual
+        if isinstance(usual, tuple) and isinstance(value, list):
+            value = tuple(value)
+        if usual is not None and not isinstance(value, kinds_of(usual)):
+            why = f"{name} is {value!r}; its usual value is {usual!r}."
+            raise UserError(f"{file} does not describe a run.", why, fix)
+        options[name] = value
     return cls(**options)
+
+
+def kinds_of(usual: object) -> tuple[type, ...]:
+    """The types that an option with this usual value may have; None switches some options off."""
+    if isinstance(usual, float):
+        return (int, float)
+    return (type(usual), type(None))
 
 
 def translate_legacy(saved: dict) -> dict:
@@ -203,8 +249,7 @@ def save_state(model, optimizers: list, run: Run, number: int) -> None:
     if dist.get_rank() == 0:
         partial.rename(folder)
         if run.config.keep is not None:
-            saves = sorted(save for save in folder.parent.iterdir() if not save.suffix)
-            for old in saves[: -run.config.keep]:
+            for old in saves_of(run.folder)[: -run.config.keep]:
                 # Renamed first, so that a kill never leaves half a save under its name.
                 shutil.rmtree(old.rename(old.with_suffix(".partial")))
     dist.barrier()
@@ -214,8 +259,74 @@ def load_state(model, optimizers: list, run: Run) -> None:
     """Restore everything as it was after step run.done, however many processes saved it."""
     weights, moments = sharded.get_state_dict(model, optimizers, options=TRAINED)
     state = {"model": weights, "optimizers": moments}  # the weights are the model's own tensors
-    dcp.load(state, checkpoint_id=save_folder(run, run.done))
+    folder = save_folder(run, run.done)
+    try:
+        dcp.load(state, storage_reader=SafeReader(folder), planner=SafePlanner())
+    except CheckpointException as error:
+        first, _ = next(iter(error.failures.values()))  # of the first process that failed
+        fix = f"delete {folder}; the same command then resumes from an earlier save."
+        raise CheckpointError(f"Cannot read the save {folder}.", f"{first}.", fix) from error
     sharded.set_optimizer_state_dict(model, optimizers, state["optimizers"], options=TRAINED)
+
+
+MAY_BE_UNPICKLED = {  # what the index of a save consists of; none of it does more than hold values
+    "pathlib": ("Path", "PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"),
+    "torch": ("Size",),
+    "torch.serialization": ("_get_layout",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "TensorProperties",
+        "TensorStorageMetadata", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING",
+    ),
+}  # fmt: skip
+
+
+class SaveUnpickler(pickle.Unpickler):
+    """Unpickle the index of a save, which may come from elsewhere: plain values, no code.
+
+    torch writes the index, saves/NUMBER/.metadata, as a pickle and loads it without any limit.
+    """
+
+    def find_class(self, module: str, name: str):
+        """Look up a class of MAY_BE_UNPICKLED or a dtype; UnpicklingError for anything else."""
+        allowed = name in MAY_BE_UNPICKLED.get(module, ())
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            allowed = True
+        if allowed:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a save")
+
+
+class SafeReader(dcp.FileSystemReader):
+    """torch's reader of a save, with `SaveUnpickler` in place of pickle.
+
+    An index that names a file outside the save's folder is refused as well.
+    """
+
+    def read_metadata(self, *args, **kwargs) -> dcp.Metadata:
+        """Read the index of the save."""
+        try:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                index = SaveUnpickler(file).load()
+            for place in index.storage_data.values():
+                if Path(place.relative_path).name != place.relative_path:
+                    raise ValueError(f"it names {place.relative_path}, which is elsewhere")
+            index.storage_meta = index.storage_meta or StorageMeta()
+            index.storage_meta.load_id = self.load_id
+        # WHY: a damaged pickle raises errors of many classes.
+        except Exception as error:
+            raise OSError(f"its index .metadata is damaged or foreign: {error}") from error
+        return index
+
+
+class SafePlanner(DefaultLoadPlanner):
+    """torch's plan of what is loaded, with values that are no tensors unpickled without code."""
+
+    def load_bytes(self, read_item, value) -> None:
+        """Check a value, such as the step of an optimizer; then load it as torch does."""
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
 
 
 # ------------------------------------------------------------------------------------ write and log
@@ -313,6 +424,8 @@ def draw_loss(folder: Path) -> None:
         if "held_out_loss" in metrics:
             held_steps.append(metrics["step"])
             held_losses.append(metrics["held_out_loss"])
+    if not steps:
+        return
     top = max(losses + held_losses) or 1  # 0 if no row has a label
     last = steps[-1]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -9,12 +10,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from test_train import ROOT, losses, run, workplace  # noqa: F401  (workplace is a fixture)
+from torch import nn
+
+from support import runs
+from support.errors import CheckpointError, UserError
+from train import TrainConfig, preset
 
 STEPS = ("--global-batch", "4", "--epochs", "2", "--cache-features", "none", "--save-every", "2")
 DATA = ("--data", "data/miniature/train", "--tokenizer", "data/miniature/tokenizer.model")
@@ -173,6 +181,137 @@ def test_a_resume_that_cannot_be_is_explained(workplace, straight, options, want
     assert done.returncode == 1
     assert wanted in done.stderr and "Traceback" not in done.stderr
     assert curve(workplace, straight) == before
+
+
+# ---------------------------------------------------------------------- stored files from elsewhere
+
+
+@pytest.fixture
+def saved(tmp_path, monkeypatch):
+    """A model and its optimizer, saved as a run saves them, in a group of one process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    model = nn.Linear(3, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5)
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    run_ = runs.Run(TrainConfig(keep=2), tmp_path, done=2, bad=0)
+    runs.save_state(model, [optimizer], run_, 2)
+    yield model, optimizer, run_
+    dist.destroy_process_group()
+
+
+class Dangerous:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_save_is_read_back_exactly(saved):
+    """Weights, moments and learning rate, through the readers that run no code."""
+    model, optimizer, run_ = saved
+    expected = model.weight.detach().clone()
+    moment = optimizer.state[model.weight]["exp_avg"].clone()
+    nn.init.zeros_(model.weight)
+    optimizer.state[model.weight]["exp_avg"].zero_()
+    optimizer.param_groups[0]["lr"] = 0.1
+    runs.load_state(model, [optimizer], run_)
+    assert torch.equal(model.weight, expected)
+    assert torch.equal(optimizer.state[model.weight]["exp_avg"], moment)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
+def test_code_in_the_index_of_a_save_never_runs(saved):
+    """torch unpickles saves/NUMBER/.metadata without any limit; a run folder may come from the
+    internet."""
+    model, optimizer, run_ = saved
+    index = runs.save_folder(run_, 2) / ".metadata"
+    index.write_bytes(pickle.dumps(Dangerous(run_.folder / "owned")))
+    with pytest.raises(CheckpointError, match=r"open does not belong into a save"):
+        runs.load_state(model, [optimizer], run_)
+    assert not (run_.folder / "owned").exists()
+
+
+def test_code_in_a_value_of_a_save_never_runs(saved):
+    """Learning rates and the like are pickles of their own, which torch loads without a limit."""
+    model, optimizer, run_ = saved
+    folder = runs.save_folder(run_, 2)
+    optimizer.param_groups[0]["lr"] = Dangerous(run_.folder / "owned")
+    shutil.rmtree(folder)
+    runs.save_state(model, [optimizer], run_, 2)
+    optimizer.param_groups[0]["lr"] = 0.5
+    with pytest.raises(CheckpointError, match="Cannot read the save"):
+        runs.load_state(model, [optimizer], run_)
+    assert not (run_.folder / "owned").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"not a pickle", pickle.dumps([1]), pickle.dumps(None)])
+def test_a_damaged_index_of_a_save_is_named(saved, content):
+    model, optimizer, run_ = saved
+    (runs.save_folder(run_, 2) / ".metadata").write_bytes(content)
+    with pytest.raises(CheckpointError, match="00000002") as caught:
+        runs.load_state(model, [optimizer], run_)
+    assert "resumes from an earlier save" in str(caught.value)
+
+
+def test_other_names_among_the_saves_are_left_alone(tmp_path):
+    """A note, a copy or a folder of the system in saves/ ended in a traceback."""
+    for name in ("00000002", "00000004", "notes.txt", "00000004-copy", ".ipynb_checkpoints"):
+        (tmp_path / "saves" / name).mkdir(parents=True)
+        (tmp_path / "saves" / name / ".metadata").touch()
+    (tmp_path / "saves" / "00000009").mkdir()  # without an index: not complete
+    assert [save.name for save in runs.saves_of(tmp_path)] == ["00000002", "00000004"]
+
+
+def test_a_folder_without_config_is_taken_over_and_not_doubled(tmp_path, monkeypatch):
+    """A run that was killed before its first line left runs/NAME, and the next one was NAME-2."""
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig(name="killed")
+    (tmp_path / "runs" / "killed").mkdir(parents=True)
+    assert runs.open_run(config).folder == Path("runs/killed")
+    assert (tmp_path / "runs" / "killed" / "config.json").is_file()
+    assert runs.open_run(config).folder == Path("runs/killed"), "and now resumed"
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "7", '{"model": "merv"}', '{"model": "clip", "recipe": "frozen"}',
+     '{"model": [], "recipe": "frozen"}', '{"muon_lr": 0, "model": "merv", "recipe": "frozen"}',
+     '{"model": "merv", "recipe": "frozen", "micro_batch": "many"}'],
+)  # fmt: skip
+def test_a_foreign_config_of_a_run_is_explained(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(UserError, match=r"config\.json") as caught:
+        runs.saved_options(str(tmp_path), TrainConfig, preset)
+    assert "\nFix: restore the file" in str(caught.value)
+
+
+def test_an_option_that_is_younger_than_a_run_has_its_usual_value(tmp_path):
+    """config.json of a run that began before --allow-outside existed."""
+    stored = asdict(preset("merv", "frozen")) | {"seed": 5}
+    del stored["allow_outside"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    options = runs.saved_options(str(tmp_path), TrainConfig, preset)
+    assert options == replace(preset("merv", "frozen"), seed=5)
+
+
+@pytest.mark.parametrize("line", ["{", "7", "{}", '{"step": "two", "loss": 1}', '{"step": 1}'])
+def test_a_foreign_line_of_a_log_is_named(tmp_path, line):
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 1, "loss": 2.0}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 2") as caught:
+        runs.cut_log(log, 5)
+    assert "Fix: delete this line" in str(caught.value)
+
+
+def test_the_loss_curve_of_rows_without_labels_can_be_drawn(tmp_path):
+    """A loss of 0 at every step was divided by."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n{"step": 2, "loss": 0.0}\n')
+    runs.draw_loss(tmp_path)
+    assert "<svg" in (tmp_path / "loss.svg").read_text()
 
 
 @pytest.mark.slow
