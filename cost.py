@@ -32,6 +32,7 @@ from data import Batch
 from encoders import ENCODERS, FAMILIES
 from llama import LLAMAS, Llama
 from merv import FOUR, MERV, MERVS, MIXERS, PROJECTORS, MERVConfig
+from support import lora
 from support.cli import exit_now, option, parse_options
 from support.errors import UserError
 from support.muon import Muon
@@ -50,8 +51,10 @@ class PlanConfig:
     projector: str = option("avg2d", "a row of table 2a", PROJECTORS, "model")
     mixer: str = option("cross_attention", "a row of table 2c", MIXERS, "model")
     pooled_side: int = option(8, "side of a pooled frame in tokens, table 2b", None, "model")
+    llm: str = option("llama2-7b", "as in train.py", None, "model")
 
     recipe: str = option("frozen", "which stages, which parts", train.RECIPES, "training")
+    lora: int | None = option(None, "rank of adapters; none: no LoRA", None, "training")
     optimizer: str = option("adamw", "as in train.py", train.OPTIMIZERS, "training")
     micro_batch: int = option(4, "rows that a process runs at once", None, "training")
     text_tokens: int = option(512, "of each row, half of them answers", None, "training")
@@ -71,8 +74,9 @@ def read_options(arguments: list[str] | None = None) -> PlanConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default="miniature", choices=list(MERVS))
     first.add_argument("--recipe", default="frozen", choices=list(train.RECIPES))
+    first.add_argument("--llm")
     chosen = first.parse_known_args(arguments)[0]
-    training = train.preset(chosen.model, chosen.recipe)
+    training = train.preset_with_llm(chosen.model, chosen.recipe, chosen.llm)
     settings = {"cached_features": training.cache_features is not None}
     for f in fields(PlanConfig):
         if hasattr(training, f.name) and f.name != "dtype":  # a plan is for GPUs: no "auto"
@@ -85,16 +89,21 @@ def read_options(arguments: list[str] | None = None) -> PlanConfig:
     return config
 
 
-def architecture(config: PlanConfig) -> MERVConfig:
-    """The model that the options describe, as train.py would build it."""
-    training = replace(
-        train.preset(config.model, config.recipe),
+def training_options(config: PlanConfig) -> train.TrainConfig:
+    """The options of train.py for the run that is planned."""
+    return replace(
+        train.preset_with_llm(config.model, config.recipe, config.llm),
         encoders=config.encoders,
         projector=config.projector,
         mixer=config.mixer,
         pooled_side=config.pooled_side,
+        lora=config.lora,
     )
-    return train.model_config(training)
+
+
+def architecture(config: PlanConfig) -> MERVConfig:
+    """The model that the options describe, as train.py would build it."""
+    return train.model_config(training_options(config))
 
 
 # ------------------------------------------------------------------------------ one simulated step
@@ -153,6 +162,9 @@ def simulate_step(
     place = "copy" if config.cached_features else config.place_encoders
     with FakeTensorMode():
         model = build(what).train()
+        if config.lora is not None:
+            alpha = 16.0  # any: it changes no cost
+            lora.add_adapters(model.llm, config.lora, alpha)
         model.llm.activation_checkpointing = config.activation_checkpointing
         train.shard(model, mesh, place, getattr(torch, config.dtype))
         # Any learning rate will do: only whether there is one decides who owns a parameter.
@@ -251,7 +263,8 @@ def print_plan(config: PlanConfig) -> None:
     what = architecture(config)
     total = 0.0  # 10^12 operations
     with simulated_processes(config.gpus):
-        for number, stage in enumerate(train.RECIPES[config.recipe], start=1):
+        stages = train.stages_of(training_options(config))
+        for number, stage in enumerate(stages, start=1):
             print(f"stage {number} trains {', '.join(stage.trained)}")
             print_memory(config, what, stage)
             total += print_operations(config, what, stage)

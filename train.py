@@ -2,6 +2,7 @@
 
     torchrun train.py                                     the paper in miniature, from nothing
     torchrun --nproc-per-node 8 train.py --model merv --data DIR --tokenizer FILE
+    torchrun train.py --from merv-frozen --lora 16 --data DIR    fine-tune a released model
     python train.py --help --model merv                   every option, with the paper's values
 
 One loop, any number of processes: FSDP2 shards every parameter over them, so several GPUs can hold
@@ -52,9 +53,10 @@ import data
 import eval
 import merv
 import miniature
+from llama import LLAMAS, LlamaConfig, read_config
 from merv import MERV, MERVS, MIXERS, PROJECTORS
 from miniature import preset as small
-from support import cli, errors, features, processes, report, runs
+from support import cli, errors, features, lora, processes, report, runs, weights
 from support.cli import exit_now, option, parse_options, progress
 from support.errors import UserError
 from support.held_out import HeldOut
@@ -94,6 +96,7 @@ INSTRUCT = Stage((CONVERSATIONS,), TRAINABLE_PARTS, learning_rate=2e-5, global_b
 RECIPES: dict[str, tuple[Stage, ...]] = {
     "frozen": (INSTRUCT,),
     "video-llava": (ALIGN, INSTRUCT),
+    "align": (ALIGN,),
     "full": (ALIGN_ALL, INSTRUCT),
     "mixed": (replace(INSTRUCT, files=(CAPTIONS, CONVERSATIONS)),),
 }
@@ -123,11 +126,18 @@ class TrainConfig:
     projector: str = option("avg2d", "a row of table 2a", PROJECTORS, "model")
     mixer: str = option("cross_attention", "a row of table 2c", MIXERS, "model")
     pooled_side: int = option(8, "side of a pooled frame in tokens, table 2b", group="model")
+    llm: str = option("llama2-7b", f"{', '.join(LLAMAS)}, a folder or a hub id", group="model")
+    template: str = option("base", "prompt format of the LLM", data.TEMPLATES, "model")
+    from_: str | None = option(
+        None, "begin from this run, folder or released MERV; none: a new model", group="model"
+    )
 
     data: str | None = option(
         None, "folder with stage1.json and stage2.json; miniature: drawn if missing", group="data"
     )
-    tokenizer: str | None = option(None, "LLaMA-2's tokenizer.model", group="data")
+    tokenizer: str | None = option(
+        None, "tokenizer.model; none: that of the checkpoint or of the LLM", group="data"
+    )
     held_out: str | None = option(None, "file of rows that are not trained on", group="data")
     allow_outside: bool = option(
         False, "follow paths and links that leave the data folder", group="data"
@@ -147,6 +157,10 @@ class TrainConfig:
     global_batch: tuple[int, ...] = option(
         (128,), "rows of a step, one number for all stages or one each", group="optimisation"
     )
+    lora: int | None = option(
+        None, "rank of adapters; none: the LLM itself is trained", group="optimisation"
+    )
+    lora_alpha: float = option(16.0, "adapters count alpha / rank times", group="optimisation")
     optimizer: str = option(
         "adamw", "muon: Muon for the matrices of LLM layers", OPTIMIZERS, "optimisation"
     )
@@ -202,34 +216,81 @@ def preset(model: str, recipe: str) -> TrainConfig:
         name=f"{model}-{recipe}",
         encoders=",".join(labels),
         pooled_side=MERVS[model].pooled_side,
+        llm=MERVS[model].llm.name,
+        template=MERVS[model].llm.template,
         learning_rate=tuple(stage.learning_rate for stage in RECIPES[recipe]),
         global_batch=tuple(stage.global_batch for stage in RECIPES[recipe]),
     )
     if model == "miniature":
-        config = replace(config, **small.SETTINGS, learning_rate=small.LEARNING_RATES[recipe])
+        # Stage 1 alone learns as in the recipe that it is the first stage of.
+        rates = {"align": small.LEARNING_RATES["video-llava"][:1], **small.LEARNING_RATES}
+        config = replace(config, **small.SETTINGS, learning_rate=rates[recipe])
     return config
 
 
+def preset_with_llm(model: str, recipe: str, name: str | None) -> TrainConfig:
+    """A preset with another LLM (None: its own), that LLM's template, and its tokenizer."""
+    began = preset(model, recipe)
+    # Ids of one tokenizer mean other text in another, so a new LLM brings its own.
+    if name in (None, began.llm):
+        return began
+    return replace(began, llm=name, template=llm_config(name).template, tokenizer=None)
+
+
+def preset_from(checkpoint: str, recipe: str, llm: str | None) -> TrainConfig:
+    """The options with which the model of a checkpoint is trained further.
+
+    They are those of the model in MERVS with the same name, else of "merv"; what describes the
+    model is the checkpoint's. llm: another name for its LLM, such as the folder it came from.
+    """
+    found = merv.Checkpoint(checkpoint).build_skeleton().config
+    model = "merv"
+    if found.name in MERVS:
+        model = found.name
+    return replace(
+        preset(model, recipe),
+        from_=checkpoint,
+        encoders=",".join(encoder.label for encoder in found.encoders),
+        encoder_files=None,
+        projector=found.projector,
+        mixer=found.mixer,
+        pooled_side=found.pooled_side,
+        llm=llm if llm == found.llm.source else found.llm.name,
+        template=found.llm.template,
+        tokenizer=None,
+    )
+
+
 def read_options(arguments: list[str] | None = None) -> TrainConfig:
-    """Read the command line: --model and --recipe choose a preset, --resume the options of a run;
-    all other options change fields of it."""
+    """Read the command line: --model, --recipe and --llm, or --from, choose a preset, and --resume
+    the options of a run; all other options change fields of it."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default="miniature", choices=list(MERVS))
     first.add_argument("--recipe", default="frozen", choices=list(RECIPES))
+    first.add_argument("--llm")
+    first.add_argument("--from", dest="from_")
     first.add_argument("--resume")
     chosen = first.parse_known_args(arguments)[0]
-    if chosen.resume in (None, "none"):
-        began = preset(chosen.model, chosen.recipe)
-    else:
+    if chosen.resume not in (None, "none"):
         began = runs.saved_options(chosen.resume, TrainConfig, preset)
+    elif chosen.from_ not in (None, "none"):
+        began = preset_from(chosen.from_, chosen.recipe, chosen.llm)
+    else:
+        began = preset_with_llm(chosen.model, chosen.recipe, chosen.llm)
     config = parse_options(TrainConfig, arguments, "Train MERV.", began, MOVED)
     if config.resume:
         runs.check_resumed(config, began)
+    elif config.from_:
+        own_tokenizer = merv.Checkpoint(config.from_).folder / "tokenizer.model"
+        runs.check_from(config, began, own_tokenizer)
     return config
 
 
 def stages_of(config: TrainConfig) -> list[Stage]:
-    """The stages of the recipe, with the learning rates and batch sizes of the options."""
+    """The stages of the recipe, with the learning rates and batch sizes of the options.
+
+    With --lora, what a stage would train of the LLM is its adapters.
+    """
     recipe = RECIPES[config.recipe]
     rates, sizes = config.learning_rate, config.global_batch
     for name, values in (("learning-rate", rates), ("global-batch", sizes)):
@@ -240,7 +301,11 @@ def stages_of(config: TrainConfig) -> list[Stage]:
     for number, stage in enumerate(recipe):
         rate = rates[number % len(rates)]
         size = sizes[number % len(sizes)]
-        stages.append(replace(stage, learning_rate=rate, global_batch=size))
+        stage = replace(stage, learning_rate=rate, global_batch=size)
+        if config.lora is not None:
+            trained = ["adapters" if part == "llm" else part for part in stage.trained]
+            stage = replace(stage, trained=tuple(trained))
+        stages.append(stage)
     return stages
 
 
@@ -248,21 +313,58 @@ def stages_of(config: TrainConfig) -> list[Stage]:
 
 
 def model_config(config: TrainConfig) -> merv.MERVConfig:
-    """The model that the options describe."""
+    """The new model that the options describe.
+
+    Its projectors and mixer are as wide as the LLM, whichever that is. UserError: a name is wrong.
+    """
     model = MERVS[config.model]
     encoders = list(merv.choose_encoders(model, config.encoders))
-    if config.encoder_files:
-        folder = Path(config.encoder_files.format(encoder_seed=config.encoder_seed))
-        for index, name in enumerate(config.encoders.split(",")):
-            source = str(folder / f"{name}.safetensors")
-            encoders[index] = replace(encoders[index], source=source)
+    for index, name in enumerate(config.encoders.split(",")):
+        if config.encoder_files:
+            encoders[index] = replace(encoders[index], source=encoder_file(config, name))
     return replace(
         model,
         encoders=tuple(encoders),
         projector=config.projector,
         mixer=config.mixer,
         pooled_side=config.pooled_side,
+        llm=replace(llm_config(config.llm), template=config.template),
     )
+
+
+def encoder_file(config: TrainConfig, name: str) -> str:
+    """Where --encoder-files has the weights of an encoder: FOLDER/NAME.safetensors."""
+    folder = Path(config.encoder_files.format(encoder_seed=config.encoder_seed))
+    return str(folder / f"{name}.safetensors")
+
+
+def llm_config(name: str) -> LlamaConfig:
+    """The configuration of an LLM: a key of LLAMAS, or a folder or hub id that has a LLaMA."""
+    if name in LLAMAS:
+        return LLAMAS[name]
+    return read_config(name)
+
+
+def make_model(config: TrainConfig) -> MERV:
+    """The model to train: a new one, or that of --from, with adapters if --lora asks for them.
+
+    Its weights stay mapped to their files, except that a pickle of the authors is copied.
+    """
+    if config.from_:
+        sources = {}  # of encoders that are not taken from where the checkpoint says
+        if config.encoder_files:
+            found = merv.Checkpoint(config.from_).build_skeleton().config
+            for e in found.encoders:
+                sources[e.name] = encoder_file(config, e.label)
+        model = MERV.from_pretrained(config.from_, None, "cpu", config.tokenizer, sources)
+    else:
+        architecture = model_config(config)
+        # An LLM's tokenizer.model lies beside its weights.
+        tokenizer = config.tokenizer or architecture.llm.source
+        model = MERV.create(architecture, tokenizer, config.seed)
+    if config.lora is not None:
+        lora.add_adapters(model.llm, config.lora, config.lora_alpha, config.seed)
+    return model
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -275,11 +377,11 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype) -> None:
     """Shard the model over the processes (FSDP2).
 
-    Every process holds 1 / shards of each parameter: trained ones in float32, frozen encoders in
-    `dtype`. A layer is gathered in `dtype` just before it runs and freed again right after, forward
-    and backward; its gradients are summed over the processes, and each keeps its share. The units
-    that are gathered together are one LLM layer, one encoder, and the rest (embeddings, head,
-    projectors, mixer).
+    Every process holds 1 / shards of each parameter: trained ones in float32, frozen ones
+    (encoders, an LLM with adapters) in `dtype`. A layer is gathered in `dtype` just before it runs
+    and freed again right after, forward and backward; its gradients are summed over the processes,
+    and each keeps its share. The units that are gathered together are one LLM layer, one encoder,
+    and the rest (embeddings, head, projectors, mixer).
 
     place_encoders: "copy" and "streams" leave the frozen encoders whole on every process. Each part
     is cast, and moves from the CPU, as it is sharded. Until then its weights are mapped from their
@@ -297,11 +399,11 @@ def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype
             whole.update(encoder.parameters())
     model.encoder_streams = place_encoders == "streams"
     for layer in model.llm.layers:
-        cast(layer.parameters(), torch.float32)
+        cast_trained(layer.parameters(), dtype)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     for name, parameter in model.named_parameters():
         if not name.startswith(("encoders.", "llm.layers.")):
-            cast([parameter], torch.float32)
+            cast_trained([parameter], dtype)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
@@ -309,6 +411,12 @@ def cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype, device: str = "
     """Change parameters to a dtype; a mapped one gets memory of its own, unless it fits already."""
     for parameter in parameters:
         parameter.data = parameter.data.to(device, dtype)
+
+
+def cast_trained(parameters: Iterable[nn.Parameter], frozen_dtype: torch.dtype) -> None:
+    """Change parameters to float32, those that no stage trains to `frozen_dtype`."""
+    for parameter in parameters:
+        cast([parameter], torch.float32 if parameter.requires_grad else frozen_dtype)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -452,13 +560,13 @@ def make_optimizers(
     """
     muon, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
-        part = name.split(".")[0]
+        part = "adapters" if lora.is_adapter(name) else name.split(".")[0]
         parameter.requires_grad_(part in stage.trained)
         if not parameter.requires_grad:
             continue
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif muon_learning_rate is not None and name.startswith("llm.layers."):
+        elif muon_learning_rate is not None and part == "llm" and ".layers." in name:
             muon.append(parameter)
         else:
             matrices.append(parameter)
@@ -694,9 +802,12 @@ def due(number: int, every: int | None) -> bool:
 def begin(config: TrainConfig) -> Run:
     """Make the miniature's data if it is asked for; open the run's folder on every process."""
     opened: list[Run | None] = [None]
-    if config.data is None or config.tokenizer is None:
-        why = f"the model {config.model} comes without them."
-        raise UserError("--data and --tokenizer are missing.", why, "see docs/train.md.")
+    if config.data is None:
+        why = f"the model {config.model} comes without data."
+        raise UserError("--data is missing.", why, "see docs/train.md.")
+    if not (config.tokenizer or config.from_ or llm_config(config.llm).source):
+        why = f"the LLM {config.llm} comes without one."
+        raise UserError("--tokenizer is missing.", why, "name a tokenizer.model.")
     if dist.get_rank() == 0:
         if config.data == "miniature":
             print(small.BANNER, flush=True)
@@ -716,7 +827,8 @@ def train(config: TrainConfig) -> Run:
     Returns the run. If the same command has already written its checkpoint, nothing is trained.
     """
     device = join_processes(config.device)
-    architecture = model_config(config)
+    if not config.from_:
+        model_config(config)  # raises UserError before there is a folder
     stages = stages_of(config)
     run = begin(config)
     if (run.folder / "checkpoint").is_dir():
@@ -727,7 +839,7 @@ def train(config: TrainConfig) -> Run:
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
 
     # The model, mapped from its files; pooled features of all clips, if they are to be cached.
-    model = MERV.create(architecture, config.tokenizer, config.seed)
+    model = make_model(config)
     cache = None
     if config.cache_features:
         cache = features.FeatureCache(config.cache_features, model.fingerprints())
@@ -751,6 +863,11 @@ def train(config: TrainConfig) -> Run:
     state = distributed_state.get_model_state_dict(model, options=whole)
     if dist.get_rank() == 0:
         runs.draw_loss(run.folder)
+        # A plain checkpoint needs no LoRA to be read, so the adapters are added to their matrices.
+        if config.lora is not None:
+            adapters = {name: state[name] for name in state if lora.is_adapter(name)}
+            weights.save_tensors(adapters, run.folder / "adapters.safetensors")
+            state = lora.merge(state, config.lora_alpha / config.lora)
         model.save_pretrained(run.folder / "checkpoint", state)
     dist.barrier()
     return run

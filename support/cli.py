@@ -102,10 +102,18 @@ def make_parser(cls: type, description: str, preset: object) -> argparse.Argumen
         if hints[f.name] is bool:
             how["action"] = argparse.BooleanOptionalAction
         else:
-            how["metavar"] = f.name.upper()
+            how["metavar"] = f.name.rstrip("_").upper()
             how |= value_reader(hints[f.name], f.metadata["choices"])
-        groups[title].add_argument("--" + f.name.replace("_", "-"), **how)
+        groups[title].add_argument(option_name(f.name), dest=f.name, **how)
     return parser
+
+
+def option_name(field_name: str) -> str:
+    """How a field is written on a command line: max_steps -> --max-steps, from_ -> --from.
+
+    A field that would be a keyword of Python ends in an underscore.
+    """
+    return "--" + field_name.rstrip("_").replace("_", "-")
 
 
 def value_reader(hint: object, choices: Iterable[str] | None) -> dict:

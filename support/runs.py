@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from support import files
+from support.cli import option_name
 from support.errors import CheckpointError, UserError
 from support.records import as_record, parse_json, read_object
 
@@ -47,6 +48,9 @@ RESUME_MAY_CHANGE = {
     "device",
     "held_out_every",
 }
+
+# The options that --from fixes: they describe the model, which is that of the checkpoint.
+FIXED_BY_FROM = ("model", "encoders", "projector", "mixer", "pooled_side", "llm", "template")
 
 
 @dataclass
@@ -222,11 +226,31 @@ def check_resumed(config, began) -> None:
     """UserError if the command line changes an option that decides what the run computes."""
     for name, value in asdict(config).items():
         if value != getattr(began, name) and name not in RESUME_MAY_CHANGE:
-            option = "--" + name.replace("_", "-")
+            option = option_name(name)
             what = f"{option} contradicts {config.resume}/config.json."
             why = f"the run began with {getattr(began, name)}, and a resumed run stays the same."
             allowed = ", ".join(sorted(RESUME_MAY_CHANGE))
             raise UserError(what, why, f"leave {option} out; these may change: {allowed}.")
+
+
+def check_from(config, began, own_tokenizer: Path) -> None:
+    """UserError if the command line changes the model of the checkpoint that --from names.
+
+    began: the options that describe the checkpoint. own_tokenizer: its file, if it has one.
+    """
+    for name in FIXED_BY_FROM:
+        value = getattr(config, name)
+        if value != getattr(began, name):
+            option = option_name(name)
+            what = f"{option} {value} contradicts --from {config.from_}."
+            why = f"that model has {getattr(began, name)}, and its weights fit nothing else."
+            raise UserError(what, why, f"leave {option} out.")
+    if config.tokenizer is None or not own_tokenizer.is_file():
+        return
+    if Path(config.tokenizer).read_bytes() != own_tokenizer.read_bytes():
+        what = f"--tokenizer {config.tokenizer} contradicts --from {config.from_}."
+        why = f"that model was trained with {own_tokenizer}, in which other ids stand for a text."
+        raise UserError(what, why, "leave --tokenizer out.")
 
 
 def save_folder(run: Run, number: int) -> Path:
