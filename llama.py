@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from support import released, weights
 from support.cuda_graph import DecodingStep
-from support.errors import UserError
+from support.errors import CheckpointError, UserError
 
 # ------------------------------------------------------------------------------------------- config
 
@@ -491,10 +491,25 @@ class Tokenizer:
 
     def __init__(self, path: str | Path):
         self.path = weights.find_file(path, ("tokenizer.model",))
-        self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+        weights.refuse_pointer(self.path)
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
+            if min(self.pieces.bos_id(), self.pieces.eos_id()) < 0:
+                raise ValueError("it has no <s> or no </s>")
+        except (OSError, RuntimeError, ValueError) as error:
+            what = f"{self.path} is no tokenizer of LLaMA 1 or 2."
+            fix = "take tokenizer.model, not tokenizer.json or tiktoken's, from LLaMA's repository."
+            raise CheckpointError(what, f"it is no SentencePiece model: {error}.", fix) from error
         self.bos_id = self.pieces.bos_id()
         self.eos_id = self.pieces.eos_id()
         self.vocab_size = self.pieces.vocab_size()
+
+    def require_fit(self, llm: LlamaConfig) -> None:
+        """Raise CheckpointError if an LLM has no embeddings for some of the ids."""
+        if self.vocab_size > llm.vocab_size:
+            what = f"The tokenizer has {self.vocab_size} pieces, {llm.name} only {llm.vocab_size}."
+            fix = "take the tokenizer.model that lies beside the LLM's weights."
+            raise CheckpointError(what, f"{self.path} does not belong to this LLM.", fix)
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids. SentencePiece treats the start of the text as the start of a word."""

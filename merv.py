@@ -518,10 +518,8 @@ class MERV(nn.Module):
         """
         if isinstance(tokenizer, str | Path):
             tokenizer = Tokenizer(tokenizer)
-        if tokenizer and tokenizer.vocab_size > config.llm.vocab_size:
-            what = f"The tokenizer has {tokenizer.vocab_size} pieces, {config.llm.name} has fewer."
-            fix = "take the tokenizer.model that lies beside the LLM's weights."
-            raise UserError(what, "they do not belong together.", fix)
+        if tokenizer:
+            tokenizer.require_fit(config.llm)
         loaded = [
             encoders.load_encoder(e, e.source or None, dtype, device) for e in config.encoders
         ]
@@ -614,6 +612,12 @@ class MERV(nn.Module):
 # -------------------------------------------------------------------------------------- checkpoints
 
 
+CHOICES = {  # fields of config.json that name an entry of a table
+    "projector": PROJECTORS, "mixer": MIXERS, "family": encoders.FAMILIES,
+    "activation": encoders.ACTIVATIONS, "template": TEMPLATES,
+}  # fmt: skip
+
+
 class Checkpoint:
     """The files of a checkpoint, ours or the authors', and the steps that load them."""
 
@@ -635,6 +639,7 @@ class Checkpoint:
             raw = weights.read_json(path)
             self.is_ours = "merv" in raw
             if self.is_ours:
+                weights.check_fields(raw["merv"], str(path), CHOICES)
                 config = MERVConfig.from_dict(raw["merv"])
             else:
                 config = authors_config(self.folder.name, raw)
@@ -663,7 +668,9 @@ class Checkpoint:
             if (self.folder / "tokenizer.model").is_file():
                 path = self.folder
             path = weights.find_file(path, ("tokenizer.model",))
-        return Tokenizer(path)
+        tokenizer = Tokenizer(path)
+        tokenizer.require_fit(config.llm)
+        return tokenizer
 
     def load_encoders(self, model: MERV, sources: dict[str, str], dtype, device) -> None:
         """Put the frozen encoders in their places, from `sources` or where the config says."""

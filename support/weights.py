@@ -11,6 +11,8 @@ import json
 import mmap
 import os
 import re
+import reprlib
+import zipfile
 from contextlib import nullcontext
 from fnmatch import fnmatch
 from pathlib import Path
@@ -96,12 +98,87 @@ def download_error(hub_id: str, names: tuple[str, ...], error: Exception) -> Che
 
 
 def read_json(path: Path) -> dict:
-    """Read a config.json."""
+    """Read a config.json or an index. CheckpointError if it is damaged or holds no object."""
+    refuse_pointer(path)
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(values, dict):
+            raise ValueError(f"it holds a {type(values).__name__}, not an object {{...}}.")
+    except (OSError, ValueError, RecursionError) as error:
         fix = "the file is damaged; delete it and download or copy it again."
         raise CheckpointError(f"Cannot read {path}.", str(error), fix) from error
+    return values
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise CheckpointError if a file is empty, or a Git LFS pointer: what `git clone` leaves in
+    place of a large file if Git LFS is not installed."""
+    with path.open("rb") as file:
+        beginning = file.read(40)
+    if not beginning:
+        fix = "delete it and download or copy it again."
+        raise CheckpointError(f"Cannot read {path}.", "the file is empty.", fix)
+    if beginning.startswith(b"version https://git-lfs"):
+        why = "it is a Git LFS pointer, which only names the real file."
+        raise CheckpointError(f"Cannot read {path}.", why, "run `git lfs pull` in its repository.")
+
+
+# Field of a configuration -> its least and its largest value. WHY an upper bound: a layer count of
+# 10^9 would build layers for days before any weight is missed.
+BOUNDS = {
+    "vocab_size": (1, 10**7), "hidden_size": (1, 10**6), "intermediate_size": (1, 10**7),
+    "num_layers": (1, 1000), "released_layers": (1, 1000), "num_heads": (1, 10**4),
+    "num_kv_heads": (1, 10**4), "max_positions": (1, 10**8), "patch_size": (1, 10**4),
+    "image_size": (1, 10**5), "num_frames": (1, 10**5), "tubelet_frames": (1, 1000),
+    "temporal_window": (0, 10**5), "num_registers": (0, 10**5), "pooled_side": (1, 1000),
+    "norm_eps": (1e-30, 0.1), "rope_theta": (1.0, 1e15),
+}  # fmt: skip
+FLAGS = ("tie_word_embeddings", "rope_bf16", "class_token", "layer_scale")
+TEXTS = ("name", "source", "label")
+
+
+def check_fields(values: object, place: str, choices: dict | None = None) -> None:
+    """Check a configuration, and all that is nested in it, field by field.
+
+    values: what JSON gives; place: its file, for errors; choices: field -> the names it may have.
+    Fields that are not in these tables are left to others. Raises CheckpointError, which names the
+    file and the field.
+    """
+    if isinstance(values, list):
+        for value in values:
+            check_fields(value, place, choices)
+    if not isinstance(values, dict):
+        return
+    for field, value in values.items():
+        wanted = None
+        if field in BOUNDS:
+            least, most = BOUNDS[field]
+            kinds = int if isinstance(least, int) else (int, float)
+            right = isinstance(value, kinds) and not isinstance(value, bool)
+            if not right or not least <= value <= most:
+                wanted = f"a number from {least} to {most}, whole if these are"
+        elif field in FLAGS and not isinstance(value, bool):
+            wanted = "true or false"
+        elif field in TEXTS and not isinstance(value, str):
+            wanted = "a text"
+        elif field in (choices or {}) and value not in list(choices[field]):
+            wanted = f"one of {', '.join(choices[field])}"
+        if wanted:
+            raise field_error(place, field, value, wanted)
+        check_fields(value, place, choices)
+    width, heads = values.get("hidden_size"), values.get("num_heads")
+    if width and heads and width % heads:
+        raise field_error(place, "hidden_size", width, f"a multiple of num_heads = {heads}")
+    shared = values.get("num_kv_heads")
+    if heads and shared and heads % shared:
+        raise field_error(place, "num_kv_heads", shared, f"a divisor of num_heads = {heads}")
+
+
+def field_error(place: str, field: str, value: object, wanted: str) -> CheckpointError:
+    """The error for one field of a configuration."""
+    what = f"{place}: {field} is {reprlib.repr(value)}."
+    fix = "download the file again, or correct the field."
+    return CheckpointError(what, f"{wanted} belongs there.", fix)
 
 
 class Mapped(dict[str, Tensor]):
@@ -122,24 +199,41 @@ def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor
     a sharded checkpoint (*.index.json) stands for all its shards.
     """
     path = find_file(source, files)
+    refuse_pointer(path)
+    if path.suffix == ".json":
+        folder = path.parent if path == Path(source) else source
+        shards = read_index(path)
+        tensors = read_tensors(folder, (shards[0],))
+        for shard in shards[1:]:
+            tensors |= read_tensors(folder, (shard,))
+        return tensors
     try:
         if path.suffix == ".safetensors":
             return Mapped(load_file(path))
-        if path.suffix != ".json":
-            return read_pickle(path)
-        index = json.loads(path.read_text())
-        shards = sorted(set(index["weight_map"].values()))  # weight_map: tensor -> its file
+        tensors = read_pickle(path)
+        if not isinstance(tensors, dict):
+            raise TypeError(f"it holds a {type(tensors).__name__} instead of named tensors")
     except Exception as error:  # each reader has its own errors for a damaged file
         raise CheckpointError(
             f"Cannot read {path}.",
             f"{type(error).__name__}: {error}",
             "the file is damaged or is not a checkpoint; delete it and download it again.",
         ) from error
-    folder = path.parent if path == Path(source) else source
-    tensors = read_tensors(folder, (shards[0],))
-    for shard in shards[1:]:
-        tensors |= read_tensors(folder, (shard,))
     return tensors
+
+
+def read_index(path: Path) -> list[str]:
+    """The names of the shards in an index, which stand beside it. Raises CheckpointError."""
+    fix = "the file is damaged or foreign; delete it and download it again."
+    where = read_json(path).get("weight_map")  # tensor -> its file
+    if not where or not isinstance(where, dict):
+        raise CheckpointError(f"Cannot read {path}.", "it has no weight_map.", fix)
+    for shard in where.values():
+        if not isinstance(shard, str) or Path(shard).suffix not in (".safetensors", ".bin"):
+            raise CheckpointError(f"Cannot read {path}.", f"{shard!r} holds no weights.", fix)
+        if Path(shard).name != shard or "\\" in shard:
+            raise CheckpointError(f"Cannot read {path}.", f"{shard!r} is not beside it.", fix)
+    return sorted(set(where.values()))
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -150,8 +244,10 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     mapping = nullcontext()
     if os.name == "posix" and os.access(path, os.W_OK):
         mapping = set_default_mmap_options(mmap.MAP_SHARED)
+    # Files of before torch 1.6 are no zip archives and cannot be mapped.
+    mapped = zipfile.is_zipfile(path)
     with mapping:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
@@ -200,7 +296,7 @@ def assign_weights(
     tensors: their name -> tensor; names: a table for `released_names`; skip: pattern of names that
     may stay unread -> why; what: the model and its source, for the error. dtype: what to cast to;
     None keeps the dtype of the file and, on a CPU, leaves tensors of safetensors files mapped.
-    Strict: one CheckpointError lists all missing, mis-shaped and unexpected names.
+    Strict: one CheckpointError lists every name that is missing, unexpected or has a `fault_of`.
     FIX: nothing is initialised at random or copied as a whole first. Peak memory is that of the
     model, not 80 GB, and only tensors are unpickled (ledger F11).
     """
@@ -215,10 +311,9 @@ def assign_weights(
         shape = [parameter.shape[0] // len(theirs), *parameter.shape[1:]]
         parts = []
         for name in theirs:
-            if name not in tensors:
-                problems.append(f"missing     {name}")
-            elif list(tensors[name].shape) != shape:
-                problems.append(f"mis-shaped  {name}: {list(tensors[name].shape)}, wanted {shape}")
+            fault = fault_of(name, tensors, shape)
+            if fault:
+                problems.append(fault)
             else:
                 tensor = tensors[name]
                 parts.append(tensor.to(device, dtype or tensor.dtype, copy=not stay_mapped))
@@ -236,6 +331,31 @@ def assign_weights(
             "check that this checkpoint belongs to this configuration and is complete.",
         )
     model.load_state_dict(weights, strict=True, assign=True)
+
+
+SAMPLES = 256  # numbers of a matrix that are looked at; all of a 7B would take a minute
+
+
+def fault_of(name: str, tensors: dict[str, Tensor], shape: list[int]) -> str | None:
+    """What is wrong with a tensor: missing, its shape, its dtype, or NaN and infinite numbers.
+
+    Vectors are checked as a whole, of a matrix only SAMPLES numbers, spread evenly.
+    """
+    tensor = tensors.get(name)
+    if tensor is None:
+        return f"missing     {name}"
+    if not isinstance(tensor, Tensor):
+        return f"no tensor   {name}: a {type(tensor).__name__}"
+    if list(tensor.shape) != shape:
+        return f"mis-shaped  {name}: {list(tensor.shape)}, wanted {shape}"
+    if not tensor.is_floating_point():
+        return f"mis-typed   {name}: {tensor.dtype}, wanted floating point (not quantised)"
+    some = tensor.reshape(-1)
+    if tensor.ndim > 1:
+        some = some[:: max(1, some.numel() // SAMPLES)]
+    if not tensor.is_meta and not some.float().isfinite().all():
+        return f"not finite  {name}: has NaN or infinite numbers"
+    return None
 
 
 def initialise(model: nn.Module, generator: torch.Generator, std: float = 0.02) -> None:
