@@ -615,6 +615,7 @@ class MERV(nn.Module):
 CHOICES = {  # fields of config.json that name an entry of a table
     "projector": PROJECTORS, "mixer": MIXERS, "family": encoders.FAMILIES,
     "activation": encoders.ACTIVATIONS, "template": TEMPLATES,
+    "resize": ("squash", "short_side"), "interpolation": ("bicubic", "bilinear"),
 }  # fmt: skip
 
 
@@ -646,7 +647,7 @@ class Checkpoint:
             with torch.device("meta"):
                 placeholders = [nn.Module() for _ in config.encoders]
                 return MERV(config, placeholders, Llama(config.llm), None)
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, LookupError, TypeError, ArithmeticError, RuntimeError) as error:
             what = f"{path} does not describe a MERV: {error!r}."
             why = "it belongs to another model or version, or to a run that has not ended."
             fix = "name another checkpoint, or train this one again."

@@ -13,6 +13,8 @@ A name covers its weight and bias. `weights.released_names` applies a table, and
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -225,7 +227,7 @@ def llama_settings(source: str | Path) -> dict[str, object]:
         if ours in keys and ours not in settings:
             raise field_error(path, keys[ours], stated.get(keys[ours]), "a size of the model")
     settings.setdefault("num_kv_heads", settings["num_heads"])  # no grouped-query attention
-    check_fields(settings, f"{path} (in our names)")
+    check_fields(settings, str(path), names=keys)
     head_dim = settings["hidden_size"] // settings["num_heads"]
     if head_dim % 2 or stated.get("head_dim") not in (None, head_dim):
         wanted = f"an even hidden_size / num_heads, here {head_dim},"
@@ -271,11 +273,23 @@ def require_plain_llama(source: str | Path, stated: dict) -> None:
 def meta_sizes(source: str | Path, hidden_size: int) -> dict[str, object]:
     """The sizes that params.json leaves out, read from the shapes of the first shard."""
     first = read_tensors(source, (META_FILE,))
-    shards = hidden_size // first["layers.0.attention.wq.weight"].shape[0]  # wq is split by rows
-    return {
-        "vocab_size": first["tok_embeddings.weight"].shape[0],
-        "intermediate_size": first["layers.0.feed_forward.w1.weight"].shape[0] * shards,
-    }
+    with explained(source):
+        shards = hidden_size // len(first["layers.0.attention.wq.weight"])  # wq is split by rows
+        return {
+            "vocab_size": len(first["tok_embeddings.weight"]),
+            "intermediate_size": len(first["layers.0.feed_forward.w1.weight"]) * shards,
+        }
+
+
+@contextmanager
+def explained(source: str | Path) -> Iterator[None]:
+    """Turn the errors that wrong tensors raise in Meta's format into a CheckpointError."""
+    try:
+        yield
+    except (KeyError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        what = f"The shards of Meta's format at {source} do not fit together."
+        why = f"a tensor is missing or has another shape: {error!r}."
+        raise CheckpointError(what, why, "download all of its files again.") from error
 
 
 def read_meta(source: str | Path, hidden_size: int, head_dim: int) -> dict[str, Tensor]:
@@ -287,20 +301,21 @@ def read_meta(source: str | Path, hidden_size: int, head_dim: int) -> dict[str, 
     """
     folder = Path(source).parent if Path(source).is_file() else source
     first = read_tensors(folder, (META_FILE,))
-    count = hidden_size // len(first["layers.0.attention.wq.weight"])  # wq is split by rows
-    shards = [first]
-    for index in range(1, count):
-        shards.append(read_tensors(folder, (f"consolidated.{index:02d}.pth",)))
-    tensors = {}
-    for name, tensor in first.items():
-        if tensor.ndim == 2 and count > 1:
-            # These three are split by columns, all other matrices by rows; vectors are copies.
-            by_columns = name.split(".")[-2] in ("tok_embeddings", "wo", "w2")
-            tensor = torch.cat([shard[name] for shard in shards], dim=1 if by_columns else 0)
-        if name.endswith(("wq.weight", "wk.weight")):
-            pairs = tensor.unflatten(0, (-1, head_dim // 2, 2))  # (heads, head_dim/2, 2, d)
-            tensor = pairs.transpose(1, 2).flatten(0, 2)
-        tensors[name] = tensor
+    with explained(source):
+        count = hidden_size // len(first["layers.0.attention.wq.weight"])  # wq is split by rows
+        shards = [first]
+        for index in range(1, count):
+            shards.append(read_tensors(folder, (f"consolidated.{index:02d}.pth",)))
+        tensors = {}
+        for name, tensor in first.items():
+            if tensor.ndim == 2 and count > 1:
+                # These three are split by columns, all other matrices by rows; vectors are copies.
+                by_columns = name.split(".")[-2] in ("tok_embeddings", "wo", "w2")
+                tensor = torch.cat([shard[name] for shard in shards], dim=1 if by_columns else 0)
+            if name.endswith(("wq.weight", "wk.weight")):
+                pairs = tensor.unflatten(0, (-1, head_dim // 2, 2))  # (heads, head_dim/2, 2, d)
+                tensor = pairs.transpose(1, 2).flatten(0, 2)
+            tensors[name] = tensor
     return tensors
 
 
@@ -332,9 +347,12 @@ def authors_settings(raw: dict) -> dict[str, object]:
         what = f"This checkpoint needs {', '.join(unknown)}, which is not implemented."
         why = f"of the authors' encoders there are {', '.join(AUTHORS_ENCODERS)}."
         raise CheckpointError(what, why, f"choose one of {', '.join(AUTHORS)}.")
+    tokens = model.get("projector_token_length", 64)  # of one frame
+    if type(tokens) is not int or not 1 <= tokens <= 10**6:
+        raise field_error("config.json", "projector_token_length", tokens, "a number of tokens")
     return {
         "encoders": tuple(AUTHORS_ENCODERS[name] for name in theirs),
-        "pooled_side": math.isqrt(model.get("projector_token_length", 64)),  # tokens of one frame
+        "pooled_side": math.isqrt(tokens),
         "visual_tokens": model.get("visual_feature_length"),
     }
 

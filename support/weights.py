@@ -137,12 +137,14 @@ FLAGS = ("tie_word_embeddings", "rope_bf16", "class_token", "layer_scale")
 TEXTS = ("name", "source", "label")
 
 
-def check_fields(values: object, place: str, choices: dict | None = None) -> None:
+def check_fields(
+    values: object, place: str, choices: dict | None = None, names: dict | None = None
+) -> None:
     """Check a configuration, and all that is nested in it, field by field.
 
-    values: what JSON gives; place: its file, for errors; choices: field -> the names it may have.
-    Fields that are not in these tables are left to others. Raises CheckpointError, which names the
-    file and the field.
+    values: what JSON gives; place: its file, for errors; choices: field -> the names it may have;
+    names: field -> what the file calls it, if that differs. Fields that are not in these tables are
+    left to others. Raises CheckpointError, which names the file and the field.
     """
     if isinstance(values, list):
         for value in values:
@@ -161,17 +163,27 @@ def check_fields(values: object, place: str, choices: dict | None = None) -> Non
             wanted = "true or false"
         elif field in TEXTS and not isinstance(value, str):
             wanted = "a text"
+        elif field in ("pixel_mean", "pixel_std") and not is_colour(value):
+            wanted = "a list of three numbers"
+        elif field == "encoders" and not value:
+            wanted = "a list of at least one encoder"
         elif field in (choices or {}) and value not in list(choices[field]):
             wanted = f"one of {', '.join(choices[field])}"
         if wanted:
-            raise field_error(place, field, value, wanted)
+            raise field_error(place, (names or {}).get(field, field), value, wanted)
         check_fields(value, place, choices)
     width, heads = values.get("hidden_size"), values.get("num_heads")
     if width and heads and width % heads:
-        raise field_error(place, "hidden_size", width, f"a multiple of num_heads = {heads}")
+        raise field_error(place, "hidden_size", width, f"a multiple of the {heads} heads")
     shared = values.get("num_kv_heads")
     if heads and shared and heads % shared:
-        raise field_error(place, "num_kv_heads", shared, f"a divisor of num_heads = {heads}")
+        raise field_error(place, "key-value heads", shared, f"a divisor of the {heads} heads")
+
+
+def is_colour(value: object) -> bool:
+    """Whether a value is a list of three numbers, for red, green and blue."""
+    numbers = isinstance(value, list) and all(isinstance(number, int | float) for number in value)
+    return numbers and len(value) == 3
 
 
 def field_error(place: str, field: str, value: object, wanted: str) -> CheckpointError:

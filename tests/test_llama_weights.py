@@ -163,6 +163,124 @@ def test_other_architectures_are_rejected_with_the_field_that_differs(change, na
     assert "\nFix: " in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rope_scaling": {"type": "default"}},
+        {"rope_scaling": {"rope_type": "default"}},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_scaling": {"type": "dynamic", "factor": 1}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+        {"rope_parameters": None, "attention_bias": None, "mlp_bias": None, "hidden_act": None},
+        {"head_dim": 8},
+    ],
+)
+def test_plain_variants_of_a_config_load(change, tmp_path):
+    """Converters write the same architecture in many ways; the first five were refused."""
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(**change)))
+    assert read_config(tmp_path) == replace(GROUPED, name=tmp_path.name, source=str(tmp_path))
+
+
+def test_one_rotary_table_at_the_top_of_a_file_is_skipped(tmp_path):
+    """Where transformers 4.39 to 4.47 kept it."""
+    tensors = released(build()) | {"model.rotary_emb.inv_freq": torch.ones(4)}
+    write(tmp_path, tensors, "safetensors")
+    assert load_llama(tmp_path).config.num_layers == 3
+
+
+@pytest.mark.parametrize(
+    "field",
+    ["hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers", "num_attention_heads"],
+)
+def test_a_config_without_a_size_names_the_field(field, tmp_path):
+    """The sizes of LLaMA-2 7B were taken for it, or a KeyError was shown."""
+    config = hf_config()
+    del config[field]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=rf"config\.json: {field} is None"):
+        read_config(tmp_path)
+
+
+def test_what_a_config_may_leave_out_has_the_usual_value(tmp_path):
+    """Those of Hugging Face, whose file it is."""
+    config = hf_config()
+    for field in ("rms_norm_eps", "max_position_embeddings", "tie_word_embeddings"):
+        del config[field]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    read = read_config(tmp_path)
+    assert (read.norm_eps, read.max_positions, read.tie_word_embeddings) == (1e-6, 2048, False)
+
+
+WRONG_VALUES = {
+    "num_hidden_layers": (10**9, 0, -1, "3", 3.5, True, [3], float("inf")),
+    "hidden_size": (0, 31, 10**9, None),
+    "num_attention_heads": (0, 3, -4),
+    "num_key_value_heads": (3, 0, 8),
+    "vocab_size": (0, "many", 10**12),
+    "rms_norm_eps": (0, -1e-5, 1, "small", float("nan")),
+    "rope_theta": (0, -1e4, "10000"),
+    "tie_word_embeddings": ("no", 1),
+    "head_dim": (16, "8"),
+    "rope_scaling": ("linear", [1], 2),
+}
+CASES = [(field, value) for field, values in WRONG_VALUES.items() for value in values]
+
+
+@pytest.mark.parametrize(("field", "value"), CASES)
+def test_a_wrong_value_in_a_config_is_named_before_anything_is_built(field, value, tmp_path):
+    """10^9 layers used to be built for days; a text ended in a traceback."""
+    (tmp_path / "config.json").write_text(json.dumps(hf_config(**{field: value})))
+    with pytest.raises(CheckpointError) as caught:
+        read_config(tmp_path)
+    assert "config.json" in str(caught.value)
+    assert field in str(caught.value) or "heads" in str(caught.value)
+    assert "\nFix: " in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "7", "null", "{", "\xff", "[" * 100_000])
+def test_a_config_that_is_no_object_is_named(content, tmp_path):
+    (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"Cannot read .*config\.json"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("params", [{}, {"dim": 0}, {"dim": 32, "n_layers": 10**9, "n_heads": 4}])
+def test_wrong_settings_in_metas_format_are_named(params, tmp_path):
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    torch.save({"x": torch.ones(2)}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(CheckpointError, match=r"params\.json: (dim|n_layers)"):
+        read_config(tmp_path)
+
+
+def test_metas_format_without_its_tensors_is_an_error(tmp_path):
+    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5}
+    (tmp_path / "params.json").write_text(json.dumps(params))
+    torch.save({"x": torch.ones(2)}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(CheckpointError, match="do not fit together"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("model.norm.weight", float("nan"), "not finite  model.norm.weight"),
+        ("model.layers.1.mlp.up_proj.weight", float("inf"), "not finite  model.layers.1.mlp.up"),
+        ("lm_head.weight", torch.int8, "mis-typed   lm_head.weight: torch.int8"),
+    ],
+)
+def test_weights_that_cannot_be_computed_with_are_named(name, value, wanted, tmp_path):
+    """NaN would make every answer empty; quantised numbers were cast as if they were weights."""
+    tensors = released(build())
+    if isinstance(value, float):
+        tensors[name].fill_(value)
+    else:
+        tensors[name] = tensors[name].to(value)
+    write(tmp_path, tensors, "safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        load_llama(tmp_path)
+    assert wanted in str(caught.value)
+
+
 # ------------------------------------------------------------------------------------- Meta's files
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
+
 import pytest
+from helpers import train_tokenizer
+from safetensors.torch import load_file, save_file
+from sentencepiece import sentencepiece_model_pb2
 
 from llama import LLAMAS, Tokenizer
+from merv import MERV, MERVS
 from support.errors import CheckpointError
 
 
@@ -55,3 +63,69 @@ def test_bos_and_eos_decode_to_nothing(tokenizer):
 def test_the_error_for_a_missing_tokenizer_names_the_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"no tokenizer\.model at .*tokenizer\.model"):
         Tokenizer(tmp_path / "tokenizer.model")
+
+
+FOREIGN = {
+    "an LFS pointer": (
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n",
+        "git lfs pull",
+    ),
+    "empty": (b"", "the file is empty"),
+    "tokenizer.json": (b'{"version": "1.0", "model": {"type": "BPE"}}', "not tokenizer.json"),
+    "tiktoken": (b"IQ== 0\nIg== 1\nIw== 2\n", "not tokenizer.json or tiktoken's"),
+    "noise": (bytes(range(256)) * 8, "no tokenizer of LLaMA"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_file_that_is_no_sentencepiece_model_is_explained(tmp_path, kind):
+    """SentencePiece takes an empty file for a model without pieces, and describes none of these."""
+    content, wanted = FOREIGN[kind]
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer(path)
+    assert str(path) in str(caught.value)
+    assert wanted in str(caught.value)
+
+
+def test_a_tokenizer_without_a_start_token_is_refused(tmp_path):
+    """Every sequence begins with <s>; id -1 would fail in the embedding, far from the cause."""
+    path = train_tokenizer(tmp_path / "tokenizer.model")
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    model.trainer_spec.bos_id = -1
+    model.pieces[1].piece = "start"
+    model.pieces[1].type = 1
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(CheckpointError, match="no <s> or no </s>"):
+        Tokenizer(path)
+
+
+def test_a_tokenizer_larger_than_the_llm_is_refused_when_a_checkpoint_is_loaded(tmp_path):
+    """An id without an embedding fails only when a question happens to contain it."""
+    model = MERV.create(MERVS["miniature"], Tokenizer(train_tokenizer(tmp_path / "fits.model")))
+    model.save_pretrained(tmp_path / "checkpoint")
+    large = train_tokenizer(
+        tmp_path / "large.model", user_defined_symbols=[f"<{i}>" for i in range(5)]
+    )
+    config = json.loads((tmp_path / "checkpoint" / "config.json").read_text())
+    assert config["merv"]["llm"]["vocab_size"] == 640
+    MERV.from_pretrained(tmp_path / "checkpoint", tokenizer=large)
+    tokenizer = Tokenizer(large)
+    with pytest.raises(CheckpointError, match="has 320 pieces, miniature only 300"):
+        tokenizer.require_fit(replace(LLAMAS["miniature"], vocab_size=300))
+    shutil.copyfile(large, tmp_path / "checkpoint" / "tokenizer.model")
+    shrink(tmp_path / "checkpoint", 300)
+    with pytest.raises(CheckpointError, match="has 320 pieces, miniature only 300"):
+        MERV.from_pretrained(tmp_path / "checkpoint")
+
+
+def shrink(folder, pieces: int) -> None:
+    """Give a checkpoint a smaller vocabulary."""
+    config = json.loads((folder / "config.json").read_text())
+    config["merv"]["llm"]["vocab_size"] = pieces
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("llm.embed_tokens.weight", "llm.lm_head.weight"):
+        tensors[name] = tensors[name][:pieces].clone()
+    save_file(tensors, folder / "model.safetensors")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import huggingface_hub.errors as hub_errors
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import encoders
 from encoders import ENCODERS, FAMILIES, Encoder, load_encoder, save_encoder
+from merv import MERVS, Checkpoint
 from support import weights
 from support.errors import CheckpointError
 from support.released import resize_positions
@@ -67,6 +69,93 @@ def test_an_index_without_shards_is_reported_as_damaged(content, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"Cannot read .*index\.json"):
         read_tensors(tmp_path, FILES)
+
+
+@pytest.mark.parametrize(
+    "shard",
+    ["model.safetensors.index.json", "../model.safetensors", "/etc/passwd", "sub/a.safetensors", 7,
+     "..\\a.safetensors", ""],
+)  # fmt: skip
+def test_an_index_names_files_beside_it_and_never_itself(shard, tmp_path):
+    """An index that named itself was read until Python gave up."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    save_file({"x": torch.ones(2)}, tmp_path / "model.safetensors")
+    index = {"weight_map": {"x": shard}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"Cannot read .*index\.json"):
+        read_tensors(folder, FILES)
+
+
+def test_a_pickle_of_before_torch_1_6_is_read(tmp_path):
+    """It is no zip archive, so it cannot be mapped."""
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({"x": torch.arange(5.0)}, path, _use_new_zipfile_serialization=False)
+    assert torch.equal(read_tensors(tmp_path, FILES)["x"], torch.arange(5.0))
+
+
+def test_code_inside_an_old_pickle_never_runs(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    dangerous = {"x": Dangerous(tmp_path / "owned")}
+    torch.save(dangerous, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError):
+        read_tensors(tmp_path, FILES)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pointer_of_git_lfs_is_explained(name, tmp_path):
+    """`git clone` leaves it in place of a large file if Git LFS is not installed."""
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n")
+    with pytest.raises(CheckpointError, match="git lfs pull"):
+        read_tensors(tmp_path, FILES)
+
+
+@pytest.mark.parametrize("content", [torch.ones(2), [torch.ones(2)], 7])
+def test_a_pickle_without_names_is_no_checkpoint(content, tmp_path):
+    torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="instead of named tensors"):
+        read_tensors(tmp_path, FILES)
+
+
+def test_a_value_that_is_no_tensor_is_named(tmp_path):
+    """Such as the text of a configuration inside a pickle of weights."""
+    _, tensors = released("vivit", tmp_path)
+    tensors[SOME_TENSOR["vivit"]] = "text"
+    torch.save(tensors, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"no tensor   .*key\.weight: a str"):
+        load_encoder(tiny("vivit"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "wanted"),
+    [
+        ({"pooled_side": 0}, "pooled_side is 0"),
+        ({"projector": "conv9d"}, "projector is 'conv9d'"),
+        ({"mixer": ["mean"]}, "mixer is"),
+        ({"encoders": []}, "encoders is []"),
+        ({"llm": {"num_layers": 10**9}}, "num_layers is 1000000000"),
+        ({"llm": {"hidden_size": 130}}, "hidden_size is 130"),
+        ({"llm": {"template": "none"}}, "template is 'none'"),
+        ({"encoders": [{"family": "clip"}]}, "family is 'clip'"),
+        ({"encoders": [{"pixel_mean": [0.5]}]}, "pixel_mean is [0.5]"),
+        ({"encoders": [{"image_size": -1}]}, "image_size is -1"),
+    ],
+)
+def test_a_wrong_field_in_the_config_of_a_merv_is_named(change, wanted, tmp_path):
+    """Before any part of the model is built."""
+    config = json.loads(json.dumps(asdict(MERVS["miniature"])))
+    for key, value in change.items():
+        if isinstance(value, dict):
+            config[key] |= value
+        elif key == "encoders" and value:
+            config[key][0] |= value[0]
+        else:
+            config[key] = value
+    (tmp_path / "config.json").write_text(json.dumps({"merv": config}))
+    with pytest.raises(CheckpointError, match=r"config\.json") as caught:
+        Checkpoint(tmp_path).build_skeleton()
+    assert wanted in str(caught.value)
 
 
 def test_code_inside_a_pickle_never_runs(tmp_path):
