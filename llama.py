@@ -468,12 +468,13 @@ def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, devic
 def read_config(source: str | Path) -> LlamaConfig:
     """Read the configuration of a folder or hub id from its config.json, or Meta's params.json.
 
-    Neither file has the prompt template: it is that of the preset with the same hub id or name.
+    Neither file has the prompt template. It is that of the preset with the same name, here or on
+    the hub: that of vicuna-7b for lmsys/vicuna-7b-v1.5 and for any folder vicuna-7b-v1.5.
     """
     hub_id = str(source).partition("@")[0]  # without the revision of "owner/name@revision"
     like = LlamaConfig(Path(source).name)
     for preset in LLAMAS.values():
-        if preset.source == hub_id or preset.name == like.name:
+        if Path(hub_id).name in (preset.name, Path(preset.source).name or None):
             like = preset
             break
     settings = released.llama_settings(source)

@@ -589,6 +589,7 @@ class MERV(nn.Module):
         model = checkpoint.build_skeleton()
         tensors, names = checkpoint.read_weights(model)
         model.tokenizer = checkpoint.load_tokenizer(model.config, tokenizer)
+        check_tokenizer(model.tokenizer, model.config.llm)
         assign_weights(model, tensors, names, LLAMA_SKIP, str(name_or_folder), dtype, device)
         checkpoint.load_encoders(model, sources or {}, dtype, device)
         return model.to(device).eval()
@@ -607,6 +608,14 @@ class MERV(nn.Module):
                 digest.update(tensor.detach().float().cpu().numpy().tobytes())
             fingerprints[name] = digest.hexdigest()[:16]
         return fingerprints
+
+
+def check_tokenizer(tokenizer: Tokenizer | None, llm: LlamaConfig) -> None:
+    """UserError if the tokenizer has ids for which the LLM has no embedding."""
+    if tokenizer and tokenizer.vocab_size > llm.vocab_size:
+        what = f"The tokenizer has {tokenizer.vocab_size} pieces, {llm.name} has fewer."
+        fix = "take the tokenizer.model that lies beside the LLM's weights."
+        raise UserError(what, "they do not belong together.", fix)
 
 
 # -------------------------------------------------------------------------------------- checkpoints

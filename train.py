@@ -234,7 +234,7 @@ def preset_with_llm(model: str, recipe: str, name: str | None) -> TrainConfig:
     # Ids of one tokenizer mean other text in another, so a new LLM brings its own.
     if name in (None, began.llm):
         return began
-    return replace(began, llm=name, template=llm_config(name).template, tokenizer=None)
+    return replace(began, llm=name, template=llm_config(name, model).template, tokenizer=None)
 
 
 def preset_from(checkpoint: str, recipe: str, llm: str | None) -> TrainConfig:
@@ -328,7 +328,7 @@ def model_config(config: TrainConfig) -> merv.MERVConfig:
         projector=config.projector,
         mixer=config.mixer,
         pooled_side=config.pooled_side,
-        llm=replace(llm_config(config.llm), template=config.template),
+        llm=replace(llm_config(config.llm, config.model), template=config.template),
     )
 
 
@@ -338,8 +338,11 @@ def encoder_file(config: TrainConfig, name: str) -> str:
     return str(folder / f"{name}.safetensors")
 
 
-def llm_config(name: str) -> LlamaConfig:
-    """The configuration of an LLM: a key of LLAMAS, or a folder or hub id that has a LLaMA."""
+def llm_config(name: str, model: str) -> LlamaConfig:
+    """The configuration of an LLM: that of `model`, a key of LLAMAS, a folder or a hub id."""
+    own = MERVS[model].llm
+    if name == own.name:
+        return own
     if name in LLAMAS:
         return LLAMAS[name]
     return read_config(name)
@@ -351,12 +354,7 @@ def make_model(config: TrainConfig) -> MERV:
     Its weights stay mapped to their files, except that a pickle of the authors is copied.
     """
     if config.from_:
-        sources = {}  # of encoders that are not taken from where the checkpoint says
-        if config.encoder_files:
-            found = merv.Checkpoint(config.from_).build_skeleton().config
-            for e in found.encoders:
-                sources[e.name] = encoder_file(config, e.label)
-        model = MERV.from_pretrained(config.from_, None, "cpu", config.tokenizer, sources)
+        model = load_model(config)
     else:
         architecture = model_config(config)
         # An LLM's tokenizer.model lies beside its weights.
@@ -364,6 +362,25 @@ def make_model(config: TrainConfig) -> MERV:
         model = MERV.create(architecture, tokenizer, config.seed)
     if config.lora is not None:
         lora.add_adapters(model.llm, config.lora, config.lora_alpha, config.seed)
+    return model
+
+
+def load_model(config: TrainConfig) -> MERV:
+    """The model of --from, whose config names the files that its encoders were read from.
+
+    WHY: training may hold them in bfloat16, so `save_pretrained` copies these files instead.
+    """
+    checkpoint = merv.Checkpoint(config.from_)
+    found = checkpoint.build_skeleton().config
+    sources = {}  # of the encoders that do not come from the hub
+    for e in found.encoders:
+        if config.encoder_files:
+            sources[e.name] = encoder_file(config, e.label)
+        elif (checkpoint.folder / e.source).is_file():
+            sources[e.name] = str(checkpoint.folder / e.source)
+    model = MERV.from_pretrained(config.from_, None, "cpu", config.tokenizer, sources)
+    read = [replace(e, source=sources.get(e.name, e.source)) for e in found.encoders]
+    model.config = replace(model.config, encoders=tuple(read))
     return model
 
 
@@ -805,7 +822,7 @@ def begin(config: TrainConfig) -> Run:
     if config.data is None:
         why = f"the model {config.model} comes without data."
         raise UserError("--data is missing.", why, "see docs/train.md.")
-    if not (config.tokenizer or config.from_ or llm_config(config.llm).source):
+    if not (config.tokenizer or config.from_ or llm_config(config.llm, config.model).source):
         why = f"the LLM {config.llm} comes without one."
         raise UserError("--tokenizer is missing.", why, "name a tokenizer.model.")
     if dist.get_rank() == 0:
