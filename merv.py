@@ -329,7 +329,14 @@ class MERV(nn.Module):
             self.run_encoders_on_nothing()
         if batch.visual_rows:
             visual, mixing_weights = self.encode(batch.pixels, batch.pooled)
-        hidden = self.llm.hidden_states(inputs_embeds=self.interleave(batch, visual))
+        embeds = self.interleave(batch, visual)
+        if visual is None:
+            # WHY: every process needs a gradient, here of zeros, for every trained parameter, and
+            # all must reach the LLM's layers in the same order, although its embeddings may be
+            # frozen. Otherwise one with text only would not join the reductions, and all would wait.
+            for parameter in [*self.projectors.parameters(), *self.mixer.parameters()]:
+                embeds = embeds + parameter.sum() * 0.0
+        hidden = self.llm.hidden_states(inputs_embeds=embeds)
         # The hidden state of one token predicts the next token. Visual tokens come after [BOS], so
         # they shift the text. With n = 3, and the label "red" at place 2 of the text:
         #
@@ -343,11 +350,6 @@ class MERV(nn.Module):
             shift[batch.visual_rows] = visual.shape[1]
         predictors = hidden[rows, places + shift[rows] - 1]
         loss = self.llm.loss(predictors, batch.input_ids[rows, places])
-        if visual is None:
-            # WHY: every process needs a gradient, here of zeros, for every trained parameter.
-            # Otherwise one with text only would not join the reduction, and all would wait.
-            for parameter in [*self.projectors.parameters(), *self.mixer.parameters()]:
-                loss = loss + parameter.sum() * 0.0
         return loss, mixing_weights.detach()
 
     def run_encoders_on_nothing(self) -> None:
