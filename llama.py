@@ -14,6 +14,7 @@ Read before: encoders.py. Read next: data.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -263,18 +264,22 @@ class Llama(nn.Module):
     def generate(
         self, input_ids=None, inputs_embeds=None, lengths=None, prefix: KVCache | None = None,
         max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None, eos_id=2,
+        cache: KVCache | None = None, on_ids: Callable[[list[int]], object] | None = None,
     ) -> list[list[int]]:  # fmt: skip
         """Continue each row until </s> or max_new_tokens. Returns the new ids, without </s>.
 
         input_ids (b, s) or inputs_embeds (b, s, d), padded on the right; lengths (b,): the number
         of real tokens in each row; prefix: the cache of the tokens before the rows. Temperature 0
         decodes greedily; otherwise ids are drawn with `generator`, see `sample`.
+        cache: one that the rows continue and extend, instead of a new one. on_ids: called at each
+        step with the newest id of every row.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         b, s, _ = x.shape
         lengths = torch.full((b,), s) if lengths is None else lengths
         lengths = lengths.to(x.device)
-        cache = KVCache(self.config, b, s + max_new_tokens, x.dtype, x.device, prefix)
+        if cache is None:
+            cache = KVCache(self.config, b, s + max_new_tokens, x.dtype, x.device, prefix)
         hidden = self.hidden_states(inputs_embeds=x, cache=cache, lengths=lengths)
         rows = torch.arange(b, device=x.device)
         last = hidden[rows, lengths - 1]  # (b, d), at the last real token of each row
@@ -286,6 +291,8 @@ class Llama(nn.Module):
             next_ids = sample(logits, temperature, top_p, generator)
             answers[:, step] = next_ids
             finished |= next_ids == eos_id
+            if on_ids is not None:
+                on_ids(next_ids.tolist())
             if step == max_new_tokens - 1 or finished.all():
                 break
             if decode is None:
@@ -351,6 +358,11 @@ class KVCache:
             mask = torch.where(visible, 0.0, -math.inf).to(self.keys.dtype)
             self.mask = F.pad(mask, (self.prefix_length, 0))  # every token sees the whole prefix
         return self.rotary.at(self.prefix_length + self.slots)
+
+    def cut(self, length: int) -> None:
+        """Forget all tokens after the first `length` of each row."""
+        self.lengths.clamp_(max=length)
+        self.used = min(self.used, length)
 
     def use_all_slots(self) -> None:
         """Attend to every slot from now on, also to empty ones, which the mask hides.

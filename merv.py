@@ -2,6 +2,7 @@
 
     python merv.py --trace                              print the shape of every stage
     python merv.py VIDEO "question" ["question" ...]    ask the checkpoint trained last
+    python merv.py [VIDEO]                              talk with it; a question is a line of input
 
 "MERV: Multi-Encoder Representation of Videos" (ICML 2025), https://arxiv.org/abs/2501.01426.
 Section, equation and table numbers in the code are those of this paper.
@@ -28,6 +29,7 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -40,6 +42,7 @@ from encoders import ENCODERS, EncoderConfig
 from llama import LLAMAS, KVCache, Llama, LlamaConfig, Tokenizer, load_llama
 from support import cli, variants, weights
 from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype
+from support.conversation import TextStream, converse
 from support.errors import CheckpointError, UserError
 from support.released import AUTHORS, LLAMA_SKIP, authors_settings, authors_tensors
 from support.runs import latest_run
@@ -375,17 +378,18 @@ class MERV(nn.Module):
 
     # ---- answers
 
-    def prefill(self, pixels: dict[str, Tensor]) -> tuple[KVCache, Tensor]:
+    def prefill(self, pixels: dict[str, Tensor], room: int = 0) -> tuple[KVCache, Tensor]:
         """Run [BOS] + visual tokens of one clip through the LLM, once for all its questions.
 
         pixels: encoder -> (T_e, 3, H, W), or {} for text alone. Returns the KV cache and the mixing
-        weights (e,). FIX: the authors encode a video again for every question (ledger F2).
+        weights (e,). room: the number of tokens by which the cache may be extended.
+        FIX: the authors encode a video again for every question (ledger F2).
         """
-        cache, mixing_weights = self.prefill_clips([pixels])
+        cache, mixing_weights = self.prefill_clips([pixels], room)
         return cache, mixing_weights[0]
 
     @torch.no_grad()
-    def prefill_clips(self, clips: list[dict[str, Tensor]]) -> tuple[KVCache, Tensor]:
+    def prefill_clips(self, clips: list[dict], room: int = 0) -> tuple[KVCache, Tensor]:
         """The same for c clips at once, or c times text alone: a KV cache of c rows and the mixing
         weights (c, e)."""
         c = len(clips)
@@ -395,13 +399,15 @@ class MERV(nn.Module):
         if clips[0]:
             visual, mixing_weights = self.encode(stack(clips))
             embeds = torch.cat([embeds, visual.to(embeds.dtype)], dim=1)
-        cache = KVCache(self.config.llm, c, embeds.shape[1], embeds.dtype, embeds.device)
+        length = embeds.shape[1] + room
+        cache = KVCache(self.config.llm, c, length, embeds.dtype, embeds.device)
         self.llm.hidden_states(inputs_embeds=embeds, cache=cache)
         return cache, mixing_weights.float().cpu()
 
     def answer(
-        self, video, questions, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None
-    ) -> list[Answer] | list[list[Answer]]:
+        self, video, questions, max_new_tokens=256, temperature=0.0, top_p=1.0, generator=None,
+        stream: Callable[[str], object] | None = None,
+    ) -> list[Answer] | list[list[Answer]]:  # fmt: skip
         """Answer questions about a video, which is encoded once for all of them.
 
         video: a path, frames uint8 (T, 3, H, W), preprocessed pixels {encoder: (T_e, 3, H, W)}, or
@@ -412,11 +418,25 @@ class MERV(nn.Module):
         video may also be a list of videos, and questions a list with the questions of each. The
         answers are then a list for each video. This is faster: all rows run through the model
         together.
+
+        stream: called with each new piece of the text, if there is a single question.
         """
         sampling = {"temperature": temperature, "top_p": top_p, "generator": generator}
-        if not isinstance(video, list):
-            return self.answer_clips([video], [questions], max_new_tokens, **sampling)[0]
-        return self.answer_clips(video, questions, max_new_tokens, **sampling)
+        if isinstance(video, list):
+            videos, asked = video, questions
+        else:
+            videos, asked = [video], [[questions] if isinstance(questions, str) else questions]
+        if stream is not None:
+            if len(videos) != 1 or len(asked[0]) != 1 or isinstance(asked[0], str):
+                why = "the pieces of several answers would be mixed up."
+                fix = "ask one question at a time, or leave out `stream`."
+                raise UserError("Only a single question can be streamed.", why, fix)
+            pieces = TextStream(self.tokenizer, stream)
+            sampling["on_ids"] = pieces.add
+        answers = self.answer_clips(videos, asked, max_new_tokens, **sampling)
+        if stream is not None:
+            pieces.close()
+        return answers if isinstance(video, list) else answers[0]
 
     def answer_clips(self, videos: list, questions: list, max_new_tokens: int, **sampling):
         """Answer the questions of each video; see `answer`. Returns a list of Answers for each."""
@@ -591,7 +611,6 @@ class MERV(nn.Module):
         model = checkpoint.build_skeleton()
         tensors, names = checkpoint.read_weights(model)
         model.tokenizer = checkpoint.load_tokenizer(model.config, tokenizer)
-        check_tokenizer(model.tokenizer, model.config.llm)
         assign_weights(model, tensors, names, LLAMA_SKIP, str(name_or_folder), dtype, device)
         checkpoint.load_encoders(model, sources or {}, dtype, device)
         return model.to(device).eval()
@@ -610,14 +629,6 @@ class MERV(nn.Module):
                 digest.update(tensor.detach().float().cpu().numpy().tobytes())
             fingerprints[name] = digest.hexdigest()[:16]
         return fingerprints
-
-
-def check_tokenizer(tokenizer: Tokenizer | None, llm: LlamaConfig) -> None:
-    """UserError if the tokenizer has ids for which the LLM has no embedding."""
-    if tokenizer and tokenizer.vocab_size > llm.vocab_size:
-        what = f"The tokenizer has {tokenizer.vocab_size} pieces, {llm.name} has fewer."
-        fix = "take the tokenizer.model that lies beside the LLM's weights."
-        raise UserError(what, "they do not belong together.", fix)
 
 
 # -------------------------------------------------------------------------------------- checkpoints
@@ -779,7 +790,7 @@ class AskConfig:
     """The command line of merv.py."""
 
     ask: tuple[str, ...] = option(
-        (), "a video, GIF, image or folder of images, then questions", positional=True
+        (), "a video, GIF, image or folder of images, then questions; none: talk", positional=True
     )
     trace: bool = option(False, "print the shape of every stage and stop")
     checkpoint: str | None = option(
@@ -803,35 +814,49 @@ def read_options(arguments: list[str] | None = None) -> AskConfig:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`merv.py`: answer questions about a video."""
+    """`merv.py`: answer questions about a video, or talk about it."""
     options = read_options(arguments)
     if options.trace:
         trace()
         return
-    if len(options.ask) < 2:
-        sys.exit('error: give a video and a question, or --trace: merv.py clip.mp4 "What is it?"')
     try:
-        answer_questions(options)
+        status = answer_questions(options)
     except cli.FIXABLE as error:
         sys.exit(cli.explain(error, "use --dtype bfloat16, or ask fewer questions at once."))
+    except KeyboardInterrupt:
+        status = 130  # as a shell reports a program that Ctrl-C ended
+    if status:
+        sys.exit(status)
 
 
-def answer_questions(options: AskConfig) -> None:
-    """Load the checkpoint and print an answer to each question, then the mixing weights."""
-    video, *questions = options.ask
+def answer_questions(options: AskConfig) -> int:
+    """Load the checkpoint and print an answer to each question, then the mixing weights.
+
+    Without a question, start a conversation about the video, or without one about text alone.
+    Returns the exit status.
+    """
     checkpoint = options.checkpoint or latest_run()
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     model = MERV.from_pretrained(checkpoint, dtype, device, options.tokenizer)
-    pixels = load_pixels(video, model.config.encoders, options.start, options.end)
-    warn_of_real_video(model, video)
-    answers = model.answer(pixels, questions, options.max_new_tokens)
+
+    def load(video: str, start: float | None = None, end: float | None = None) -> dict:
+        pixels = load_pixels(video, model.config.encoders, start, end)
+        warn_of_real_video(model, video)
+        return pixels
+
+    pixels = load(options.ask[0], options.start, options.end) if options.ask else {}
+    questions = options.ask[1:]
+    if not questions:
+        return converse(model, pixels, load, options.max_new_tokens)
+    answers = model.answer(pixels, list(questions), options.max_new_tokens)
     for question, answer in zip(questions, answers, strict=True):
         print(f"Q: {question}\nA: {answer.text}")
     shares = []
     for e, share in zip(model.config.encoders, answers[0].weights.tolist(), strict=True):
         shares.append(f"{e.label} {share:.2f}")
     print("mix: " + "  ".join(shares))
+    return 0
 
 
 def warn_of_real_video(model: MERV, video: str) -> None:

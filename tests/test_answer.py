@@ -131,6 +131,25 @@ def test_videos_without_a_list_of_questions_each_are_an_error(model):
     assert "\nFix: " in str(error.value)
 
 
+def test_the_pieces_of_a_streamed_answer_are_its_text(model, short_clip):
+    """They arrive while the answer is being generated, and joined they are what is returned."""
+    pieces = []
+    (answer,) = model.answer(short_clip, "what moves", 40, stream=pieces.append)
+    assert answer.text == model.answer(short_clip, "what moves", 40)[0].text
+    assert "".join(pieces) == answer.text
+    assert len(pieces) > 2
+    ((again,),) = model.answer([short_clip], [["what moves"]], 40, stream=lambda piece: None)
+    assert again.text == answer.text
+
+
+@pytest.mark.parametrize(
+    ("video", "questions"), [(None, ["what", "x"]), ([None, None], [["x"], ["x"]]), (None, [])]
+)
+def test_only_a_single_question_can_be_streamed(model, video, questions):
+    with pytest.raises(UserError, match="a single question"):
+        model.answer(video, questions, 4, stream=print)
+
+
 def test_text_alone_is_answered_without_any_encoder(model, encoder_calls):
     answers = model.answer(None, QUESTIONS[:2], max_new_tokens=4)
     assert encoder_calls.total() == 0
@@ -305,12 +324,6 @@ def test_without_any_run_the_command_line_says_how_to_train_one(short_clip, tmp_
     with pytest.raises(SystemExit) as caught:
         merv.main([str(short_clip), "what"])
     assert "torchrun train.py" in str(caught.value.code)
-
-
-def test_a_video_without_a_question_is_an_error(short_clip):
-    with pytest.raises(SystemExit) as caught:
-        merv.main([str(short_clip)])
-    assert "give a video and a question" in str(caught.value.code)
 
 
 @pytest.mark.parametrize(("side", "warns"), [(64, True), (32, False)])

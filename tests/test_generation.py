@@ -108,6 +108,32 @@ def test_attending_to_all_slots_equals_attending_to_those_in_use(num_kv_heads, w
 
 
 @torch.no_grad()
+def test_a_cache_that_was_cut_continues_as_if_the_rest_had_never_been_there():
+    """What a conversation does after Ctrl-C."""
+    model, ids, more = build(), ids_of(1, 8), ids_of(1, 3, seed=4)
+    cache = new_cache(model, 1, 12)
+    model(ids, cache=cache)
+    cache.cut(5)
+    expected = model(torch.cat([ids[:, :5], more], dim=1))[:, 5:]
+    assert_close(model(more, cache=cache), expected)
+
+
+def test_generating_in_turns_with_one_cache_equals_generating_after_the_whole_sequence():
+    """The newest id of a turn is not in the cache yet, so the next turn begins with it."""
+    model, first, second = build(), ids_of(1, 4), ids_of(1, 3, seed=4)
+    cache = new_cache(model, 1, 30)
+    seen = []
+    answer = model.generate(
+        first, max_new_tokens=5, eos_id=NO_EOS, cache=cache, on_ids=seen.append
+    )[0]
+    assert seen == [[id] for id in answer]
+    turn = torch.cat([torch.tensor([answer[-1:]]), second], dim=1)
+    later = model.generate(turn, max_new_tokens=6, eos_id=NO_EOS, cache=cache)[0]
+    whole = [*first[0].tolist(), *answer, *second[0].tolist()]
+    assert later == model.generate(torch.tensor([whole]), max_new_tokens=6, eos_id=NO_EOS)[0]
+
+
+@torch.no_grad()
 def test_using_a_prefix_does_not_change_it():
     """So one prefix serves any number of questions."""
     model, video = build(), ids_of(1, 9)

@@ -8,25 +8,17 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import unit_scale
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from test_resume import assert_same_run, curve, output_of, ranks, start, wait_for_steps
 from test_train import ADAMW, ROOT, loss_of, losses, run, workplace  # noqa: F401
 
-import cost
-import eval
 import train
-from llama import LLAMAS, load_llama, read_config
 from merv import MERV
-from support import lora
 from support.errors import CheckpointError, UserError
-from support.released import AUTHORS_ENCODERS
-from test_released import fusion_weights
 
 STEPS = ("--global-batch", "4", "--epochs", "1", "--cache-features", "none", *ADAMW)
 CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.model")
