@@ -336,7 +336,7 @@ class MERV(nn.Module):
         if visual is None:
             # WHY: every process needs a gradient, here of zeros, for every trained parameter, and
             # all must reach the LLM's layers in the same order, although its embeddings may be
-            # frozen. Otherwise one with text only would not join the reductions, and all would wait.
+            # frozen. Else one with text only would not join the reductions, and all would wait.
             for parameter in [*self.projectors.parameters(), *self.mixer.parameters()]:
                 embeds = embeds + parameter.sum() * 0.0
         hidden = self.llm.hidden_states(inputs_embeds=embeds)

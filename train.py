@@ -322,7 +322,6 @@ def model_config(config: TrainConfig) -> merv.MERVConfig:
     for index, name in enumerate(config.encoders.split(",")):
         if config.encoder_files:
             encoders[index] = replace(encoders[index], source=encoder_file(config, name))
-    llm = model.llm if config.llm == model.llm.name else llm_config(config.llm)
     return replace(
         model,
         encoders=tuple(encoders),

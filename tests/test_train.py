@@ -238,7 +238,7 @@ class Texts:
 def test_workers_leave_sigterm_to_the_main_process():
     """SLURM sends it to all processes of a job. A worker that died would end the run unsaved."""
     loader = train.load_in_order(Texts(), [[row] for row in range(40)], workers=2)
-    rows = [next(loader).input_ids[0, 1].item() - 2]
+    rows = [next(loader).input_ids[0, 1].item() - 2 for _ in range(2)]  # both have started
     for worker in loader._workers:
         os.kill(worker.pid, signal.SIGTERM)
     rows += [batch.input_ids[0, 1].item() - 2 for batch in loader]
