@@ -335,8 +335,8 @@ class MERV(nn.Module):
         embeds = self.interleave(batch, visual)
         if visual is None:
             # WHY: every process needs a gradient, here of zeros, for every trained parameter, and
-            # all must reach the LLM's layers in the same order, although its embeddings may be
-            # frozen. Else one with text only would not join the reductions, and all would wait.
+            # its backward pass must go through the same layers, though the LLM's embeddings may be
+            # frozen. Otherwise one with text only would miss the reductions, and all would wait.
             for parameter in [*self.projectors.parameters(), *self.mixer.parameters()]:
                 embeds = embeds + parameter.sum() * 0.0
         hidden = self.llm.hidden_states(inputs_embeds=embeds)

@@ -25,7 +25,7 @@ class LoRALinear(nn.Module):
         self.lora_b = nn.Parameter(torch.zeros(rows, rank))  # so that at first y = W x
 
     def forward(self, x: Tensor) -> Tensor:
-        # y = W x + (alpha / rank) B A x
+        # y = W x + (alpha / rank) B A x. With W x last, checkpointing need not recompute it.
         low_rank = linear(x, self.lora_a)
         change = linear(low_rank, self.lora_b)
         return linear(x, self.weight) + self.scale * change

@@ -8,20 +8,27 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_llama_weights import released, write
+from test_released import write_checkpoint
 from test_resume import assert_same_run, curve, output_of, ranks, start, wait_for_steps
-from test_train import ADAMW, ROOT, loss_of, losses, run, workplace  # noqa: F401
+from test_train import ADAMW, ROOT, losses, run, workplace  # noqa: F401
+from tiny_llama import build
 
+import cost
 import train
+from llama import LLAMAS, read_config
 from merv import MERV
+from support import lora
 from support.errors import CheckpointError, UserError
+from support.released import AUTHORS_ENCODERS
 
 STEPS = ("--global-batch", "4", "--epochs", "1", "--cache-features", "none", *ADAMW)
-CHECKPOINT_FILES = ("config.json", "model.safetensors", "tokenizer.model")
 
 
 def begin(workplace: Path, name: str, *options: str, processes: int = 1, tokenizer=None):  # noqa: F811
@@ -161,3 +168,175 @@ def test_a_run_without_a_checkpoint_and_no_run_at_all_are_explained(tmp_path):
         train.read_options(["--from", str(unfinished)])
     with pytest.raises(CheckpointError, match=r"Found no .*config\.json"):
         train.read_options(["--from", str(tmp_path / "nowhere")])
+
+
+AUTHORS_RUN = """
+import sys
+from dataclasses import replace
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
+import merv, train
+from llama import LLAMAS
+from support import cli
+LLAMAS["llama2-7b"] = replace(
+    LLAMAS["miniature"], num_layers=2, hidden_size=64, vocab_size=32064, name="llama2-7b"
+)
+for name in merv.FOUR:
+    merv.ENCODERS[name] = replace(merv.ENCODERS["miniature-" + name], name=name)
+train.main()
+cli.exit_now()
+"""
+
+
+def test_training_begins_from_an_authors_checkpoint(workplace, tmp_path):  # noqa: F811
+    """A folder in their layout, at a small size; the file has neither tokenizer nor encoders. The
+    first loss is that of the loaded weights, and the run is an ordinary one."""
+    script = tmp_path / "authors.py"
+    script.write_text(AUTHORS_RUN.format(root=str(ROOT)))
+    folder = tmp_path / "merv-frozen"
+    llama = replace(
+        LLAMAS["miniature"], num_layers=2, hidden_size=64, vocab_size=32064, name="llama2-7b"
+    )
+    parts, _ = write_checkpoint(folder, llama, list(AUTHORS_ENCODERS))
+    options = ("--from", str(folder), "--encoder-files", str(folder), "--max-steps", "2")
+    done = run(workplace, "authors", *STEPS, *options, "--lora", "2", script=str(script))
+    checked(done)
+    model = MERV.from_pretrained(workplace / "runs" / "authors")
+    assert model.config.llm.rope_bf16 and model.config.llm.vocab_size == 32064
+    head = parts["llm_backbone"]["llm.lm_head.weight"]
+    assert torch.equal(model.llm.lm_head.weight, head)  # frozen
+    query = parts["llm_backbone"]["llm.model.layers.0.self_attn.q_proj.weight"]
+    moved = (model.llm.layers[0].self_attn.q_proj.weight - query).abs().max()
+    assert 0 < moved < 1e-2
+    assert len(list((workplace / "runs" / "authors" / "checkpoint" / "encoders").iterdir())) == 4
+
+
+# ---------------------------------------------------------------------------------------------- llm
+
+
+@pytest.fixture(scope="module")
+def vicuna(workplace, tmp_path_factory):  # noqa: F811
+    """A small LLaMA in Hugging Face's format in a folder with the name of Vicuna's repository."""
+    folder = tmp_path_factory.mktemp("models") / "vicuna-7b-v1.5"
+    folder.mkdir()
+    sizes = {"vocab_size": 640, "max_positions": 256}
+    tensors = released(build(**sizes))
+    write(folder, tensors, "safetensors", vocab_size=640, max_position_embeddings=256)
+    tokenizer = workplace / "data" / "miniature" / "tokenizer.model"
+    (folder / "tokenizer.model").write_bytes(tokenizer.read_bytes())
+    return folder
+
+
+def test_widths_template_and_tokenizer_follow_the_llm(workplace, vicuna):  # noqa: F811
+    """Projectors and mixer are as wide as the LLM, whose weights are loaded and then trained."""
+    options = ("--llm", str(vicuna), "--encoders", "languagebind", "--projector", "all")
+    checked(begin(workplace, "other-llm", *options, "--max-steps", "1", "--learning-rate", "1e-4"))
+    model = MERV.from_pretrained(workplace / "runs" / "other-llm")
+    assert model.config.llm.hidden_size == 32 == model.mixer.query.shape[0]
+    assert model.template == model.config.llm.template == "vicuna"
+    assert model.config.projector == "all" and list(model.encoders) == ["miniature-languagebind"]
+    source = load_file(vicuna / "model.safetensors")["lm_head.weight"]
+    assert 0 < (model.llm.lm_head.weight - source).abs().max() < 1e-2
+    again = ["--from", str(workplace / "runs" / "other-llm"), "--llm", str(vicuna)]
+    assert train.read_options(again).template == "vicuna"
+
+
+@pytest.mark.parametrize("name", [name for name in LLAMAS if LLAMAS[name].source])
+def test_a_folder_with_the_name_of_its_repository_has_the_template_of_the_preset(name, tmp_path):
+    """Vicuna used to get LLaMA-2's prompts if its folder was named as its authors name it."""
+    folder = tmp_path / Path(LLAMAS[name].source).name
+    folder.mkdir()
+    write(folder, {}, "safetensors")
+    assert read_config(folder).template == LLAMAS[name].template
+    options = train.read_options(["--llm", str(folder)])
+    assert options.template == LLAMAS[name].template and options.tokenizer is None
+    assert train.read_options(["--llm", str(folder), "--template", "base"]).template == "base"
+
+
+def test_a_preset_of_another_llm_is_planned_with_its_widths():
+    """Video-LLaVA: one encoder, all its patches, Vicuna."""
+    words = ["--model", "merv", "--encoders", "languagebind", "--projector", "all"]
+    words += ["--llm", "vicuna-13b", "--recipe", "video-llava"]
+    config = train.model_config(train.read_options(words))
+    assert config.llm.hidden_size == 5120 and config.llm.template == "vicuna"
+    assert config.num_visual == 16 * 16 * 16
+    assert cost.architecture(cost.read_options(["plan", *words])) == config
+
+
+def test_an_llm_that_is_not_there_or_no_llama_is_explained(tmp_path):
+    """Before anything is trained."""
+    with pytest.raises(CheckpointError, match=r"Found no config\.json"):
+        train.read_options(["--llm", str(tmp_path / "nowhere")])
+    write(tmp_path, {}, "safetensors", model_type="mistral")
+    with pytest.raises(CheckpointError, match="no plain LLaMA"):
+        train.read_options(["--llm", str(tmp_path)])
+
+
+def test_an_llm_without_a_tokenizer_needs_one(workplace):  # noqa: F811
+    """The miniature LLM has no weights and no tokenizer of its own."""
+    done = begin(workplace, "speechless", "--tokenizer", "none")
+    assert done.returncode != 0 and "error: --tokenizer is missing." in done.stderr
+
+
+# --------------------------------------------------------------------------------------------- lora
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_train_on_two_processes_as_on_one(workplace, dtype):  # noqa: F811
+    """bfloat16: a frozen base in bfloat16 beside adapters in float32, as on CUDA."""
+    options = (*STEPS, "--lora", "4", "--micro-batch", "1", "--dtype", dtype)
+    checked(run(workplace, f"one-{dtype}", *options))
+    checked(run(workplace, f"two-{dtype}", *options, processes=2))
+    one, two = losses(workplace, f"one-{dtype}"), losses(workplace, f"two-{dtype}")
+    assert two == pytest.approx(one, rel=1e-4 if dtype == "float32" else 2e-2)
+    assert one[-1] < one[0]
+
+
+def test_a_run_with_adapters_leaves_a_plain_checkpoint_and_the_adapters(workplace):  # noqa: F811
+    """model.safetensors is the base plus (alpha / rank) B A, which eval.py reads as it is. In stage
+    1 of video-llava, adapters rest; embeddings, norms and head never change."""
+    recipe = ("--recipe", "video-llava", "--lora", "4", "--lora-alpha", "8", "--max-steps", "2")
+    checked(run(workplace, "adapted", *STEPS, *recipe))
+    adapters = load_file(workplace / "runs" / "adapted" / "adapters.safetensors")
+    assert len(adapters) == 2 * 7 * LLAMAS["miniature"].num_layers
+    assert all(lora.is_adapter(name) for name in adapters)
+    tokenizer = workplace / "data" / "miniature" / "tokenizer.model"
+    config = train.read_options(["--tokenizer", str(tokenizer), "--encoder-files", "none"])
+    base = MERV.create(train.model_config(config), tokenizer, config.seed).state_dict()
+    base = {name: tensor for name, tensor in base.items() if name.startswith("llm.")}
+    saved = weights_of(workplace, "adapted")
+    for name, tensor in lora.merge(base | adapters, 8 / 4).items():
+        torch.testing.assert_close(saved[name], tensor, rtol=0, atol=1e-6, msg=name)
+    assert not torch.equal(saved["llm.layers.0.mlp.up_proj.weight"],
+                           base["llm.layers.0.mlp.up_proj.weight"])  # fmt: skip
+    command = [sys.executable, str(ROOT / "eval.py"), "--checkpoint", "runs/adapted"]
+    command += ["--benchmark", "miniature-open", "--data", "data/miniature/test"]
+    done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=300)
+    assert "every answer: runs/adapted/eval/miniature-open.json" in checked(done)
+
+
+def test_muon_leaves_adapters_to_adamw(workplace):  # noqa: F811
+    """Muon makes all singular values of a step equal, which suits whole matrices of an LLM."""
+    tokenizer = workplace / "data" / "miniature" / "tokenizer.model"
+    config = train.read_options(["--lora", "4", "--tokenizer", str(tokenizer)])
+    config = replace(config, encoder_files=None)
+    model = train.make_model(config)
+    (stage,) = train.stages_of(config)
+    (adamw,) = train.make_optimizers(model, stage, train.muon_rate(config))
+    trained = [p for group in adamw.param_groups for p in group["params"]]
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert len(trained) == len(names)
+    assert {name.split(".")[0] for name in names} == {"projectors", "mixer", "llm"}
+    assert all(lora.is_adapter(name) for name in names if name.startswith("llm."))
+
+
+def test_the_plan_knows_adapters():
+    """Fewer parameters are trained, so there is less state; the base is in the compute dtype."""
+    plans = {}
+    for rank in ("none", "4"):
+        words = ["plan", "--gpus", "1", "--optimizer", "adamw", "--lora", rank]
+        config = cost.read_options(words)
+        (stage,) = train.stages_of(cost.training_options(config))
+        with cost.simulated_processes(1):
+            plans[rank], _ = cost.memory_of(config, cost.architecture(config), stage)
+    assert plans["4"]["optimizer"] < 0.3 * plans["none"]["optimizer"]
+    assert plans["4"]["parameters"] < 0.9 * plans["none"]["parameters"]
