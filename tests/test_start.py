@@ -5,6 +5,8 @@ Real runs under torchrun, in the small workplace of test_train.py.
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -21,6 +23,9 @@ from test_train import ADAMW, ROOT, losses, run, workplace  # noqa: F401
 from tiny_llama import build
 
 import cost
+import data
+import eval
+import merv
 import train
 from llama import LLAMAS, read_config
 from merv import MERV
@@ -340,3 +345,45 @@ def test_the_plan_knows_adapters():
             plans[rank], _ = cost.memory_of(config, cost.architecture(config), stage)
     assert plans["4"]["optimizer"] < 0.3 * plans["none"]["optimizer"]
     assert plans["4"]["parameters"] < 0.9 * plans["none"]["parameters"]
+
+
+# --------------------------------------------------------------------------------- the page of docs
+
+
+def test_the_page_about_fine_tuning_does_what_it_says(workplace, clip, tmp_path, monkeypatch):  # noqa: F811
+    """Its Python makes rows that can be read, and every command has options that exist, with a
+    small checkpoint in place of the released one."""
+    page = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
+    page = page.split("## Fine-tune your own in one page")[1].split("\n## ")[0]
+    assert page.count("\n") <= 40
+    (tmp_path / "mydata" / "videos").mkdir(parents=True)
+    (tmp_path / "mydata" / "videos" / "a.mp4").write_bytes(clip.read_bytes())
+    table = "video,question,answer\na.mp4,What moves?,a bar\n"
+    (tmp_path / "mydata" / "questions.csv").write_text(table)
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], {})
+    checkpoint = str(workplace / "runs" / "adapted" / "checkpoint")
+    if not Path(checkpoint).exists():
+        checked(run(workplace, "adapted", *STEPS, "--lora", "4", "--max-steps", "1"))
+    model = MERV.from_pretrained(checkpoint)
+    rows = train.read_rows(model, Path("mydata/stage2.json"), None, None)
+    assert len(rows) == 1 and set(rows[0].pixels) == set(model.encoders)
+    commands = re.search(r"```sh\n(.*?)```", page, re.DOTALL)[1].replace("\\\n", " ")
+    own = str(model.tokenizer.path)
+    commands = commands.replace("merv-frozen", checkpoint).replace("tokenizer.model", own)
+    programs = {"data.py": data, "cost.py": cost, "train.py": train, "merv.py": merv}
+    programs["eval.py"] = eval
+    lines = [shlex.split(line, comments=True) for line in commands.splitlines()]
+    assert len(lines) == 5
+    for _, program, *words in lines:
+        programs[program].read_options(words)
+
+
+@pytest.mark.slow
+def test_a_card_of_24_gb_holds_the_7b_with_adapters():
+    """And docs/train.md shows what the plan prints."""
+    words = ["plan", "--model", "merv", "--lora", "16", "--gpus", "1", "--micro-batch", "1"]
+    command = [sys.executable, str(ROOT / "cost.py"), *words, "--gpu-memory", "24"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    memory = checked(done).split("10^12")[0].split("adapters\n")[1].rstrip()
+    assert memory in (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
