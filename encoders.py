@@ -15,7 +15,9 @@ has no patch, collects a summary of the image.
 MERV never trains the encoders. It takes features before the last block of most of them; blocks
 after that are not built, loaded or run.
 
-To add an encoder, add an entry to ENCODERS; if no class fits, also a subclass of `Encoder`.
+To add an encoder, add an entry to ENCODERS; if no class fits, also a subclass of `Encoder`. Other
+sizes of DINOv2, with or without registers, of SigLIP and of SigLIP 2 with a fixed resolution need
+an entry alone; their weights may have the names of timm or of Hugging Face.
 Read next: llama.py, data.py.
 
 Sources: ViT https://arxiv.org/abs/2010.11929, DINOv2 https://arxiv.org/abs/2304.07193 with
@@ -34,7 +36,18 @@ from torch import Tensor, nn
 
 from support import weights
 from support.errors import UserError
-from support.released import GOOGLE_VIVIT, LANGUAGEBIND, OUR_NAMES, TIMM, resize_positions
+from support.released import (
+    GOOGLE_VIVIT,
+    HF_DINOV2,
+    HF_DINOV2_GIANT,
+    HF_SIGLIP,
+    LANGUAGEBIND,
+    OUR_NAMES,
+    TIMM,
+    Names,
+    fold_class_position,
+    resize_positions,
+)
 from support.weights import released_names
 
 # ------------------------------------------------------------------------------------ configuration
@@ -65,6 +78,7 @@ class EncoderConfig:
     interpolation: str = "bicubic"
     pixel_mean: tuple[float, float, float] = (0.5, 0.5, 0.5)  # of R, G, B in [0, 1]
     pixel_std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    mlp_size: int | None = None  # width inside the MLP; None: 4 d_e
     label: str = ""  # short and unique within a model; "" is the name without "miniature-"
 
     def __post_init__(self):
@@ -147,7 +161,13 @@ def quick_gelu(x: Tensor) -> Tensor:
     return x * torch.sigmoid(1.702 * x)
 
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu}
+def swiglu(x: Tensor) -> Tensor:
+    """The gated activation of DINOv2's giant: (..., 2 * width) -> (..., width)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "swiglu": swiglu}
 
 
 class Attention(nn.Module):
@@ -171,13 +191,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two Linear layers with an activation between them; the inner width is 4 d_e."""
+    """Two Linear layers with an activation between them; the inner width is mostly 4 d_e."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
         self.activation = ACTIVATIONS[config.activation]
-        self.up_proj = nn.Linear(config.hidden_size, 4 * config.hidden_size)
-        self.down_proj = nn.Linear(4 * config.hidden_size, config.hidden_size)
+        inner = config.mlp_size or 4 * config.hidden_size
+        gates = 2 if config.activation == "swiglu" else 1
+        self.up_proj = nn.Linear(config.hidden_size, gates * inner)
+        self.down_proj = nn.Linear(inner, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.activation(self.up_proj(x)))
@@ -219,6 +241,7 @@ class Encoder(nn.Module):
     """
 
     released = OUR_NAMES  # what its checkpoints call our tensors (support/released.py)
+    also_reads: tuple[Names, ...] = ()  # other names that its checkpoints may have
     block_class = Block
     encodes_frames_alone = False  # if True, a clip may have any number of frames, so t = T
 
@@ -295,8 +318,9 @@ class Encoder(nn.Module):
         return config
 
     @classmethod
-    def convert(cls, config: EncoderConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Convert the checkpoint's tensors to the shapes of this configuration; here unchanged."""
+    def convert(cls, config: EncoderConfig, tensors: dict, names: Names) -> dict[str, Tensor]:
+        """Convert the checkpoint's tensors, which have these names, to the shapes of this
+        configuration; here unchanged."""
         return tensors
 
 
@@ -304,6 +328,7 @@ class ViT(Encoder, family="vit"):
     """Vision Transformer on single frames: DINOv2 and SigLIP."""
 
     released = TIMM
+    also_reads = (HF_DINOV2, HF_DINOV2_GIANT, HF_SIGLIP)
     encodes_frames_alone = True
 
     def __init__(self, config: EncoderConfig):
@@ -330,13 +355,27 @@ class ViT(Encoder, family="vit"):
         return x
 
     @classmethod
-    def convert(cls, config: EncoderConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Resize position embeddings: DINOv2's are released for larger images (518 pixels)."""
-        name = released_names("position_embedding", cls.released.table)[0]
-        if name not in tensors:
+    def convert(cls, config: EncoderConfig, tensors: dict, names: Names) -> dict[str, Tensor]:
+        """Bring position embeddings to our form: (1, h*w, d_e), none for the class token.
+
+        DINOv2's are released for larger images (518 pixels), so they are resized.
+        """
+        (position,) = released_names("position_embedding", names.table)
+        (class_token,) = released_names("class_token", names.table)
+        if position not in tensors:
             return tensors
+        converted = dict(tensors)
+        positions = tensors[position]
+        if positions.ndim == 2:  # SigLIP in Hugging Face's format
+            positions = positions[None]
+        # timm's files with registers have no position for the class token, all others do.
+        has_class_position = config.class_token and not (names is TIMM and config.num_registers)
+        if has_class_position and class_token in tensors:
+            folded = fold_class_position(positions, tensors[class_token])
+            positions, converted[class_token] = folded
         _, h, w = config.grid
-        return tensors | {name: resize_positions(tensors[name], h, w)}
+        converted[position] = resize_positions(positions, h, w)
+        return converted
 
 
 class LanguageBindBlock(Block):
@@ -454,10 +493,9 @@ def empty_encoder(config: EncoderConfig) -> Encoder:
 def read_encoder(config: EncoderConfig, source: str | Path, dtype, device) -> Encoder:
     """Build an encoder with weights in the released format."""
     family = FAMILIES[config.family]
-    released = family.released
-    tensors = released.without_prefixes(weights.read_tensors(source, weights.FILES))
+    released, tensors = find_names(config, weights.read_tensors(source, weights.FILES))
     config = family.read_config(config, tensors, source)
-    tensors = family.convert(config, tensors)
+    tensors = family.convert(config, tensors, released)
     skip = dict(released.skip)  # pattern of names that stay unread -> why
     for index in range(config.num_layers, config.released_layers):
         names_of_block = released.blocks.replace("*", f"{index}.*")
@@ -466,6 +504,25 @@ def read_encoder(config: EncoderConfig, source: str | Path, dtype, device) -> En
     what = f"{config.name} from {source}"
     weights.assign_weights(encoder, tensors, released.table, skip, what, dtype, device)
     return encoder
+
+
+def find_names(config: EncoderConfig, tensors: dict) -> tuple[Names, dict[str, Tensor]]:
+    """The names that fit these tensors best, and the tensors without the prefixes of their names.
+
+    The strict loader then reports what does not fit.
+    """
+    family = FAMILIES[config.family]
+    ours = empty_encoder(config).state_dict()
+    best = -1
+    for names in (family.released, *family.also_reads):
+        bare = names.without_prefixes(tensors)
+        found = 0
+        for name in ours:
+            found += all(theirs in bare for theirs in released_names(name, names.table))
+        if found > best:
+            best = found
+            result = names, bare
+    return result
 
 
 def save_encoder(encoder: Encoder, path: str | Path, state: dict | None = None) -> None:

@@ -619,9 +619,11 @@ class MERV(nn.Module):
         """Hash all that determines the pooled features of each encoder: weights, settings, grid."""
         fingerprints = {}
         for name, encoder in self.encoders.items():
-            # Names and places do not matter; "label" is absent from the keys of older caches.
+            # Names and places do not matter. The keys of older caches lack these two settings.
             settings = asdict(replace(encoder.config, name="", source="", label=""))
             del settings["label"]
+            if settings["mlp_size"] is None:
+                del settings["mlp_size"]
             known = [settings, self.config.pooled_side, self.config.projector]
             digest = hashlib.sha256(json.dumps(known).encode())
             for key, tensor in sorted(encoder.state_dict().items()):

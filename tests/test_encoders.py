@@ -7,13 +7,15 @@ transformers, and adding a new encoder. test_weights.py tests how released weigh
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from conftest import unit_scale
+from safetensors.torch import load_file, save_file
 from tiny_encoders import FULL_SIZE, build, clip, tiny
 from torch import Tensor, nn
 
@@ -453,6 +455,165 @@ def test_languagebind_without_time_is_clip(activation, dtype, tolerance):
     take_weights(encoder, state, table)
     expected = theirs(frames[0], output_hidden_states=True).hidden_states[-2]
     assert_close(encoder(frames)[0].flatten(1, 2), expected[:, 1:], tolerance)
+
+
+# ---------------------------------------------------------- other sizes, in the format of their hub
+
+DINOV2_SHAPE = {
+    "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 3, "image_size": 20,
+    "patch_size": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
+}  # fmt: skip
+SIGLIP_SHAPE = SHAPE | {"patch_size": 4, "layer_norm_eps": 1e-6}
+TIMM_NAMES = {  # Hugging Face's name of a DINOv2 tensor -> timm's
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+    "encoder.layer": "blocks",
+    "attention.output.dense": "attn.proj",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+}
+
+
+def dinov2_of_transformers(registers: int, swiglu: bool) -> nn.Module:
+    """Their DINOv2 with random weights: positions of 5x5 patches and one for the class token."""
+    kind, more = "Dinov2", {}
+    if registers:
+        kind, more = "Dinov2WithRegisters", {"num_register_tokens": registers}
+    config = getattr(transformers, f"{kind}Config")(
+        **DINOV2_SHAPE, use_swiglu_ffn=swiglu, mlp_ratio=4, **more
+    )
+    return unit_scale(getattr(transformers, f"{kind}Model")(config).eval())
+
+
+def dinov2_config(registers: int, swiglu: bool) -> EncoderConfig:
+    """The same model of ours, by an EncoderConfig alone. The gated MLP is 2/3 as wide, rounded up
+    to a multiple of 8."""
+    return tiny(
+        "dinov2", image_size=20, num_frames=3, num_registers=registers,
+        activation="swiglu" if swiglu else "gelu", mlp_size=88 if swiglu else None,
+    )  # fmt: skip
+
+
+def as_released(theirs: nn.Module, folder: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a model of transformers under the names of released files.
+
+    Release 5 renamed its attributes; save_pretrained writes the old names.
+    """
+    theirs.save_pretrained(folder / "theirs")
+    tensors = load_file(folder / "theirs/model.safetensors")
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def in_timm_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same under timm's names, with q, k and v in one matrix; for a model without registers."""
+    renamed = {}
+    for name, tensor in tensors.items():
+        if ".attention.attention.query" in name:
+            parts = [tensors[name.replace("query", part)] for part in ("query", "key", "value")]
+            tensor = torch.cat(parts)
+            name = name.replace("attention.attention.query", "attn.qkv")
+        for theirs, timm in TIMM_NAMES.items():
+            name = name.replace(theirs, timm)
+        if "attention.attention" not in name and "mask_token" not in name:
+            renamed[name] = tensor
+    return renamed
+
+
+@pytest.mark.parametrize("names", ["timm", "", "dinov2."])
+@torch.no_grad()
+def test_dinov2_without_registers_equals_transformers_from_released_names(names, tmp_path):
+    """Its class token has a position of its own, which is added once, when the file is read."""
+    theirs = dinov2_of_transformers(registers=0, swiglu=False)
+    assert theirs.embeddings.position_embeddings.shape == (1, 26, 32)
+    if names == "timm":
+        tensors = in_timm_names(as_released(theirs, tmp_path))
+        assert "blocks.0.attn.qkv.weight" in tensors
+    else:
+        tensors = as_released(theirs, tmp_path, names)
+        assert f"{names}encoder.layer.0.attention.attention.query.weight" in tensors
+    check_dinov2(theirs, dinov2_config(0, swiglu=False), tensors, tmp_path)
+
+
+@torch.no_grad()
+def test_dinov2_with_registers_in_hugging_faces_format_equals_transformers(tmp_path):
+    """There the class token's position is not folded in yet, unlike in timm's file."""
+    theirs = dinov2_of_transformers(registers=4, swiglu=False)
+    check_dinov2(theirs, dinov2_config(4, swiglu=False), as_released(theirs, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@torch.no_grad()
+def test_the_giant_dinov2_with_a_gated_mlp_equals_transformers(registers, tmp_path):
+    theirs = dinov2_of_transformers(registers, swiglu=True)
+    tensors = as_released(theirs, tmp_path)
+    assert "encoder.layer.0.mlp.weights_in.weight" in tensors
+    check_dinov2(theirs, dinov2_config(registers, swiglu=True), tensors, tmp_path)
+
+
+def check_dinov2(theirs: nn.Module, config: EncoderConfig, tensors: dict, folder) -> None:
+    """Features and class tokens equal theirs; so do those of a file that we write and read."""
+    save_file(tensors, folder / "model.safetensors")
+    encoder = load_encoder(config, folder)
+    frames = clip(config, dtype=torch.float32)
+    hidden = theirs(frames.flatten(0, 1), output_hidden_states=True).hidden_states[-2]
+    patches = hidden[:, 1 + config.num_registers :].view(2, 3, 5, 5, 32)
+    assert_close(encoder(frames), patches, 1e-4)
+    assert_close(encoder(frames, class_token=True).view(6, 32), hidden[:, 0], 1e-4)
+    save_encoder(encoder, folder / "ours.safetensors")
+    again = load_encoder(config, folder / "ours.safetensors")
+    assert torch.equal(again(frames), encoder(frames))
+
+
+@pytest.mark.parametrize(("prefix", "inner"), [("vision_model.", 128), ("", 100)])
+@torch.no_grad()
+def test_siglip_in_hugging_faces_format_equals_transformers(prefix, inner, tmp_path):
+    """SigLIP and SigLIP 2: a text tower beside it, positions (h*w, d_e), and an MLP of any width,
+    as in so400m. The tanh approximation of GELU is what their config.json asks for."""
+    shape = SIGLIP_SHAPE | {"intermediate_size": inner, "hidden_act": "gelu_pytorch_tanh"}
+    theirs = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**shape)).eval()
+    unit_scale(theirs)
+    tensors = as_released(theirs, tmp_path, prefix)
+    tensors |= {"text_model.head.weight": torch.ones(2, 2), "logit_scale": torch.ones(1)}
+    assert prefix + "head.probe" in tensors, "the head that pools should be in the file"
+    save_file(tensors, tmp_path / "model.safetensors")
+    config = tiny("siglip", num_frames=3, activation="gelu_tanh", mlp_size=inner)
+    encoder, frames = load_encoder(config, tmp_path), clip(config, dtype=torch.float32)
+    expected = theirs(frames.flatten(0, 1), output_hidden_states=True).hidden_states[-2]
+    assert_close(encoder(frames), expected.view(2, 3, 3, 3, 32), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("base", "changes", "grid"),
+    [
+        ("dinov2", {"hidden_size": 384, "num_heads": 6, "released_layers": 12, "num_layers": 11,
+                    "num_registers": 0}, (16, 16, 16)),
+        ("dinov2", {"hidden_size": 1536, "num_heads": 24, "released_layers": 40, "num_layers": 39,
+                    "mlp_size": 4096, "activation": "swiglu"}, (16, 16, 16)),
+        ("siglip", {"hidden_size": 1152, "num_heads": 16, "released_layers": 27, "num_layers": 26,
+                    "patch_size": 14, "image_size": 384, "mlp_size": 4304}, (16, 27, 27)),
+    ],
+)  # fmt: skip
+def test_another_size_is_a_configuration_alone(base, changes, grid):
+    """DINOv2 small and giant, and SigLIP so400m: the grid, and the parameters of one block."""
+    config = replace(ENCODERS[base], **changes)
+    encoder = encoders.empty_encoder(config)
+    assert config.grid == grid
+    assert encoder.position_embedding.shape == (1, grid[1] * grid[2], config.hidden_size)
+    up = encoder.blocks[0].mlp.up_proj.out_features
+    assert up == {384: 1536, 1536: 8192, 1152: 4304}[config.hidden_size]
+
+
+def test_a_file_with_the_names_of_another_library_that_does_not_fit_is_an_error(tmp_path):
+    """The error names the tensors as the file does."""
+    tensors = as_released(dinov2_of_transformers(0, swiglu=False), tmp_path)
+    del tensors["encoder.layer.1.norm2.bias"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError) as error:
+        load_encoder(dinov2_config(0, swiglu=False), tmp_path)
+    assert "missing     encoder.layer.1.norm2.bias" in str(error.value)
+    assert str(error.value).count("missing     ") == 1
 
 
 def take_weights(encoder: Encoder, theirs: dict[str, Tensor], table: dict) -> None:
