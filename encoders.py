@@ -38,15 +38,13 @@ from support import weights
 from support.errors import UserError
 from support.released import (
     GOOGLE_VIVIT,
-    HF_DINOV2,
-    HF_DINOV2_GIANT,
-    HF_SIGLIP,
+    HF_VITS,
     LANGUAGEBIND,
     OUR_NAMES,
     TIMM,
     Names,
-    fold_class_position,
-    resize_positions,
+    choose_names,
+    convert_positions,
 )
 from support.weights import released_names
 
@@ -328,7 +326,7 @@ class ViT(Encoder, family="vit"):
     """Vision Transformer on single frames: DINOv2 and SigLIP."""
 
     released = TIMM
-    also_reads = (HF_DINOV2, HF_DINOV2_GIANT, HF_SIGLIP)
+    also_reads = HF_VITS
     encodes_frames_alone = True
 
     def __init__(self, config: EncoderConfig):
@@ -356,26 +354,11 @@ class ViT(Encoder, family="vit"):
 
     @classmethod
     def convert(cls, config: EncoderConfig, tensors: dict, names: Names) -> dict[str, Tensor]:
-        """Bring position embeddings to our form: (1, h*w, d_e), none for the class token.
-
-        DINOv2's are released for larger images (518 pixels), so they are resized.
-        """
-        (position,) = released_names("position_embedding", names.table)
-        (class_token,) = released_names("class_token", names.table)
-        if position not in tensors:
-            return tensors
-        converted = dict(tensors)
-        positions = tensors[position]
-        if positions.ndim == 2:  # SigLIP in Hugging Face's format
-            positions = positions[None]
+        """Bring position embeddings to our form: (1, h*w, d_e), none for the class token."""
         # timm's files with registers have no position for the class token, all others do.
         has_class_position = config.class_token and not (names is TIMM and config.num_registers)
-        if has_class_position and class_token in tensors:
-            folded = fold_class_position(positions, tensors[class_token])
-            positions, converted[class_token] = folded
         _, h, w = config.grid
-        converted[position] = resize_positions(positions, h, w)
-        return converted
+        return convert_positions(tensors, names.table, has_class_position, h, w)
 
 
 class LanguageBindBlock(Block):
@@ -493,7 +476,10 @@ def empty_encoder(config: EncoderConfig) -> Encoder:
 def read_encoder(config: EncoderConfig, source: str | Path, dtype, device) -> Encoder:
     """Build an encoder with weights in the released format."""
     family = FAMILIES[config.family]
-    released, tensors = find_names(config, weights.read_tensors(source, weights.FILES))
+    encoder = empty_encoder(config)
+    tensors = weights.read_tensors(source, weights.FILES)
+    formats = (family.released, *family.also_reads)
+    released, tensors = choose_names(formats, list(encoder.state_dict()), tensors)
     config = family.read_config(config, tensors, source)
     tensors = family.convert(config, tensors, released)
     skip = dict(released.skip)  # pattern of names that stay unread -> why
@@ -504,25 +490,6 @@ def read_encoder(config: EncoderConfig, source: str | Path, dtype, device) -> En
     what = f"{config.name} from {source}"
     weights.assign_weights(encoder, tensors, released.table, skip, what, dtype, device)
     return encoder
-
-
-def find_names(config: EncoderConfig, tensors: dict) -> tuple[Names, dict[str, Tensor]]:
-    """The names that fit these tensors best, and the tensors without the prefixes of their names.
-
-    The strict loader then reports what does not fit.
-    """
-    family = FAMILIES[config.family]
-    ours = empty_encoder(config).state_dict()
-    best = -1
-    for names in (family.released, *family.also_reads):
-        bare = names.without_prefixes(tensors)
-        found = 0
-        for name in ours:
-            found += all(theirs in bare for theirs in released_names(name, names.table))
-        if found > best:
-            best = found
-            result = names, bare
-    return result
 
 
 def save_encoder(encoder: Encoder, path: str | Path, state: dict | None = None) -> None:

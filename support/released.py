@@ -13,6 +13,7 @@ A name covers its weight and bias. `weights.released_names` applies a table, and
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.errors import CheckpointError
-from support.weights import assign_weights, find_file, read_json, read_tensors
+from support.weights import assign_weights, find_file, read_json, read_tensors, released_names
 
 Table = dict[str, str | tuple[str, ...]]  # our name -> theirs
 
@@ -136,6 +137,8 @@ HF_SIGLIP = Names(  # https://huggingface.co/google/siglip-base-patch16-224, als
     },
 )
 
+HF_VITS = (HF_DINOV2, HF_DINOV2_GIANT, HF_SIGLIP)
+
 LANGUAGEBIND = Names(  # https://huggingface.co/LanguageBind/LanguageBind_Video_merge
     table={
         "class_token": "embeddings.class_embedding",
@@ -197,16 +200,54 @@ GOOGLE_VIVIT = Names(  # https://huggingface.co/google/vivit-b-16x2-kinetics400
 )
 
 
-def fold_class_position(
-    positions: Tensor, class_token: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+def choose_names(
+    formats: Iterable[Names], ours: list[str], tensors: dict[str, Tensor]
+) -> tuple[Names, dict[str, Tensor]]:
+    """The names, one of `formats`, under which a file has most of our tensors, and its tensors
+    without prefixes. `assign_weights` then reports what does not fit."""
+    most = -1
+    for names in formats:
+        bare = names.without_prefixes(tensors)
+        found = 0
+        for name in ours:
+            found += all(theirs in bare for theirs in released_names(name, names.table))
+        if found > most:
+            most = found
+            chosen = names, bare
+    return chosen
+
+
+def convert_positions(
+    tensors: dict[str, Tensor], table: Table, has_class_position: bool, h: int, w: int
+) -> dict[str, Tensor]:
+    """The tensors of a ViT with its position embeddings in our form: (1, h*w, d_e).
+
+    has_class_position: whether the first position may be that of the class token, (1, 1, d_e), to
+    which it is then added. Hugging Face's SigLIP has positions (h*w, d_e).
+    """
+    (position,) = released_names("position_embedding", table)
+    (class_token,) = released_names("class_token", table)
+    if position not in tensors:
+        return tensors
+    converted = dict(tensors)
+    positions = tensors[position]
+    if positions.ndim == 2:
+        positions = positions[None]
+    if has_class_position and class_token in tensors:
+        folded = fold_class_position(positions, tensors[class_token])
+        positions, converted[class_token] = folded
+    converted[position] = resize_positions(positions, h, w)
+    return converted
+
+
+def fold_class_position(positions: Tensor, class_token: Tensor) -> tuple[Tensor, Tensor]:
     """Add the class token's position to the token itself: (1, 1 + side*side, d_e), (1, 1, d_e) ->
     (1, side*side, d_e), (1, 1, d_e).
 
     DINOv2 was trained with such a position; timm's files with registers have it folded in already.
     Positions of a square grid, or of any other shape, are returned as they are.
     """
-    if positions.ndim != 3 or class_token is None or class_token.shape != positions[:, :1].shape:
+    if positions.ndim != 3 or class_token.shape != positions[:, :1].shape:
         return positions, class_token
     patches = positions.shape[1] - 1
     if patches == 0 or math.isqrt(patches) ** 2 != patches:
