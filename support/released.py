@@ -13,7 +13,8 @@ A name covers its weight and bias. `weights.released_names` applies a table, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -22,7 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from support.errors import CheckpointError
-from support.weights import assign_weights, find_file, read_json, read_tensors, released_names
+from support.weights import (
+    assign_weights,
+    check_fields,
+    field_error,
+    find_file,
+    read_json,
+    read_tensors,
+    released_names,
+)
 
 Table = dict[str, str | tuple[str, ...]]  # our name -> theirs
 
@@ -294,7 +303,7 @@ for _ours in LLAMA_META:
 LLAMA_HF["lm_head"] = "lm_head"
 
 LLAMA_SKIP = {  # pattern of names not read -> why
-    "model.layers.*.self_attn.rotary_emb.inv_freq": "llama.rope computes these frequencies",
+    "*rotary_emb.inv_freq": "llama.rope computes these frequencies",  # of a layer or of the model
     "rope.freqs": "llama.rope computes these frequencies",
 }
 
@@ -313,28 +322,47 @@ LLAMA_META_SETTINGS = {  # field of LlamaConfig -> key of Meta's params.json
     "num_kv_heads": "n_kv_heads", "norm_eps": "norm_eps",
 }  # fmt: skip
 
+LLAMA_DEFAULTS = {"max_positions": 2048, "norm_eps": 1e-6}  # of Hugging Face, if not stated
+
 LLAMA_REQUIRED = {  # keys of config.json and the only value that llama.py computes
     "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
-    "rope_type": "default", "rope_scaling": None,
 }  # fmt: skip
 
 
 def llama_settings(source: str | Path) -> dict[str, object]:
     """The fields of LlamaConfig that a folder or hub id states in config.json or params.json.
 
-    Fields that are not stated are left out. Raises CheckpointError if the architecture is not
-    plain LLaMA.
+    Sizes must be stated; LLAMA_DEFAULTS and LlamaConfig have the rest. Raises CheckpointError if a
+    field is missing or wrong, or if the architecture is not plain LLaMA.
     """
     path = find_file(source, ("config.json", "params.json"))
     stated = read_json(path)
-    if path.name == "params.json":
-        settings = fields_of(stated, LLAMA_META_SETTINGS) | meta_sizes(source, stated["dim"])
-    else:
-        stated |= stated.get("rope_parameters") or {}  # where newer files put rope_theta
-        require_plain_llama(source, stated)
-        settings = fields_of(stated, LLAMA_HF_SETTINGS)
+    keys = LLAMA_META_SETTINGS
+    if path.name != "params.json":
+        keys = LLAMA_HF_SETTINGS
+        # Newer files have rope_theta there.
+        stated |= as_object(path, "rope_parameters", stated.get("rope_parameters"))
+        require_plain_llama(path, stated)
+    settings = fields_of(stated, keys)
+    for ours in ("hidden_size", "num_layers", "num_heads", "vocab_size", "intermediate_size"):
+        if ours in keys and ours not in settings:
+            raise field_error(path, keys[ours], stated.get(keys[ours]), "a size of the model")
     settings.setdefault("num_kv_heads", settings["num_heads"])  # no grouped-query attention
-    return settings
+    check_fields(settings, str(path), names=keys)
+    head_dim = settings["hidden_size"] // settings["num_heads"]
+    if head_dim % 2 or stated.get("head_dim") not in (None, head_dim):
+        wanted = f"an even hidden_size / num_heads, here {head_dim},"
+        raise field_error(path, "head_dim", stated.get("head_dim"), wanted)
+    if keys is LLAMA_META_SETTINGS:
+        return settings | meta_sizes(source, settings["hidden_size"])
+    return LLAMA_DEFAULTS | settings
+
+
+def as_object(path: Path, field: str, value: object) -> dict:
+    """A field that is an object or, if it is missing or null, {}."""
+    if not isinstance(value, dict | None):
+        raise field_error(path, field, value, "an object {...}")
+    return value or {}
 
 
 def fields_of(stated: dict, keys: dict[str, str]) -> dict[str, object]:
@@ -347,10 +375,16 @@ def require_plain_llama(source: str | Path, stated: dict) -> None:
     """Raise CheckpointError if config.json describes another architecture than llama.py has."""
     different = []
     for key, required in LLAMA_REQUIRED.items():
-        # A file may leave out all but model_type; what is left out has the required value.
-        value = stated.get(key, None if key == "model_type" else required)
-        if value != required:
+        # A file may leave out all but model_type; what is missing or null has the required value.
+        value = stated.get(key)
+        if value != required and (value is not None or key == "model_type"):
             different.append(f"{key} = {value!r}")
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = as_object(source, key, stated.get(key))
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        unscaled = kind in ("linear", "dynamic") and scaling.get("factor") == 1
+        if kind != "default" and not unscaled:
+            different.append(f"{key} = {scaling}")
     if different:
         what = f"{source} is no plain LLaMA: {', '.join(different)}."
         why = "llama.py has the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only."
@@ -360,11 +394,23 @@ def require_plain_llama(source: str | Path, stated: dict) -> None:
 def meta_sizes(source: str | Path, hidden_size: int) -> dict[str, object]:
     """The sizes that params.json leaves out, read from the shapes of the first shard."""
     first = read_tensors(source, (META_FILE,))
-    shards = hidden_size // first["layers.0.attention.wq.weight"].shape[0]  # wq is split by rows
-    return {
-        "vocab_size": first["tok_embeddings.weight"].shape[0],
-        "intermediate_size": first["layers.0.feed_forward.w1.weight"].shape[0] * shards,
-    }
+    with explained(source):
+        shards = hidden_size // len(first["layers.0.attention.wq.weight"])  # wq is split by rows
+        return {
+            "vocab_size": len(first["tok_embeddings.weight"]),
+            "intermediate_size": len(first["layers.0.feed_forward.w1.weight"]) * shards,
+        }
+
+
+@contextmanager
+def explained(source: str | Path) -> Iterator[None]:
+    """Turn the errors that wrong tensors raise in Meta's format into a CheckpointError."""
+    try:
+        yield
+    except (KeyError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
+        what = f"The shards of Meta's format at {source} do not fit together."
+        why = f"a tensor is missing or has another shape: {error!r}."
+        raise CheckpointError(what, why, "download all of its files again.") from error
 
 
 def read_meta(source: str | Path, hidden_size: int, head_dim: int) -> dict[str, Tensor]:
@@ -376,20 +422,21 @@ def read_meta(source: str | Path, hidden_size: int, head_dim: int) -> dict[str, 
     """
     folder = Path(source).parent if Path(source).is_file() else source
     first = read_tensors(folder, (META_FILE,))
-    count = hidden_size // len(first["layers.0.attention.wq.weight"])  # wq is split by rows
-    shards = [first]
-    for index in range(1, count):
-        shards.append(read_tensors(folder, (f"consolidated.{index:02d}.pth",)))
-    tensors = {}
-    for name, tensor in first.items():
-        if tensor.ndim == 2 and count > 1:
-            # These three are split by columns, all other matrices by rows; vectors are copies.
-            by_columns = name.split(".")[-2] in ("tok_embeddings", "wo", "w2")
-            tensor = torch.cat([shard[name] for shard in shards], dim=1 if by_columns else 0)
-        if name.endswith(("wq.weight", "wk.weight")):
-            pairs = tensor.unflatten(0, (-1, head_dim // 2, 2))  # (heads, head_dim/2, 2, d)
-            tensor = pairs.transpose(1, 2).flatten(0, 2)
-        tensors[name] = tensor
+    with explained(source):
+        count = hidden_size // len(first["layers.0.attention.wq.weight"])  # wq is split by rows
+        shards = [first]
+        for index in range(1, count):
+            shards.append(read_tensors(folder, (f"consolidated.{index:02d}.pth",)))
+        tensors = {}
+        for name, tensor in first.items():
+            if tensor.ndim == 2 and count > 1:
+                # These three are split by columns, all other matrices by rows; vectors are copies.
+                by_columns = name.split(".")[-2] in ("tok_embeddings", "wo", "w2")
+                tensor = torch.cat([shard[name] for shard in shards], dim=1 if by_columns else 0)
+            if name.endswith(("wq.weight", "wk.weight")):
+                pairs = tensor.unflatten(0, (-1, head_dim // 2, 2))  # (heads, head_dim/2, 2, d)
+                tensor = pairs.transpose(1, 2).flatten(0, 2)
+            tensors[name] = tensor
     return tensors
 
 
@@ -421,9 +468,12 @@ def authors_settings(raw: dict) -> dict[str, object]:
         what = f"This checkpoint needs {', '.join(unknown)}, which is not implemented."
         why = f"of the authors' encoders there are {', '.join(AUTHORS_ENCODERS)}."
         raise CheckpointError(what, why, f"choose one of {', '.join(AUTHORS)}.")
+    tokens = model.get("projector_token_length", 64)  # of one frame
+    if type(tokens) is not int or not 1 <= tokens <= 10**6:
+        raise field_error("config.json", "projector_token_length", tokens, "a number of tokens")
     return {
         "encoders": tuple(AUTHORS_ENCODERS[name] for name in theirs),
-        "pooled_side": math.isqrt(model.get("projector_token_length", 64)),  # tokens of one frame
+        "pooled_side": math.isqrt(tokens),
         "visual_tokens": model.get("visual_feature_length"),
     }
 
