@@ -38,8 +38,8 @@ from support import weights
 from support.errors import UserError
 from support.released import (
     GOOGLE_VIVIT,
-    HF_VITS,
     LANGUAGEBIND,
+    OTHER_VITS,
     OUR_NAMES,
     TIMM,
     Names,
@@ -326,7 +326,7 @@ class ViT(Encoder, family="vit"):
     """Vision Transformer on single frames: DINOv2 and SigLIP."""
 
     released = TIMM
-    also_reads = HF_VITS
+    also_reads = OTHER_VITS
     encodes_frames_alone = True
 
     def __init__(self, config: EncoderConfig):

@@ -76,6 +76,7 @@ TIMM = Names(  # DINOv2 and SigLIP: https://github.com/huggingface/pytorch-image
     },
     prefixes=("", "visual.trunk."),  # the second: SigLIP as open_clip saves it
     skip={
+        "mask_token": "stands for hidden patches in pre-training",
         "norm.*": "features are taken before the final norm",
         "attn_pool.*": "SigLIP's head pools an image to one vector; MERV needs the grid",
         "text*": "the text tower",
@@ -83,19 +84,36 @@ TIMM = Names(  # DINOv2 and SigLIP: https://github.com/huggingface/pytorch-image
     },
 )
 
+META_DINOV2 = replace(  # https://github.com/facebookresearch/dinov2
+    TIMM,
+    table=TIMM.table | {"register_tokens": "register_tokens"},
+    prefixes=("", "backbone."),  # the second: with a head, such as the classifier of ImageNet
+    skip=TIMM.skip | {"linear_head.*": "classifies images"},
+)
+
+META_DINOV2_GIANT = replace(  # the giant's MLP is gated, and has other names
+    META_DINOV2,
+    table=META_DINOV2.table
+    | {"blocks.*.mlp.up_proj": "blocks.*.mlp.w12", "blocks.*.mlp.down_proj": "blocks.*.mlp.w3"},
+)
+
+HF_VIT: Table = {  # what Hugging Face's ViTs have in common
+    "class_token": "embeddings.cls_token",
+    "position_embedding": "embeddings.position_embeddings",
+    "patch_embedding": "embeddings.patch_embeddings.projection",
+    "blocks.*.attention.qkv_proj": (
+        "encoder.layer.*.attention.attention.query",
+        "encoder.layer.*.attention.attention.key",
+        "encoder.layer.*.attention.attention.value",
+    ),
+    "blocks.*.attention.out_proj": "encoder.layer.*.attention.output.dense",
+}
+
 HF_DINOV2 = Names(  # https://huggingface.co/facebook/dinov2-large, also -with-registers
-    table={
-        "class_token": "embeddings.cls_token",
+    table=HF_VIT
+    | {
         "register_tokens": "embeddings.register_tokens",
-        "position_embedding": "embeddings.position_embeddings",
-        "patch_embedding": "embeddings.patch_embeddings.projection",
         "blocks.*.attention_norm": "encoder.layer.*.norm1",
-        "blocks.*.attention.qkv_proj": (
-            "encoder.layer.*.attention.attention.query",
-            "encoder.layer.*.attention.attention.key",
-            "encoder.layer.*.attention.attention.value",
-        ),
-        "blocks.*.attention.out_proj": "encoder.layer.*.attention.output.dense",
         "blocks.*.attention_scale": "encoder.layer.*.layer_scale1.lambda1",
         "blocks.*.mlp_norm": "encoder.layer.*.norm2",
         "blocks.*.mlp.up_proj": "encoder.layer.*.mlp.fc1",
@@ -111,7 +129,7 @@ HF_DINOV2 = Names(  # https://huggingface.co/facebook/dinov2-large, also -with-r
     },
 )
 
-HF_DINOV2_GIANT = replace(  # the giant's MLP is gated, and has other names
+HF_DINOV2_GIANT = replace(
     HF_DINOV2,
     table=HF_DINOV2.table
     | {
@@ -120,21 +138,23 @@ HF_DINOV2_GIANT = replace(  # the giant's MLP is gated, and has other names
     },
 )
 
+HF_CLIP: Table = {  # what Hugging Face's CLIP, SigLIP and LanguageBind have in common
+    "position_embedding": "embeddings.position_embedding.weight",
+    "patch_embedding": "embeddings.patch_embedding",
+    "blocks.*.attention_norm": "encoder.layers.*.layer_norm1",
+    "blocks.*.attention.qkv_proj": (
+        "encoder.layers.*.self_attn.q_proj",
+        "encoder.layers.*.self_attn.k_proj",
+        "encoder.layers.*.self_attn.v_proj",
+    ),
+    "blocks.*.attention.out_proj": "encoder.layers.*.self_attn.out_proj",
+    "blocks.*.mlp_norm": "encoder.layers.*.layer_norm2",
+    "blocks.*.mlp.up_proj": "encoder.layers.*.mlp.fc1",
+    "blocks.*.mlp.down_proj": "encoder.layers.*.mlp.fc2",
+}
+
 HF_SIGLIP = Names(  # https://huggingface.co/google/siglip-base-patch16-224, also SigLIP 2
-    table={
-        "position_embedding": "embeddings.position_embedding.weight",
-        "patch_embedding": "embeddings.patch_embedding",
-        "blocks.*.attention_norm": "encoder.layers.*.layer_norm1",
-        "blocks.*.attention.qkv_proj": (
-            "encoder.layers.*.self_attn.q_proj",
-            "encoder.layers.*.self_attn.k_proj",
-            "encoder.layers.*.self_attn.v_proj",
-        ),
-        "blocks.*.attention.out_proj": "encoder.layers.*.self_attn.out_proj",
-        "blocks.*.mlp_norm": "encoder.layers.*.layer_norm2",
-        "blocks.*.mlp.up_proj": "encoder.layers.*.mlp.fc1",
-        "blocks.*.mlp.down_proj": "encoder.layers.*.mlp.fc2",
-    },
+    table=HF_CLIP,
     blocks="encoder.layers.*",
     prefixes=("vision_model.",),
     skip={
@@ -146,13 +166,12 @@ HF_SIGLIP = Names(  # https://huggingface.co/google/siglip-base-patch16-224, als
     },
 )
 
-HF_VITS = (HF_DINOV2, HF_DINOV2_GIANT, HF_SIGLIP)
+OTHER_VITS = (META_DINOV2, META_DINOV2_GIANT, HF_DINOV2, HF_DINOV2_GIANT, HF_SIGLIP)
 
 LANGUAGEBIND = Names(  # https://huggingface.co/LanguageBind/LanguageBind_Video_merge
-    table={
+    table=HF_CLIP
+    | {
         "class_token": "embeddings.class_embedding",
-        "position_embedding": "embeddings.position_embedding.weight",
-        "patch_embedding": "embeddings.patch_embedding",
         "embedding_norm": "pre_layrnorm",  # [sic]
         "blocks.*.temporal_embedding": "encoder.layers.*.temporal_embedding",
         "blocks.*.temporal_norm": "encoder.layers.*.temporal_layer_norm1",
@@ -162,16 +181,6 @@ LANGUAGEBIND = Names(  # https://huggingface.co/LanguageBind/LanguageBind_Video_
             "encoder.layers.*.temporal_attn.v_proj",
         ),
         "blocks.*.temporal_attention.out_proj": "encoder.layers.*.temporal_attn.out_proj",
-        "blocks.*.attention_norm": "encoder.layers.*.layer_norm1",
-        "blocks.*.attention.qkv_proj": (
-            "encoder.layers.*.self_attn.q_proj",
-            "encoder.layers.*.self_attn.k_proj",
-            "encoder.layers.*.self_attn.v_proj",
-        ),
-        "blocks.*.attention.out_proj": "encoder.layers.*.self_attn.out_proj",
-        "blocks.*.mlp_norm": "encoder.layers.*.layer_norm2",
-        "blocks.*.mlp.up_proj": "encoder.layers.*.mlp.fc1",
-        "blocks.*.mlp.down_proj": "encoder.layers.*.mlp.fc2",
     },
     blocks="encoder.layers.*",
     prefixes=("vision_model.",),
@@ -184,17 +193,9 @@ LANGUAGEBIND = Names(  # https://huggingface.co/LanguageBind/LanguageBind_Video_
 )
 
 GOOGLE_VIVIT = Names(  # https://huggingface.co/google/vivit-b-16x2-kinetics400
-    table={
-        "class_token": "embeddings.cls_token",
-        "position_embedding": "embeddings.position_embeddings",
-        "patch_embedding": "embeddings.patch_embeddings.projection",
+    table=HF_VIT
+    | {
         "blocks.*.attention_norm": "encoder.layer.*.layernorm_before",
-        "blocks.*.attention.qkv_proj": (
-            "encoder.layer.*.attention.attention.query",
-            "encoder.layer.*.attention.attention.key",
-            "encoder.layer.*.attention.attention.value",
-        ),
-        "blocks.*.attention.out_proj": "encoder.layer.*.attention.output.dense",
         "blocks.*.mlp_norm": "encoder.layer.*.layernorm_after",
         "blocks.*.mlp.up_proj": "encoder.layer.*.intermediate.dense",
         "blocks.*.mlp.down_proj": "encoder.layer.*.output.dense",

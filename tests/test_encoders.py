@@ -474,6 +474,12 @@ TIMM_NAMES = {  # Hugging Face's name of a DINOv2 tensor -> timm's
     "layer_scale1.lambda1": "ls1.gamma",
     "layer_scale2.lambda1": "ls2.gamma",
 }
+META_NAMES = {  # likewise; the rest of Meta's names are timm's
+    "embeddings.mask_token": "mask_token",
+    "embeddings.register_tokens": "register_tokens",
+    "mlp.weights_in": "mlp.w12",
+    "mlp.weights_out": "mlp.w3",
+}
 
 
 def dinov2_of_transformers(registers: int, swiglu: bool) -> nn.Module:
@@ -506,17 +512,17 @@ def as_released(theirs: nn.Module, folder: Path, prefix: str = "") -> dict[str, 
     return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
-def in_timm_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The same under timm's names, with q, k and v in one matrix; for a model without registers."""
+def in_timm_names(tensors: dict[str, Tensor], more: dict[str, str]) -> dict[str, Tensor]:
+    """The same under timm's names, with q, k and v in one matrix. more: other names to replace."""
     renamed = {}
     for name, tensor in tensors.items():
         if ".attention.attention.query" in name:
             parts = [tensors[name.replace("query", part)] for part in ("query", "key", "value")]
             tensor = torch.cat(parts)
             name = name.replace("attention.attention.query", "attn.qkv")
-        for theirs, timm in TIMM_NAMES.items():
+        for theirs, timm in (TIMM_NAMES | more).items():
             name = name.replace(theirs, timm)
-        if "attention.attention" not in name and "mask_token" not in name:
+        if "attention.attention" not in name and not name.startswith("embeddings."):
             renamed[name] = tensor
     return renamed
 
@@ -528,7 +534,7 @@ def test_dinov2_without_registers_equals_transformers_from_released_names(names,
     theirs = dinov2_of_transformers(registers=0, swiglu=False)
     assert theirs.embeddings.position_embeddings.shape == (1, 26, 32)
     if names == "timm":
-        tensors = in_timm_names(as_released(theirs, tmp_path))
+        tensors = in_timm_names(as_released(theirs, tmp_path), {})
         assert "blocks.0.attn.qkv.weight" in tensors
     else:
         tensors = as_released(theirs, tmp_path, names)
@@ -550,6 +556,33 @@ def test_the_giant_dinov2_with_a_gated_mlp_equals_transformers(registers, tmp_pa
     tensors = as_released(theirs, tmp_path)
     assert "encoder.layer.0.mlp.weights_in.weight" in tensors
     check_dinov2(theirs, dinov2_config(registers, swiglu=True), tensors, tmp_path)
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("registers", [0, 4])
+@torch.no_grad()
+def test_dinov2_in_metas_own_format_equals_transformers(registers, swiglu, tmp_path):
+    """As torch.hub downloads it: nearly timm's names, but a mask token, registers that are called
+    otherwise and do not take the class token's position, and other names in the giant's MLP."""
+    theirs = dinov2_of_transformers(registers, swiglu)
+    tensors = in_timm_names(as_released(theirs, tmp_path), META_NAMES)
+    expected = {"mask_token", "cls_token", "pos_embed", "patch_embed.proj.weight", "norm.weight"}
+    expected |= {"blocks.0.attn.qkv.weight", "blocks.0.attn.proj.bias", "blocks.0.ls1.gamma"}
+    expected |= {"blocks.0.mlp.w12.weight" if swiglu else "blocks.0.mlp.fc1.weight"}
+    expected |= {"register_tokens"} if registers else set()
+    assert tensors.keys() >= expected
+    assert tensors["pos_embed"].shape == (1, 26, 32)
+    check_dinov2(theirs, dinov2_config(registers, swiglu), tensors, tmp_path)
+    torch.save(tensors, tmp_path / "dinov2_pretrain.pth")
+    again = load_encoder(dinov2_config(registers, swiglu), tmp_path / "dinov2_pretrain.pth")
+    saved = load_encoder(dinov2_config(registers, swiglu), tmp_path)
+    assert_same_weights(again, saved)
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    """Every tensor of the two is equal, to the last bit."""
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
 
 
 def check_dinov2(theirs: nn.Module, config: EncoderConfig, tensors: dict, folder) -> None:
