@@ -130,18 +130,32 @@ def test_an_impossible_rank_is_explained(rank):
 
 
 def test_peft_computes_the_same_from_the_same_adapters():
-    """Hugging Face's implementation, where it is installed, with our A and B in it."""
-    peft = pytest.importorskip("peft")
+    """Hugging Face's implementation with our A and B in it: output, gradients, merged weights."""
+    peft = pytest.importorskip("peft", reason="peft is one of requirements-dev.txt")
     base, model = adapted()
     fill(model)
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     settings = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names)
     theirs = peft.inject_adapter_in_model(settings, copy.deepcopy(base))
     ours = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in theirs.named_parameters():
-            if "lora_" in name:
-                module, _, rest = name.partition(".lora_")
+    pairs = {}  # our name of an adapter -> their parameter
+    for name, parameter in theirs.named_parameters():
+        if "lora_" in name:
+            module, _, rest = name.partition(".lora_")
+            pairs[f"{module}.lora_{rest[0].lower()}"] = parameter
+            with torch.no_grad():
                 parameter.copy_(ours[f"{module}.lora_{rest[0].lower()}"])
+    assert len(pairs) == 2 * MATRICES
     ids = ids_of(2, 9)
     assert_close(theirs(ids), model(ids), 1e-4)
+
+    theirs(ids).square().mean().backward()
+    model(ids).square().mean().backward()
+    for name, parameter in pairs.items():
+        torch.testing.assert_close(parameter.grad, ours[name].grad, rtol=1e-3, atol=1e-5)
+
+    merged = lora.merge(model.state_dict(), ALPHA / RANK)
+    for name, module in theirs.named_modules():
+        if isinstance(module, peft.tuners.lora.Linear):
+            module.merge()
+            torch.testing.assert_close(module.base_layer.weight, merged[f"{name}.weight"])
