@@ -15,6 +15,7 @@ import eval
 import merv
 import train
 from lesson import architecture
+from support import lora
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LEDGER = (ROOT / "docs/fidelity.md").read_text(encoding="utf-8")
@@ -171,7 +172,7 @@ def test_glossary_entries_point_at_code_that_exists():
         for name in ("encoders", "llama", "data", "merv", "train")
     }
     modules |= {"MERV": merv.MERV, "EncoderConfig": merv.EncoderConfig}
-    modules |= {"load_encoder": merv}
+    modules |= {"load_encoder": merv, "lora": lora}
     for row in table(page, "# Glossary"):
         for name in re.findall(r"`([\w.]+)`", row[-1]):
             first, _, rest = name.partition(".")

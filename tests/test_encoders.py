@@ -7,14 +7,15 @@ transformers, and adding a new encoder. test_weights.py tests how released weigh
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, replace
+import re
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import unit_scale
+from conftest import REPOSITORY, unit_scale
 from safetensors.torch import load_file, save_file
 from tiny_encoders import FULL_SIZE, build, clip, tiny
 from torch import Tensor, nn
@@ -617,25 +618,25 @@ def test_siglip_in_hugging_faces_format_equals_transformers(prefix, inner, tmp_p
     assert_close(encoder(frames), expected.view(2, 3, 3, 3, 32), 1e-4)
 
 
-@pytest.mark.parametrize(
-    ("base", "changes", "grid"),
-    [
-        ("dinov2", {"hidden_size": 384, "num_heads": 6, "released_layers": 12, "num_layers": 11,
-                    "num_registers": 0}, (16, 16, 16)),
-        ("dinov2", {"hidden_size": 1536, "num_heads": 24, "released_layers": 40, "num_layers": 39,
-                    "mlp_size": 4096, "activation": "swiglu"}, (16, 16, 16)),
-        ("siglip", {"hidden_size": 1152, "num_heads": 16, "released_layers": 27, "num_layers": 26,
-                    "patch_size": 14, "image_size": 384, "mlp_size": 4304}, (16, 27, 27)),
-    ],
-)  # fmt: skip
-def test_another_size_is_a_configuration_alone(base, changes, grid):
-    """DINOv2 small and giant, and SigLIP so400m: the grid, and the parameters of one block."""
-    config = replace(ENCODERS[base], **changes)
-    encoder = encoders.empty_encoder(config)
-    assert config.grid == grid
-    assert encoder.position_embedding.shape == (1, grid[1] * grid[2], config.hidden_size)
-    up = encoder.blocks[0].mlp.up_proj.out_features
-    assert up == {384: 1536, 1536: 8192, 1152: 4304}[config.hidden_size]
+def test_another_size_is_a_configuration_alone(monkeypatch):
+    """The entries on docs/released.md have the grids and the parameters of those models."""
+    page = (REPOSITORY / "docs/released.md").read_text(encoding="utf-8")
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "replace(" in b)
+    monkeypatch.setattr(encoders, "ENCODERS", dict(ENCODERS))
+    monkeypatch.setattr(encoders, "load_encoder", lambda name, source: None)  # no download here
+    exec(block, {"__name__": "page"})
+    expected = {  # name -> grid, parameters of one block
+        "dinov2-base": ((16, 16, 16), 7_089_408),
+        "dinov2-giant": ((16, 16, 16), 28_336_640),
+        "siglip2-so400m": ((16, 27, 27), 15_239_504),
+    }
+    for name, (grid, size) in expected.items():
+        config = encoders.ENCODERS[name]
+        encoder = encoders.empty_encoder(config)
+        assert config.grid == grid
+        assert encoder.position_embedding.shape == (1, grid[1] * grid[2], config.hidden_size)
+        assert sum(p.numel() for p in encoder.blocks[0].parameters()) == size
+        assert len(encoder.blocks) == config.released_layers - 1
 
 
 def test_a_file_with_the_names_of_another_library_that_does_not_fit_is_an_error(tmp_path):
