@@ -43,6 +43,7 @@ from support.released import (
     OUR_NAMES,
     TIMM,
     Names,
+    as_object,
     choose_names,
     convert_positions,
 )
@@ -415,8 +416,11 @@ class LanguageBind(Encoder, family="languagebind"):
         folder = Path(source).parent if Path(source).is_file() else source
         path = weights.find_file(folder, ("config.json",), required=False)
         if path is not None:
-            vision = weights.read_json(path).get("vision_config", {})
-            config = replace(config, activation=vision.get("hidden_act", config.activation))
+            stated = weights.read_json(path).get("vision_config")
+            vision = as_object(path, "vision_config", stated)
+            activation = vision.get("hidden_act") or config.activation
+            weights.check_fields({"hidden_act": activation}, path, {"hidden_act": ACTIVATIONS})
+            config = replace(config, activation=activation)
         return config
 
 

@@ -456,22 +456,26 @@ class MERV(nn.Module):
             if not numbers:
                 continue
             prefix, mixing_weights = self.prefill_clips([clips[number] for number in numbers])
-            replies = self.reply(prefix, [asked[n] for n in numbers], max_new_tokens, **sampling)
+            texts_asked = [asked[number] for number in numbers]
+            replies = self.reply(prefix, texts_asked, has_video, max_new_tokens, **sampling)
             for number, texts, mixture in zip(numbers, replies, mixing_weights, strict=True):
                 answers[number] = [Answer(text, mixture) for text in texts]
         return answers
 
     def reply(
-        self, prefix: KVCache, asked: list[list], max_new_tokens: int, **sampling
+        self, prefix: KVCache, asked: list[list], visual: bool, max_new_tokens: int, **sampling
     ) -> list[list[str]]:
-        """Generate the texts that answer asked[i], the questions after row i of the prefix."""
+        """Generate the texts that answer asked[i], the questions after row i of the prefix.
+
+        visual: whether the prefix has visual tokens.
+        """
         # A cache wants equally many rows after each prefix, so a short list repeats its last one:
         #     [[a b c] [d]]  ->  rows a b c d d d
         most = max(map(len, asked))
         rows = []
         for questions in asked:
             rows.extend([*questions, *questions[-1:] * (most - len(questions))])
-        ids, lengths = self.prompts(rows)
+        ids, lengths = self.prompts(rows, visual)
         replies = self.llm.generate(
             ids, None, lengths, prefix, max_new_tokens, eos_id=self.tokenizer.eos_id, **sampling
         )
@@ -485,8 +489,9 @@ class MERV(nn.Module):
         Returns, for each question, the log-probabilities (k,) in nats that the answer begins with
         the first token of each of its k options. Other arguments are those of `answer`.
         """
-        prefix, _ = self.prefill(self.pixels(video))
-        ids, lengths = self.prompts(questions)
+        pixels = self.pixels(video)
+        prefix, _ = self.prefill(pixels)
+        ids, lengths = self.prompts(questions, bool(pixels))
         cache = KVCache(self.config.llm, *ids.shape, prefix.keys.dtype, self.device, prefix)
         hidden = self.llm.hidden_states(ids, cache=cache, lengths=lengths)
         last = hidden[torch.arange(len(ids), device=self.device), lengths - 1]
@@ -497,9 +502,9 @@ class MERV(nn.Module):
             scores.append(row[first_ids])
         return scores
 
-    def prompts(self, questions: str | list) -> tuple[Tensor, Tensor]:
+    def prompts(self, questions: str | list, visual: bool = True) -> tuple[Tensor, Tensor]:
         """Tokenize what follows [BOS] + visual tokens: ids (b, s) padded on the right, and the
-        number of real tokens in each row (b,)."""
+        number of real tokens in each row (b,). visual: whether there are visual tokens."""
         if isinstance(questions, str):
             questions = [questions]
         prompts = []
@@ -507,7 +512,7 @@ class MERV(nn.Module):
             conversation = question
             if isinstance(question, str):
                 conversation = [{"from": "human", "value": question}]
-            turns = render_prompt(conversation, TEMPLATES[self.template])
+            turns = render_prompt(conversation, TEMPLATES[self.template], visual)
             ids, _ = tokenize(turns, self.tokenizer)
             prompts.append(torch.tensor(ids[1:]))  # without [BOS]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)

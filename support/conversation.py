@@ -79,6 +79,7 @@ class Conversation:
     def __init__(self, model, pixels: dict):
         self.model = model
         self.turns: list[dict] = []
+        self.visual = bool(pixels)
         num_visual = model.config.num_visual if pixels else 0
         self.length = model.config.llm.max_positions
         self.cache, self.mixing_weights = model.prefill(pixels, self.length - 1 - num_visual)
@@ -88,9 +89,9 @@ class Conversation:
         """The ids of the next human turn alone."""
         before = 0
         if self.turns:
-            before = int(self.model.prompts([self.turns])[1])
+            before = int(self.model.prompts([self.turns], self.visual)[1])
         turns = [*self.turns, {"from": "human", "value": question}]
-        return self.model.prompts([turns])[0][0].tolist()[before:]
+        return self.model.prompts([turns], self.visual)[0][0].tolist()[before:]
 
     def ask(self, question: str, write: Callable[[str], object], max_new_tokens: int = 256) -> str:
         """Answer the next question, and call `write` with each piece of the answer.

@@ -23,9 +23,10 @@ import av
 import numpy as np
 from av.stream import Disposition
 from av.video.frame import PictureType
+from PIL import Image
 
 from support.errors import VideoError
-from support.pictures import DAMAGED, MAX_PIXELS, check_size
+from support.pictures import DAMAGED, MAX_PIXELS, check_size, on_white
 
 # Total frames, frames per second, the second at which each is shown or None -> numbers to load.
 Pick = Callable[[int, float, list[float] | None], list[int]]
@@ -41,6 +42,7 @@ CONTAINERS = (
 SEEKABLE = {"mov", "matroska"}
 # In these codecs one packet is one frame. In others it may be half a frame, two or none.
 ONE_FRAME_A_PACKET = {"h264", "hevc", "av1", "vp8", "vp9"}
+ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # Streams that belong to a file without being its film: covers, thumbnails, tiles of a picture.
 PREVIEWS = (
     Disposition.attached_pic
@@ -106,11 +108,6 @@ def load_film(path: Path, pick: Pick) -> list[np.ndarray]:
 
 def _open(path: Path) -> av.container.InputContainer:
     """Open a local video file, never a playlist or an address."""
-    with path.open("rb") as file:
-        begin = file.read(12)
-    if begin[4:8] == b"ftyp" and begin[8:12] in (b"heic", b"heix", b"mif1", b"avif"):
-        why = "FFmpeg would show a tile of it instead of the whole."
-        raise VideoError(f"{path}: is a HEIC or AVIF photo.", why, "convert it to JPEG or PNG.")
     # WHY: without "file:", FFmpeg takes "a:b.mp4" for an address of protocol "a".
     name = f"file:{path.absolute()}"
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
@@ -181,8 +178,17 @@ def _read_packets(path: Path, container, stream) -> Packets:
     times_differ = None not in packets.times and len(set(packets.times)) == len(packets.times)
     whole = not (discarded or packets.damaged or packets.missing)
     known = codec in ONE_FRAME_A_PACKET and not SEEKABLE.isdisjoint(formats)
-    packets.trusted = times_differ and whole and known
+    packets.trusted = times_differ and whole and known and not _has_alpha_layer(stream)
     return packets
+
+
+def _has_alpha_layer(stream) -> bool:
+    """Return whether WebM keeps the transparency of a film beside its pictures.
+
+    FFmpeg's own decoders leave it out and show what colours the transparent parts happen to have.
+    """
+    stated = stream.metadata.get("alpha_mode") == "1"
+    return stated and stream.codec_context.name in ALPHA_DECODERS
 
 
 def _demux(container, *streams) -> Iterator[av.Packet]:
@@ -330,9 +336,12 @@ def _decode_all(path: Path, wanted: set[int], one_thread: bool) -> Decoded:
         stream = _main_stream(path, container)
         if one_thread:
             stream.thread_type = "NONE"
+        decoder = stream.codec_context
+        if _has_alpha_layer(stream):
+            decoder = av.CodecContext.create(ALPHA_DECODERS[decoder.name], "r")
         for packet in _demux(container, stream):
             try:
-                frames = packet.decode()
+                frames = decoder.decode(packet)
             except av.FFmpegError:
                 if not one_thread:
                     return _decode_all(path, wanted, one_thread=True)
@@ -379,8 +388,15 @@ def _timeline(decoded: Decoded, packets: Packets) -> tuple[list, list]:
 
 
 def _to_rgb(frame: av.VideoFrame, others: dict[int, np.ndarray]) -> np.ndarray:
-    """Convert to RGB (H, W, 3), upright, and as large as the first of the frames before it."""
-    pixels = frame.to_ndarray(format="rgb24", threads=1)  # more threads would be slower
+    """Convert to RGB (H, W, 3), upright, and as large as the first of the frames before it.
+
+    Transparent parts become white.
+    """
+    transparent = any(part.is_alpha for part in frame.format.components)
+    if transparent or frame.format.has_palette:
+        pixels = on_white(Image.fromarray(frame.to_ndarray(format="rgba", threads=1)))
+    else:
+        pixels = frame.to_ndarray(format="rgb24", threads=1)  # more threads would be slower
     pixels = _turn_upright(pixels, frame)
     size = next((other.shape for other in others.values()), pixels.shape)
     if pixels.shape == size:

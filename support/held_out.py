@@ -12,6 +12,8 @@ import re
 import torch
 import torch.distributed as dist
 
+from support.errors import DataError
+
 SAMPLES = 3  # questions that are shown with their answers
 
 
@@ -30,28 +32,37 @@ class HeldOut:
 
     @torch.no_grad()
     def loss(self, model) -> float:
-        """Mean cross-entropy per answer token over all rows, in nats."""
+        """Mean cross-entropy per answer token over all rows, in nats; 0 if no row has an answer."""
         totals = torch.zeros(2)  # sum of losses, number of labels
         for batch in self.batches:
             loss, _ = model(batch.to(model.device), join=self.join)
             totals += torch.tensor([loss.item(), batch.num_labels])
         model.reshard()  # else the next step would use the parameters gathered here
         dist.all_reduce(totals)
-        return (totals[0] / totals[1]).item()
+        return (totals[0] / totals[1].clamp(min=1)).item()
 
     @torch.no_grad()
     def answers(self, model) -> list[tuple[str, str, str]]:
-        """(question, answer, truth) of some rows. All processes call it together."""
+        """(question, answer, truth) of some rows. All processes call it together.
+
+        Rows that cannot be used or have no answer are left out.
+        """
         model.eval()
         # MERV.answer does not pass through MERV.forward, where FSDP would gather these parameters.
         model.unshard()
         answers = []
         for number, row in enumerate(self.samples):
-            turns = self.dataset.rows[row]["conversations"]
-            turn = 2 * number % len(turns)  # another kind of question for each row
-            question = re.sub(r"<(image|video)>\s*", "", turns[turn]["value"])
-            video = self.dataset.media(self.dataset.rows[row])[1]
-            reply = model.answer(video, question, max_new_tokens=16)[0].text
+            try:
+                _, video = self.dataset.parse(row)
+                turns = self.dataset.rows[row]["conversations"]
+                answered = len(turns) // 2
+                if answered == 0:
+                    continue
+                turn = 2 * (number % answered)  # another kind of question for each row
+                question = re.sub(r"<(image|video)>\s*", "", turns[turn]["value"])
+                reply = model.answer(video, question, max_new_tokens=16)[0].text
+            except DataError:
+                continue
             answers.append((question, reply, turns[turn + 1]["value"]))
         model.reshard()
         model.train()

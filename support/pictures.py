@@ -18,6 +18,9 @@ from support.errors import VideoError
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".avif"}
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "TIFF", "AVIF", "GIF")
 ANIMATED = ("PNG", "WEBP", "AVIF")  # the formats whose further pictures are frames of a film
+# What the first box of such a file says (ISO/IEC 23008-12). Image sequences, hevc and avis, are
+# left out: FFmpeg reads them as videos.
+HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"mif2", b"miaf", b"avif")
 MAX_PIXELS = 64_000_000  # of a frame: twice 8K video, and 0.2 GB in RGB
 DEFAULT_DELAY = 0.1  # seconds; how long browsers show a frame that states no delay
 MAX_ASPECT = 50  # the longer side over the shorter side
@@ -54,6 +57,7 @@ def open_picture(path: Path) -> Image.Image | None:
     try:
         picture = Image.open(path, formats=FORMATS)
     except UnidentifiedImageError as error:
+        refuse_heif(path)
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             return None
         raise VideoError(f"{path}: is no readable image.", *DAMAGED) from error
@@ -73,6 +77,20 @@ def open_picture(path: Path) -> Image.Image | None:
         picture.close()
         return _open_from_memory(path, transparent)
     return picture
+
+
+def refuse_heif(path: Path) -> None:
+    """Raise VideoError if a file is a HEIC photo, or an AVIF that Pillow cannot open.
+
+    Phones write them, also under the name of a JPEG. They consist of tiles, of which FFmpeg would
+    show one.
+    """
+    with path.open("rb") as file:
+        begin = file.read(12)
+    if begin[4:8] == b"ftyp" and begin[8:12] in HEIF_BRANDS:
+        why = "it consists of tiles, which are not put together here."
+        fix = f"convert it to JPEG, for example with `heif-convert {path.name} photo.jpg`."
+        raise VideoError(f"{path}: is a HEIC or AVIF photo.", why, fix)
 
 
 def _open_from_memory(path: Path, transparent: bool) -> Image.Image:
@@ -138,9 +156,14 @@ def to_rgb(path: Path, picture: Image.Image, number: int = 0) -> np.ndarray:
         grey = _grey(path, np.asarray(upright))
         return np.repeat(grey[:, :, None], 3, axis=2)
     if picture.has_transparency_data:
-        white = Image.new("RGBA", upright.size, "white")
-        upright = Image.alpha_composite(white, upright.convert("RGBA"))
+        return on_white(upright.convert("RGBA"))
     return np.array(upright.convert("RGB"))
+
+
+def on_white(picture: Image.Image) -> np.ndarray:
+    """Lay an RGBA picture on a white page: uint8 (H, W, 3)."""
+    white = Image.new("RGBA", picture.size, "white")
+    return np.array(Image.alpha_composite(white, picture).convert("RGB"))
 
 
 def _grey(path: Path, values: np.ndarray) -> np.ndarray:

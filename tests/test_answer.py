@@ -20,6 +20,7 @@ from data import TEMPLATES, preprocess, render_prompt, tokenize
 from llama import LLAMAS
 from merv import FOUR, MERV
 from support import cli
+from support.conversation import Conversation
 from support.errors import UserError
 from support.video import load_video, sample_indices
 
@@ -157,6 +158,18 @@ def test_text_alone_is_answered_without_any_encoder(model, encoder_calls):
     ids, _ = tokenize(render_prompt(talk(QUESTIONS[0]), TEMPLATES["base"]), model.tokenizer)
     (expected,) = model.llm.generate(torch.tensor([ids]), max_new_tokens=4)
     assert answers[0].text == model.tokenizer.decode(expected).strip()
+
+
+def test_a_placeholder_in_a_question_about_text_is_a_word(model, short_clip):
+    """It was removed, as if visual tokens stood for it. With a video it has no place (K4)."""
+    question = "what does <video> mean"
+    conversation = Conversation(model, {})
+    expected = model.prompts(question, visual=False)[0][0].tolist()
+    assert "<video>" in model.tokenizer.decode(expected)
+    assert conversation.prompt_ids(question) == expected
+    (answer,) = model.answer(None, question, max_new_tokens=4)
+    assert answer.text == conversation.ask(question, len, max_new_tokens=4)
+    assert "<video>" not in model.tokenizer.decode(model.prompts(question)[0][0].tolist())
 
 
 def test_a_video_can_be_given_as_path_frames_or_pixels(model, short_clip):

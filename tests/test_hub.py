@@ -495,3 +495,16 @@ def test_languagebind_without_a_config_has_the_released_activation(hub, online, 
     hub.publish("owner/bare", {"pytorch_model.bin": content})
     found, _ = online.load(load_encoder, config, "owner/bare")
     assert found.activation == "gelu"
+
+
+@pytest.mark.parametrize(
+    "content", [{"vision_config": [7]}, {"vision_config": {"hidden_act": "relu"}},
+                {"vision_config": {"hidden_act": ["gelu"]}}]
+)  # fmt: skip
+def test_a_foreign_config_beside_languagebind_is_named(tmp_path, content):
+    """These were an AttributeError, a KeyError and a TypeError."""
+    config = ENCODERS["miniature-languagebind"]
+    encoder_file(tmp_path, config, file="pytorch_model.bin")
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"config.json: (vision_config|hidden_act) is"):
+        load_encoder(config, tmp_path)

@@ -182,13 +182,18 @@ def test_a_photo_with_a_preview_inside_is_the_photo(tmp_path):
     assert torch.equal(frames[0], frames[1])
 
 
-@pytest.mark.parametrize("brand", [b"heic", b"mif1"])
-def test_a_photo_of_tiles_is_refused(tmp_path, brand):
-    """FFmpeg takes the first tile of a HEIC photo, 512 x 512, for the picture."""
+@pytest.mark.parametrize("brand", [b"heic", b"heix", b"heis", b"mif1"])
+@pytest.mark.parametrize("name", ["photo.heic", "photo.jpg", "photo"])
+def test_a_photo_of_tiles_is_refused(tmp_path, brand, name):
+    """FFmpeg takes the first tile of a HEIC photo, 512 x 512, for the picture.
+
+    Programs that copy photos off a phone call some of them .jpg; they once counted as damaged.
+    """
     content = b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic" + bytes(100)
-    (tmp_path / "photo.heic").write_bytes(content)
-    with pytest.raises(VideoError, match="HEIC"):
-        load_video(tmp_path / "photo.heic", 1)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(VideoError, match="HEIC") as error:
+        load_video(tmp_path / name, 1)
+    assert "heif-convert" in str(error.value)
 
 
 # --------------------------------------------------------------------------------------- animations

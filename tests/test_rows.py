@@ -1,10 +1,16 @@
 """Rows of a data set as text in one array: the same rows, and no copy in each worker."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
+import torch
+from helpers import dataset_of, talk
 
+from data import collate
+from merv import Answer
+from support.held_out import HeldOut
 from support.rows import Rows
 
 ROWS = [{"id": 7}, {"id": "é", "conversations": [{"from": "human", "value": "\ud83d"}]}, {}]
@@ -57,3 +63,25 @@ def test_a_worker_that_reads_all_rows_copies_none():
     rows = Rows(plain)
     assert growth_in_a_fork(plain) > 8e6
     assert growth_in_a_fork(rows) < 4e6
+
+
+def test_held_out_rows_without_answers_have_no_loss(tmp_path, tiny_tokenizer, monkeypatch):
+    """The loss was NaN, and a malformed row ended the run that had begun to evaluate it."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda totals: None)
+    rows = [{"conversations": talk("what")}, {"video": 7}, {"conversations": talk("what", "red")}]
+    dataset = dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows))
+    batch = collate([dataset.encode([("what", False)])])
+
+    class Model:
+        device = "cpu"
+        eval = train = unshard = reshard = lambda self: self
+
+        def __call__(self, batch, join):
+            return torch.zeros(()), None
+
+        def answer(self, video, question, max_new_tokens):
+            return [Answer(f"{question} {video}", torch.zeros(0))]
+
+    held_out = HeldOut(dataset, [batch], [0, 1, 2], join=False)
+    assert held_out.loss(Model()) == 0
+    assert held_out.answers(Model()) == [("what", "what None", "red")]

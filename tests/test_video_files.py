@@ -476,3 +476,34 @@ def test_frames_that_are_too_large_or_too_narrow_are_refused(tmp_path):
     Image.new("L", (9000, 8000)).save(tmp_path / "large.png")
     with pytest.raises(VideoError, match="9000 x 8000"):
         load_video(tmp_path / "large.png", 3)
+
+
+# ------------------------------------------------------------------------------------- transparency
+
+TRANSPARENT = {  # a name -> codec, pixel format, options
+    "prores.mov": ("prores_ks", "yuva444p10le", {}),
+    "animation.mov": ("qtrle", "argb", {}),
+    "pictures.mov": ("png", "rgba", {}),
+    "archive.mkv": ("ffv1", "yuva420p", {}),
+    "sticker.webm": ("libvpx-vp9", "yuva420p", {}),
+    "old_sticker.webm": ("libvpx", "yuva420p", {"auto-alt-ref": "0"}),
+}
+
+
+@pytest.mark.parametrize("name", TRANSPARENT)
+def test_transparent_parts_of_a_film_are_white(tmp_path, name):
+    """As in pictures. They once had the colour that is stored where nothing is to be seen."""
+    codec, pixel_format, options = TRANSPARENT[name]
+    red = np.zeros((32, 48, 4), np.uint8)
+    red[..., 0] = 255
+    red[:, :24, 3] = 255  # the right half is transparent
+    with av.open(str(tmp_path / name), "w") as container:
+        stream = container.add_stream(codec, rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, pixel_format
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(red, format="rgba")))
+        container.mux(stream.encode())
+    frames = load_video(tmp_path / name, 4)
+    for frame in frames:
+        assert frame[:, 16, 8].tolist() == pytest.approx([255, 0, 0], abs=6)
+        assert frame[:, 16, 40].tolist() == pytest.approx([255, 255, 255], abs=2)
