@@ -25,8 +25,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
-    """The checks that need a GPU run one after the other: they measure time and memory."""
+    """The checks that need a GPU run one after the other: they measure time and memory.
+
+    Other test files are not imported, because a GPU machine may lack packages that they need.
+    """
     if config.option.markexpr == "cuda":
+        if config.args_source is not config.ArgsSource.ARGS:
+            config.args = [str(REPOSITORY / "tests" / "test_cuda.py")]
         config.option.numprocesses = 0
         config.option.dist = "no"
         config.option.tx = []
