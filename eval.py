@@ -45,6 +45,7 @@ from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype, 
 from support.errors import UserError, VideoError
 from support.files import Journal, write_file
 from support.judge import Judge, judge_answers
+from support.processes import end_with_torchrun
 from support.report import read_result, write_report
 from support.runs import latest_run
 
@@ -467,6 +468,7 @@ def read_options(arguments: list[str] | None = None) -> EvalConfig:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; an error that the user can fix is printed without a traceback."""
     config = read_options(arguments)
+    end_with_torchrun()
     try:
         run_command(config)
     except cli.FIXABLE as error:
@@ -491,7 +493,7 @@ def run_command(config: EvalConfig) -> None:
             for path in sorted(Path(run).glob("eval/*.json")):
                 judge_results(path, judge)
     elif config.report:
-        write_report(runs, Path(config.report), summarise)
+        write_report(runs, Path(config.report), summarise, Path(config.data))
     else:
         evaluate_checkpoint(config, checkpoint or str(latest_run()))
 

@@ -56,7 +56,7 @@ import miniature
 from llama import LLAMAS, LlamaConfig, read_config
 from merv import MERV, MERVS, MIXERS, PROJECTORS
 from miniature import preset as small
-from support import cli, errors, features, lora, processes, report, runs, weights
+from support import cli, errors, features, files, lora, processes, report, runs, weights
 from support.cli import exit_now, option, parse_options, progress
 from support.errors import UserError
 from support.held_out import HeldOut
@@ -818,7 +818,7 @@ def due(number: int, every: int | None) -> bool:
 
 def begin(config: TrainConfig) -> Run:
     """Make the miniature's data if it is asked for; open the run's folder on every process."""
-    opened: list[Run | None] = [None]
+    opened: list[Run | UserError | None] = [None]
     if config.data is None:
         why = f"the model {config.model} comes without data."
         raise UserError("--data is missing.", why, "see docs/train.md.")
@@ -826,12 +826,17 @@ def begin(config: TrainConfig) -> Run:
         why = f"the LLM {config.llm} comes without one."
         raise UserError("--tokenizer is missing.", why, "name a tokenizer.model.")
     if dist.get_rank() == 0:
-        if config.data == "miniature":
-            print(small.BANNER, flush=True)
-            miniature.prepare(small.FOLDER, config.encoder_seed)
-        opened = [runs.open_run(config)]
+        try:
+            if config.data == "miniature":
+                print(small.BANNER, flush=True)
+                miniature.prepare(small.FOLDER, config.encoder_seed)
+            opened = [runs.open_run(config)]
+        except UserError as error:
+            opened = [error]
     dist.broadcast_object_list(opened)
     run = opened[0]
+    if isinstance(run, UserError):
+        raise run
     processes.check_common_folder(run.folder / "config.json")
     if run.done:
         processes.check_common_folder(runs.save_folder(run, run.done) / ".metadata")
@@ -885,30 +890,39 @@ def train(config: TrainConfig) -> Run:
             adapters = {name: state[name] for name in state if lora.is_adapter(name)}
             weights.save_tensors(adapters, run.folder / "adapters.safetensors")
             state = lora.merge(state, config.lora_alpha / config.lora)
-        model.save_pretrained(run.folder / "checkpoint", state)
+        with files.writing(run.folder / "checkpoint"):
+            model.save_pretrained(run.folder / "checkpoint", state)
     dist.barrier()
     return run
 
 
-def evaluate(run: Run) -> None:
-    """Score the miniature's test clips, print a table and write the report."""
+def evaluate(run: Run) -> bool:
+    """Score the miniature's test clips, print a table and write the report.
+
+    Returns True on the process that has written the report, the last to finish its share.
+    """
     name, test = "miniature-open", small.FOLDER / "test"
     model = MERV.from_pretrained(run.folder)
     answered = eval.evaluate(model, name, test, run.folder / "eval")
-    if answered:  # None on all processes but the last to finish its share
-        eval.print_table(name, answered)
-        report.write_report([str(run.folder)], run.folder / "report.html", eval.summarise)
-        clip = test / "videos" / "clip_000000.mp4"
-        print(f'ask it: python merv.py {clip} "What happens?"')
+    if answered is None:
+        return False
+    eval.print_table(name, answered)
+    report.write_report([str(run.folder)], run.folder / "report.html", eval.summarise, test)
+    clip = test / "videos" / "clip_000000.mp4"
+    print(f'ask it: python merv.py {clip} "What happens?"')
+    return True
 
 
 def main(arguments: list[str] | None = None) -> None:
     """`train.py`: train, then score the miniature."""
     try:
         run = train(read_options(arguments))
+        complete = dist.get_rank() == 0
         dist.destroy_process_group()
         if run.config.evaluate and run.config.data == "miniature":
-            evaluate(run)
+            complete = evaluate(run)
+        if complete:
+            runs.close_run(run)
     except cli.FIXABLE as error:
         print(cli.explain(error, "lower --micro-batch, or use more GPUs."), file=sys.stderr)
         exit_now(1)

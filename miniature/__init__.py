@@ -6,28 +6,31 @@ import encoders
 from miniature import specialists, world
 from support import dataset_writer, drawing, errors
 from support.dataset_writer import digest_files, new_folder
+from support.files import lock, writing
 
 MAKERS = (world, drawing, dataset_writer, specialists, encoders)  # the code that decides the result
 
 
 def prepare(folder: str | Path = "data/miniature", seed: int = 0) -> Path:
-    """Make the world and encoders-<seed>/ where they are missing; only one process may do it.
+    """Make the world and encoders-<seed>/ where they are missing.
 
     A folder that other code has made is replaced. One that this function has not made at all is
-    an error, because replacing it would delete somebody's files.
+    an error, because replacing it would delete somebody's files. UserError also if another process
+    is making the same, or if the disk is full.
     """
     folder = Path(folder)
     made_by = folder / "made_by.txt"
+    in_work = folder.with_name(f"{folder.name}.lock")
     digest = digest_files(module.__file__ for module in MAKERS)
     if folder.exists() and not made_by.exists():
         why = "it was not made by miniature.prepare, which would replace it."
         raise errors.UserError(f"{folder} is in the way.", why, "remove it, or run elsewhere.")
     if not folder.exists() or made_by.read_text() != digest:
-        with new_folder(folder) as partial:
+        with lock(in_work), writing(folder), new_folder(folder) as partial:
             world.write_world(partial, world.CLIPS)
             (partial / made_by.name).write_text(digest)
     models = folder / f"encoders-{seed}"
     if not models.exists():
-        with new_folder(models) as partial:
+        with lock(in_work), writing(models), new_folder(models) as partial:
             specialists.pretrain(partial, seed)
     return folder

@@ -8,7 +8,6 @@ claims; both were fixed before the first run. Finished runs are reused.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from support.cli import progress
 from support.dataset_writer import digest_files, new_folder
 from support.errors import UserError
 from support.files import write_file
+from support.report import read_result
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/claims")
@@ -60,7 +60,7 @@ def run(row: str, options: str, seed: int) -> list[Question]:
     if not result.exists():
         test = FOLDER / ("two_kinds/test" if row.startswith("split") else "test")
         call("eval.py", f"--data {test} --workers 0 --checkpoint {folder}")
-    return [Question.from_dict(stored) for stored in json.loads(result.read_text())["questions"]]
+    return read_result(result)["questions"]
 
 
 def render(answers: statistics.Answers, quick: bool) -> str:

@@ -1,27 +1,110 @@
-"""Text files and journals that a killed process cannot leave half written."""
+"""Files that a killed process cannot leave half written, journals, and locks."""
 
 from __future__ import annotations
 
+import errno
+import glob
 import json
 import os
+import socket
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
+
+from safetensors import SafetensorError
 
 from support.errors import UserError
 from support.records import Record, as_record, parse_json, read_text
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+MAKE_ROOM = "make room, or make the folder writable; the same command then continues."
+
+
+def lock(path: Path) -> TextIO:
+    """Lock a file, which is made if it is missing, until the returned file is closed.
+
+    UserError if another process holds the lock; it names the host and the process. The system
+    releases a lock when its process ends, however that ends: a file that is left over does not
+    block anyone. A process may take a lock that it holds already.
+    """
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+", encoding="utf-8", errors="replace")
+    try:
+        if sys.platform == "win32":
+            file.seek(2**30)  # on Windows nobody can read the bytes that are locked
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            # WHY not flock: the workers of a DataLoader would inherit it and keep it.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            holder = file.read(300).strip() or "another process"
+            file.close()
+            why = f"{holder} has locked {path}, and two at once would spoil each other's files."
+            fix = "wait until it has ended, or end it; its work is kept. Or choose another folder."
+            raise UserError(f"{path.parent} is in use.", why, fix) from error
+        print(f"{path}: {error.strerror}; start this command only once.", file=sys.stderr)
+    with writing(path):
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+    return file
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise UserError, which names the path and the remedy, if the disk is full or read-only."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path} cannot be written.", f"{why}.", MAKE_ROOM) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write in the `with` block, which then becomes `path`.
+
+    Readers see the old file or the new one, never a part. The temporary name contains the process
+    id, so several processes may write the same file: the first to finish wins. What killed
+    processes left behind is removed. UserError if the disk is full or read-only.
+    """
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield partial
+            partial.replace(path)
+        except FileNotFoundError:
+            if not path.exists():  # nobody was first
+                raise
+        finally:
+            partial.unlink(missing_ok=True)
+        for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
+            left_over.unlink(missing_ok=True)
 
 
 class Journal:
     """An append-only log of results: a killed run keeps all of them, and a rerun skips them.
 
     Each record is a line of JSON in FOLDER/RANK.jsonl. Each process of a run has a file of its own,
-    so that no two processes write into each other's lines. FOLDER/settings.json holds whatever the
-    records depend on. Opening a journal with other settings raises UserError, because its records
-    belong to another run.
+    so that no two processes write into each other's lines; FOLDER/RANK.lock keeps a second start of
+    the same command away (UserError). FOLDER/settings.json holds whatever the records depend on.
+    Opening a journal with other settings raises UserError, because its records belong to another
+    run.
     """
 
     def __init__(self, folder: Path, settings: dict, rank: int = 0):
         self.file = folder / f"{rank}.jsonl"
+        self.lock = lock(folder / f"{rank}.lock")
         settings_file = folder / "settings.json"
         if settings_file.exists():
             fix = f"delete {folder}; the same command asks its questions again."
@@ -44,10 +127,15 @@ class Journal:
 
     def append(self, record: dict) -> None:
         """Add a record. It is on disk when this returns."""
-        with self.file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        append_line(self.file, record)
+
+
+def append_line(path: Path, record: dict) -> None:
+    """Add a record to a file of JSON lines. It is on disk when this returns."""
+    with writing(path), path.open("a") as file:
+        file.write(json.dumps(record) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def whole_lines(path: Path) -> list[str]:
@@ -62,12 +150,9 @@ def whole_lines(path: Path) -> list[str]:
 
 
 def write_file(path: Path, text: str) -> None:
-    """Write a text file atomically: readers see the old text or the new one, never a part.
+    """Write a text file as `replacing` does.
 
-    The name of the temporary file contains the process id, so that several processes may write the
-    same file. What UTF-8 cannot encode, half an emoji, becomes a question mark.
+    What UTF-8 cannot encode, half an emoji, becomes a question mark.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_path = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    partial_path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-    partial_path.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors="replace", newline="\n")

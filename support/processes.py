@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
+import threading
+import time
 from datetime import timedelta
 
 import torch
@@ -16,6 +19,7 @@ from support.errors import UserError
 
 def join_processes(device: str) -> torch.device:
     """Join the process group that torchrun describes, or be a group of one; return our device."""
+    end_with_torchrun()
     place = pick_device(device)
     backend = "gloo"
     if place.type == "cuda":
@@ -30,6 +34,32 @@ def join_processes(device: str) -> torch.device:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return place
+
+
+def end_with_torchrun() -> None:
+    """End this process within a second of the torchrun that started it, even if that is killed.
+
+    WHY: it would go on beside the next start of the same command, or wait half an hour for
+    processes that have ended. A process that plain `python` started outlives its shell, as usual.
+    Windows does not tell a process that its parent has ended.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    parent = os.getppid()
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun itself answers at this address, unless it ended while we were importing.
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        try:
+            socket.create_connection(address, timeout=60).close()
+        except OSError:
+            os._exit(1)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def make_mesh(device: str, replicas: int) -> DeviceMesh:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jinja2
@@ -21,15 +23,21 @@ from support.video import load_video
 MOST_BARS = 16  # with more answers than this, a chart by answer is too long to read
 
 
-def write_report(runs: list[str], output: Path, summarise: Callable) -> None:
+def write_report(
+    runs: list[str], output: Path, summarise: Callable, data: Path | None = None
+) -> None:
     """Write one HTML page about the stored results of some runs; it needs no model and no network.
 
-    summarise: `eval.summarise`, which turns questions into rows of a table. The page has the
-    analyses of the paper's section 5. Jinja escapes all text from annotations, models and judges.
+    summarise: `eval.summarise`, which turns questions into rows of a table. data: the folder of a
+    benchmark, whose clips are shown; without it there are no pictures. The page has the analyses of
+    the paper's section 5. Jinja escapes all text from annotations, models and judges.
     """
     results = []
     for run in runs:
         results += read_results(Path(run))
+    for folder in {result["settings"]["data"] for result in results}:
+        if not same_folder(folder, data):
+            print(f"The clips in {folder!r} are not shown; --data names the folder to show.")
     source = Path(__file__).with_name("report.jinja").read_text()
     options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     page = jinja2.Template(source, undefined=jinja2.StrictUndefined, **options)
@@ -38,7 +46,7 @@ def write_report(runs: list[str], output: Path, summarise: Callable) -> None:
         temporal=TEMPORAL | {"temporal"},
         letters=LETTERS,
         summarise=summarise,
-        film_strip=film_strip,
+        film_strip=partial(film_strip, data=data),
         mixing_by_content=mixing_by_content,
         quartiles=quartiles,
     )
@@ -91,9 +99,20 @@ def read_result(path: Path) -> dict:
     return result.values | found | {"questions": questions}
 
 
-def film_strip(question: Question, settings: dict, num_frames: int = 6) -> str:
-    """Frames of a question's clip side by side, as a data: URL of a JPEG; "" if it is missing."""
-    videos = list_videos(Path(settings["data"]) / "videos")
+def same_folder(stored: str, data: Path | None) -> bool:
+    """Whether the folder that a result file names is the one that the user names, if any."""
+    return data is not None and os.path.abspath(stored) == os.path.abspath(data)
+
+
+def film_strip(question: Question, settings: dict, data: Path | None, num_frames: int = 6) -> str:
+    """Frames of a question's clip side by side, as a data: URL of a JPEG; "" if it is missing.
+
+    WHY only from `data`, which the user names: a result file from elsewhere could name any folder
+    of this machine, and show its pictures to whoever reads the page.
+    """
+    if not same_folder(settings["data"], data):
+        return ""
+    videos = list_videos(data / "videos")
     try:
         frames = load_video(videos.find(question.video), num_frames, *question.cut, FPS)
     except VideoError:

@@ -10,10 +10,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -25,7 +27,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 
 from support import files
 from support.cli import option_name
-from support.errors import CheckpointError, UserError
+from support.errors import CheckpointError, DataError, UserError
 from support.records import as_record, parse_json, read_object
 
 ROOT = Path(__file__).parents[1]
@@ -51,6 +53,11 @@ RESUME_MAY_CHANGE = {
 
 # The options that --from fixes: they describe the model, which is that of the checkpoint.
 FIXED_BY_FROM = ("model", "encoders", "projector", "mixer", "pooled_side", "llm", "template")
+
+
+HASHES = "hashes.json"  # in a save: name of each of its files -> SHA-256 of its bytes
+
+_LOCKS: list[TextIO] = []  # of the runs of this process; closing a file would unlock it
 
 
 @dataclass
@@ -83,28 +90,111 @@ def open_run(config) -> Run:
 
     A run is resumed if --resume names it, or if the same options and the same code began it and it
     has not ended. So a command that is given again, by hand or by torchrun --max-restarts, resumes.
+    The folder is locked until this process ends; UserError if another one has locked it.
     """
     saved = describe(config)
     folder, resuming = find_folder(config, saved)
+    lock = files.lock(folder / "lock")
+    # Another start may have begun this run, or ended it, before it was locked.
+    if find_folder(config, saved) != (folder, resuming):
+        lock.close()
+        return open_run(config)
+    _LOCKS.append(lock)
     if not resuming:
         files.write_file(folder / "config.json", json.dumps(saved, indent=2))
-    saves = folder / "saves"
-    for unfinished in saves.glob("*.partial"):
+    for unfinished in folder.glob("saves/*.partial"):
         shutil.rmtree(unfinished)
-    done = max((int(save.name) for save in saves_of(folder)), default=0)
+    done = newest_save(folder)
     cut_log(folder / "metrics.jsonl", done)
     bad = cut_log(folder / "bad_examples.jsonl", done)
-    print(f"{folder}, from step {done}; its options are in config.json")
+    print(f"{folder}, from step {done}; its options are in config.json", flush=True)
     return Run(config, folder, done, bad)
 
 
-def saves_of(folder: Path) -> list[Path]:
-    """The complete saves of a run, the oldest first. Other names in saves/ are left alone."""
+def close_run(run: Run) -> None:
+    """Mark a run that is complete, evaluation included, as ended: its lock is removed."""
+    while _LOCKS:
+        _LOCKS.pop().close()  # WHY first: Windows cannot remove an open file
+    (run.folder / "lock").unlink(missing_ok=True)
+
+
+def has_ended(folder: Path) -> bool:
+    """Whether the run of a folder is complete. One that was killed has left its lock file."""
+    return (folder / "checkpoint").exists() and not (folder / "lock").exists()
+
+
+def numbered_saves(folder: Path) -> list[Path]:
+    """The folders of eight digits in saves/, the oldest first. Other names are left alone."""
     found = []
     for save in (folder / "saves").glob("*"):
-        if re.fullmatch("[0-9]{8}", save.name) and (save / ".metadata").is_file():
+        if re.fullmatch("[0-9]{8}", save.name):
             found.append(save)
     return sorted(found)
+
+
+def saves_of(folder: Path) -> list[Path]:
+    """The complete saves of a run, the oldest first."""
+    return [save for save in numbered_saves(folder) if (save / ".metadata").is_file()]
+
+
+def newest_save(folder: Path) -> int:
+    """The step of the newest save of a run that is intact; 0 if the run has no saves.
+
+    Damaged ones are named and renamed to NUMBER.damaged. CheckpointError if no save is intact.
+    """
+    damaged = []
+    for save in reversed(numbered_saves(folder)):
+        fault = fault_of(save)
+        if not fault:
+            break
+        damaged.append(save)
+        print(f"{save} is damaged: {fault}.", file=sys.stderr)
+    else:
+        if damaged:
+            why = f"files of {', '.join(save.name for save in damaged)} are missing or changed."
+            fix = f"restore {folder / 'saves'}, or delete it: the run then begins at step 1."
+            raise CheckpointError(f"No save of {folder} is intact.", why, fix)
+        return 0
+    for other in damaged:
+        moved = other.with_suffix(".damaged")
+        shutil.rmtree(moved, ignore_errors=True)
+        print(f"it is now {other.rename(moved)}, and {save} is used.", file=sys.stderr)
+    return int(save.name)
+
+
+def fault_of(save: Path) -> str:
+    """What is wrong with a save, such as "__0_0.distcp has changed"; "" if it is intact.
+
+    Older versions wrote no hashes; of their saves only the index must be there.
+    """
+    there = {file.name: file for file in save.glob("*")}
+    if ".metadata" not in there:
+        return ".metadata is missing"
+    if HASHES not in there:
+        return ""
+    try:
+        hashes = read_object(there[HASHES]).values
+    except DataError:
+        return f"{HASHES} has changed"
+    for name in hashes:
+        if name not in there:
+            return f"{name} is missing"
+    names = [name for name in there if name in hashes]
+    for name, found in hash_files([there[name] for name in names]).items():
+        if hashes[name] != found:
+            return f"{name} has changed"
+    return ""
+
+
+def hash_files(paths: list[Path]) -> dict[str, str]:
+    """Name of each file -> SHA-256 of its bytes; several at once, because they are large."""
+
+    def hash_of(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip([path.name for path in paths], pool.map(hash_of, paths), strict=True))
 
 
 def describe(config) -> dict:
@@ -130,10 +220,10 @@ def find_folder(config, saved: dict) -> tuple[Path, bool]:
     folder = Path("runs") / config.name
     while folder.exists():
         file = folder / "config.json"
-        ended = (folder / "checkpoint").exists()
-        if not file.exists() and not ended and not saves_of(folder):
+        trained = (folder / "checkpoint").exists()
+        if not file.exists() and not trained and not saves_of(folder):
             return folder, False  # killed before it began
-        if file.exists() and not ended:
+        if file.exists() and not has_ended(folder):
             began = read_object(file, f"delete {folder}, or choose another --name.").values
             if began | {"commit": saved["commit"]} == saved:
                 return folder, True
@@ -268,15 +358,32 @@ def save_state(model, optimizers: list, run: Run, number: int) -> None:
     folder = save_folder(run, number)
     partial = folder.with_suffix(".partial")
     weights, moments = sharded.get_state_dict(model, optimizers, options=TRAINED)
-    dcp.save({"model": weights, "optimizers": moments}, checkpoint_id=partial)
-    dist.barrier()
+    write_shards({"model": weights, "optimizers": moments}, partial)
+    mine = sorted(partial.glob(f"__{dist.get_rank()}_*"))
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, hash_files(mine))
     if dist.get_rank() == 0:
-        partial.rename(folder)
-        if run.config.keep is not None:
-            for old in saves_of(run.folder)[: -run.config.keep]:
-                # Renamed first, so that a kill never leaves half a save under its name.
-                shutil.rmtree(old.rename(old.with_suffix(".partial")))
+        hashes = hash_files([partial / ".metadata"])
+        for of_one in everyone:
+            hashes |= of_one
+        files.write_file(partial / HASHES, json.dumps(hashes, indent=1))
+        with files.writing(folder):
+            partial.rename(folder)
+            if run.config.keep is not None:
+                for old in saves_of(run.folder)[: -run.config.keep]:
+                    # Renamed first, so that a kill never leaves half a save under its name.
+                    shutil.rmtree(old.rename(old.with_suffix(".partial")))
     dist.barrier()
+
+
+def write_shards(state: dict, folder: Path) -> None:
+    """Write every process's share of a state. If one cannot, all of them raise UserError."""
+    try:
+        dcp.save(state, checkpoint_id=folder)
+    except CheckpointException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        first, _ = next(iter(error.failures.values()))
+        raise UserError(f"{folder} cannot be written.", f"{first}.", files.MAKE_ROOM) from error
 
 
 def load_state(model, optimizers: list, run: Run) -> None:
@@ -364,13 +471,15 @@ def open_board(run: Run) -> None:
 
 def log(run: Run, metrics: dict) -> None:
     """Append one line to metrics.jsonl, and its numbers to TensorBoard."""
-    with (run.folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(metrics) + "\n")
-    if run.board is None:
-        return
-    for name, value in metrics.items():
-        if name != "step" and not isinstance(value, list):
-            run.board.add_scalar(name, value, metrics["step"])
+    path = run.folder / "metrics.jsonl"
+    with files.writing(path):
+        with path.open("a") as file:
+            file.write(json.dumps(metrics) + "\n")
+        if run.board is None:
+            return
+        for name, value in metrics.items():
+            if name != "step" and not isinstance(value, list):
+                run.board.add_scalar(name, value, metrics["step"])
 
 
 def peak_memory(device: torch.device) -> float | None:
@@ -398,7 +507,7 @@ def report_bad(batches: list, total: int, run: Run, step: int) -> None:
     dist.all_gather_object(records, mine)
     file = run.folder / "bad_examples.jsonl"
     if dist.get_rank() == 0:
-        with file.open("a") as lines:
+        with files.writing(file), file.open("a") as lines:
             for rows in records:
                 for row in rows:
                     lines.write(json.dumps(row) + "\n")
@@ -412,9 +521,10 @@ def report_bad(batches: list, total: int, run: Run, step: int) -> None:
 def dump_and_raise(model, batches: list, rows: list, run: Run, number: int, what: str) -> None:
     """Write what reproduces a step (weights, batches, rows) to a folder, then raise UserError."""
     folder = run.folder / f"failure-step-{number}"
-    dcp.save(sharded.get_model_state_dict(model, options=TRAINED), checkpoint_id=folder)
+    write_shards(sharded.get_model_state_dict(model, options=TRAINED), folder)
     step = {"batches": [vars(batch) for batch in batches], "rows": rows}
-    torch.save(step, folder / f"rank-{dist.get_rank()}.pt")
+    with files.writing(folder):
+        torch.save(step, folder / f"rank-{dist.get_rank()}.pt")
     everyone: list = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, [row.get("id") for row in rows])
     why = f"the cause is among the rows with these ids, one list per process: {everyone}."

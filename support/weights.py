@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.serialization import set_default_mmap_options
 
 from support.errors import CheckpointError
+from support.files import replacing
 
 FILES = (  # names of released weights; the first that exists is read
     "model.safetensors", "model.safetensors.index.json",
@@ -263,15 +264,13 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: str | Path) -> None:
-    """Write a safetensors file atomically: under a temporary name, which is then renamed."""
+    """Write a safetensors file atomically; UserError if the disk is full or read-only."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial)
-    # WHY: safetensors makes the file readable by its owner only. Whoever may read the folder may
-    # read the file.
-    partial.chmod(0o644 & path.parent.stat().st_mode)
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(tensors, partial)
+        # WHY: safetensors makes the file readable by its owner only. Whoever may read the folder
+        # may read the file.
+        partial.chmod(0o644 & path.parent.stat().st_mode)
 
 
 # ------------------------------------------------------------------------------- weights of a model

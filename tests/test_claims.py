@@ -175,7 +175,8 @@ def scripts(place, monkeypatch):
             good = roll.random() < (0.9 if folder.name.startswith("MERV-") else 0.5)
             question.answer = question.expected if good else "nothing"
             question.mixing_weights = (0.1, 0.2, 0.3, 0.4)
-        eval.write_results(folder / "eval/miniature-open.json", {}, questions, "parse")
+        settings = {"benchmark": "miniature-open", "data": "test", "encoders": ["a", "b", "c", "d"]}
+        eval.write_results(folder / "eval/miniature-open.json", settings, questions, "parse")
         return subprocess.CompletedProcess(script, 0, "", "")
 
     monkeypatch.setattr(subprocess, "run", dice)

@@ -64,7 +64,7 @@ def runs(tmp_path_factory):
 def page(runs) -> str:
     """The report of both, made by the real command."""
     command = [sys.executable, ROOT / "eval.py", "--report", runs / "report.html"]
-    command += [runs / "first", runs / "second"]
+    command += [runs / "first", runs / "second", "--data", runs / "world" / "test"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return (runs / "report.html").read_text()
@@ -167,6 +167,18 @@ def test_a_result_of_an_older_version_goes_into_a_report(tmp_path):
     assert [list(q.mixing_weights) for q in found] == [q["weights"] for q in stored]
     report.write_report([str(run)], tmp_path / "report.html", eval.summarise)
     assert "answer to “What colour is it?”" in (tmp_path / "report.html").read_text()
+
+
+def test_a_result_file_cannot_show_a_folder_that_the_user_has_not_named(runs, capsys):
+    """The folder in a stranger's result file decided which pictures of this machine the page had,
+    and pages are sent around."""
+    run, secret, page = str(runs / "first"), runs / "world" / "test", runs / "foreign.html"
+    for named in (None, runs / "world" / "train", secret / "videos"):
+        report.write_report([run], page, eval.summarise, named)
+        assert "data:image" not in page.read_text(), named
+        assert str(secret) in capsys.readouterr().out, "it says which folder is not shown"
+    report.write_report([run], page, eval.summarise, secret)
+    assert "data:image" in page.read_text()
 
 
 def test_a_single_run_has_a_report_too(runs):

@@ -21,7 +21,7 @@ import encoders
 from encoders import ENCODERS, FAMILIES, Encoder, load_encoder, save_encoder
 from merv import MERVS, Checkpoint
 from support import weights
-from support.errors import CheckpointError
+from support.errors import CheckpointError, UserError
 from support.released import resize_positions
 from support.weights import FILES, find_file, read_tensors, released_names, save_tensors
 
@@ -185,9 +185,10 @@ def test_an_interrupted_save_leaves_the_old_file_intact(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(weights, "save_file", half)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match=r"model\.safetensors cannot be written\.\nWhy: disk full"):
         save_tensors({"x": torch.zeros(3)}, path)
     assert torch.equal(load_file(path)["x"], torch.ones(3))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o750, 0o640), (0o700, 0o600)])
