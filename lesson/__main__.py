@@ -1,11 +1,11 @@
 """The commands of the lesson.
 
-    python -m lesson figures                         draw docs/figures/ from the run trained last
+    python -m lesson figures                         draw runs/figures/ from the run trained last
     python -m lesson figures --checkpoint RUN --video FILE --output FOLDER
     python -m lesson page RUN VIDEO "question" ...   write an HTML page about one clip
     python -m lesson check 1                         check your answer to exercise 1
 
-Pictures are described in figures.py, exercises in exercises/.
+figures.py describes the pictures, exercises/ the exercises.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lesson import figures, views
-from lesson.templating import fill
 from merv import MERV
 from support.benchmarks import list_videos
 from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype
@@ -41,6 +40,7 @@ class LessonConfig:
     data: str | None = option("data/miniature/test", "folder of a benchmark, or none", group="clip")
     benchmark: str = option("miniature-open", "the benchmark", group="clip")
     clips: int = option(60, "clips of the benchmark, for figures 5 and 6", group="clip")
+    claims: str = option("runs/claims", "runs of `python -m miniature claims`, for figures 6, 10")
     output: str | None = option(None, "folder of the figures or file of the page")
     device: str = option("auto", "auto, cuda, mps or cpu", group="machine")
     dtype: str = option("auto", "to compute in", DTYPES, group="machine")
@@ -51,7 +51,7 @@ def open_lab(config: LessonConfig, run: str | Path, video: str | Path) -> figure
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model = MERV.from_pretrained(run, dtype, device)
-    return figures.open_lab(model, video, list(config.ask), run)
+    return figures.open_lab(model, video, list(config.ask))
 
 
 def draw_figures(config: LessonConfig) -> None:
@@ -65,7 +65,8 @@ def draw_figures(config: LessonConfig) -> None:
     lab = open_lab(config, config.checkpoint or latest_run(), video)
     if config.data is not None:
         lab.clips = figures.read_clips(lab.model, config.benchmark, config.data, config.clips)
-    folder = Path(config.output or "docs/figures")
+    lab.claims = figures.read_claims(config.claims, config.benchmark)
+    folder = Path(config.output or "runs/figures")
     print("\n".join(figures.write_figures(lab, folder)))
 
 
@@ -82,7 +83,8 @@ def write_page(config: LessonConfig, run: str, video: Path) -> None:
     deceit = views.look_both_ways(lab.model, pixels, []).backwards
     numbers = figures.page_numbers(lab, deceit)
     names = {"model": lab.model.config.name, "video": video.name, "other": other.name}
-    page, _ = fill("page", numbers | names | {"questions": lab.questions})
+    numbers["questions"] = lab.questions
+    page, _ = figures.fill("page", numbers | names)
     file = Path(config.output or "report-clip.html")
     write_file(file, page)
     print(f"wrote {file}")

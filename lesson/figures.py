@@ -6,26 +6,29 @@ name, in templates/, draws them and says what to see. views.py measures them.
 
 from __future__ import annotations
 
-import json
+import base64
+import io
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import jinja2
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data import TEMPLATES, preprocess, render_prompt
-from eval import Clips
+from eval import Clips, summarise
 from lesson import views
-from lesson.templating import fill
 from merv import MERV, MERVS, pooling_matrix
 from support.benchmarks import load_questions
 from support.errors import VideoError
 from support.files import whole_lines, write_file
-from support.runs import running_average
+from support.report import read_result
 from support.video import load_video
 
-MOST = 8  # time steps or layers that a picture shows, evenly spaced
+TWO_KINDS = "split-cross-attention"  # the row of the claims that learns the world of two kinds
+FOLDER = Path(__file__).with_name("templates")
 
 
 @dataclass
@@ -37,7 +40,7 @@ class Lab:
     pixels: dict[str, Tensor]  # encoder -> (T_e, 3, side, side)
     questions: list[str]
     clips: list[views.Asked] = field(default_factory=list)  # of a benchmark, for figures 5 and 6
-    metrics: list[dict] = field(default_factory=list)  # of the training run, for figure 10
+    claims: dict[str, dict] = field(default_factory=dict)  # row -> result, for figures 6 and 10
 
     @property
     def labels(self) -> list[str]:
@@ -45,25 +48,33 @@ class Lab:
         return [encoder.label for encoder in self.model.config.encoders]
 
 
-def open_lab(model: MERV, video: str | Path, questions: list[str], run: str | Path) -> Lab:
-    """Load a clip and, if `run` is a folder of train.py, the metrics of the training."""
+def open_lab(model: MERV, video: str | Path, questions: list[str]) -> Lab:
+    """Read a clip, and preprocess it for each encoder."""
     configs = model.config.encoders
     longest = max(config.num_frames for config in configs)
     frames = load_video(video, longest)  # a still is repeated
     pixels = {config.name: preprocess(frames, config) for config in configs}
-    lab = Lab(model, frames, pixels, questions)
-    log = Path(run) / "metrics.jsonl"
-    if log.is_file():
-        lab.metrics = [json.loads(line) for line in whole_lines(log)]
-    return lab
+    return Lab(model, frames, pixels, questions)
+
+
+def read_claims(folder: str | Path, benchmark: str) -> dict[str, dict]:
+    """The newest result of each row of `python -m miniature claims`, and its steps of training."""
+    files = list(Path(folder).glob(f"*-0-????????/eval/{benchmark}.json"))  # ROW-SEED-DIGEST
+    files.sort(key=lambda file: file.stat().st_mtime)
+    claims = {}
+    for file in files:
+        run = file.parents[1]
+        row = run.name[: -len("-0-????????")]
+        steps = len(whole_lines(run / "metrics.jsonl"))
+        claims[row] = read_result(file) | {"steps": steps}
+    return claims
 
 
 def read_clips(model: MERV, benchmark: str, folder: str | Path, count: int) -> list[views.Asked]:
     """The first `count` clips of a benchmark, encoded, with their questions."""
     clips = Clips(load_questions(benchmark, folder), folder, model.config.encoders)
     found = []
-    count = min(count, len(clips.groups))
-    for number in range(count):
+    for number in range(min(count, len(clips.groups))):
         _, pixels, failure = clips[number]
         if failure:
             fix = f"python eval.py --check --benchmark {benchmark} --data {folder} lists all."
@@ -72,34 +83,47 @@ def read_clips(model: MERV, benchmark: str, folder: str | Path, count: int) -> l
     return found
 
 
-def spaced(count: int) -> list[int]:
-    """At most MOST of the numbers from 0 to count - 1, evenly spaced."""
-    places = torch.linspace(0, count - 1, min(count, MOST))
-    return places.round().long().tolist()
+def png_url(image: Tensor) -> str:
+    """A data: URL with a PNG of a frame, uint8 (3, h, w), or of values 0 to 1, (h, w[, 3])."""
+    pixels = image.movedim(0, -1)
+    if image.is_floating_point():
+        pixels = 255 * image.clamp(0, 1)
+        pixels = pixels.round().byte()
+    picture = Image.fromarray(pixels.numpy())
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    text = base64.b64encode(file.getvalue()).decode()
+    return f"data:image/png;base64,{text}"
 
 
-# ------------------------------------------------------------------ the numbers behind each picture
+def fill(template: str, numbers: dict) -> tuple[str, str]:
+    """Fill templates/TEMPLATE.jinja: the text of the picture or page, and its caption."""
+    loader = jinja2.FileSystemLoader(FOLDER)
+    whitespace = {"trim_blocks": True, "lstrip_blocks": True}
+    strict = {"undefined": jinja2.StrictUndefined, "autoescape": True}
+    environment = jinja2.Environment(loader=loader, **whitespace, **strict)
+    environment.filters["png_url"] = png_url
+    found = environment.get_template(f"{template}.jinja")
+    module = found.make_module(numbers)
+    caption = getattr(module, "caption", "")
+    return str(module).strip() + "\n", str(caption).strip()
 
 
 def architecture_numbers(lab: Lab) -> dict:
-    """Figure 1: the full-size model, whose shapes the picture shows."""
-    return {"config": MERVS["merv"]}
+    """Figure 1: the configurations whose shapes the picture shows."""
+    return {"full": MERVS["merv"], "small": MERVS["miniature"]}
 
 
 def views_numbers(lab: Lab) -> dict:
-    """Figure 2: some time steps, the clip's frames at these, and each encoder's features."""
+    """Figure 2: the frame that each time step begins with, and each encoder's features."""
     t = lab.model.config.encoders[0].grid[0]
-    steps = spaced(t)
-    every = len(lab.frames) / t
-    frames = [lab.frames[int(step * every)] for step in steps]
+    every = len(lab.frames) // t
     rows = {}
     for config in lab.model.config.encoders:
-        clip = lab.pixels[config.name]
         encoder = lab.model.encoders[config.name]
-        features = views.features_of(encoder, clip)
-        colours = views.principal_colours(features)
-        rows[config.label] = colours[steps]
-    return {"steps": steps, "frames": frames, "rows": rows}
+        features = views.features_of(encoder, lab.pixels[config.name])
+        rows[config.label] = views.principal_colours(features)
+    return {"frames": lab.frames[::every][:t], "rows": rows}
 
 
 def pooling_numbers(lab: Lab) -> dict:
@@ -132,13 +156,25 @@ def reach_numbers(lab: Lab) -> dict:
 
 def matters_numbers(lab: Lab) -> dict:
     """Figure 5: whose view matters for which kind of question."""
-    found = views.whose_view_matters(lab.model, lab.clips)
-    return {"found": found, "labels": lab.labels, "clips": len(lab.clips)}
+    counts = views.whose_view_matters(lab.model, lab.clips)
+    kinds = sorted({key[-1] for key in counts})
+    return {"counts": counts, "kinds": kinds, "labels": lab.labels, "clips": len(lab.clips)}
 
 
 def mixing_numbers(lab: Lab) -> dict:
-    """Figure 6: the mixing weights (clips, e)."""
-    return {"weights": views.mixing_of(lab.model, lab.clips), "labels": lab.labels}
+    """Figure 6: the mixing weights (clips, e), and those in the world of two kinds, if trained."""
+    worlds = {"the usual world": views.mixing_of(lab.model, lab.clips)}
+    split = lab.claims.get(TWO_KINDS)
+    if split and split["settings"]["encoders"] == list(lab.model.encoders):
+        rows = {}
+        for question in split["questions"]:
+            in_colour = question.prompt != "What happens?"  # all that grey clips are asked
+            rows[in_colour, question.video] = question.mixing_weights
+        weights = [rows[clip] for clip in sorted(rows)]
+        worlds["a world of two kinds: grey clips that move, then coloured ones that do not"] = (
+            torch.tensor(weights)
+        )
+    return {"worlds": worlds, "labels": lab.labels}
 
 
 def strip_numbers(lab: Lab) -> dict:
@@ -154,15 +190,14 @@ def strip_numbers(lab: Lab) -> dict:
 
 
 def mask_numbers(lab: Lab) -> dict:
-    """Figure 8: the attention mask of three questions that share a prefix."""
+    """Figure 8: which tokens each token of three questions may look at, as the KV cache has it."""
     questions = (lab.questions * 3)[:3]
-    visible = views.prompt_mask(lab.model, lab.pixels, questions)
-    _, lengths = lab.model.prompts(questions)
-    _, s, keys = visible.shape
-    prefix = keys - s
-    shown = min(MOST, prefix)  # of the tokens of the prefix, the last ones
-    visible = visible[:, :, prefix - shown :]
-    lengths = lengths.tolist()
+    cache = views.read_prompts(lab.model, lab.pixels, questions)
+    visible = cache.mask[:, 0] == 0  # (questions, s, prefix + s)
+    prefix = cache.prefix_length
+    shown = min(8, prefix)  # of the tokens of the prefix, the last ones
+    visible = visible[:, :, prefix - shown :].cpu()
+    lengths = cache.lengths.tolist()
     masks = list(zip(questions, visible, lengths, strict=True))
     return {"masks": masks, "prefix": prefix, "shown": shown}
 
@@ -171,26 +206,28 @@ def attention_numbers(lab: Lab) -> dict:
     """Figure 9: where the last token of the first question looks, (layers, t, h, w)."""
     question = lab.questions[0]
     looks = views.where_it_looks(lab.model, lab.pixels, question)
-    return {"looks": looks, "layers": spaced(len(looks)), "question": question}
+    return {"looks": looks, "question": question}
 
 
 def learning_numbers(lab: Lab) -> dict:
-    """Figure 10: the losses and the mixing weights during training, as (step, value)."""
-    average = running_average([row["loss"] for row in lab.metrics])
-    losses = defaultdict(list)
-    mixing = defaultdict(list)
-    for row, loss in zip(lab.metrics, average, strict=True):
-        step = row["step"]
-        losses["running average"].append((step, loss))
-        if "held_out_loss" in row:
-            losses["held-out rows"].append((step, row["held_out_loss"]))
-        for label, weight in zip(lab.labels, row["mixing_weights"], strict=False):
-            mixing[label].append((step, weight))
-    return {"losses": losses, "mixing": mixing}
+    """Figure 10: kind of question -> MERV or one encoder -> [(steps of training, accuracy in %)].
+
+    These are the rows of the claims whose names are one word, or one word and -N-steps.
+    """
+    panels = defaultdict(lambda: defaultdict(list))
+    for row, result in lab.claims.items():
+        name, *length = row.split("-")
+        if length and length[1:] != ["steps"]:
+            continue
+        for kind, score in summarise(result["questions"]).items():
+            point = (result["steps"], 100 * score.accuracy)
+            panels[kind][name].append(point)
+            panels[kind][name].sort()
+    return {"panels": panels}
 
 
 def page_numbers(lab: Lab, other: views.Pooled) -> dict:
-    """The page of one clip: figures 2 and 7, mixing weights, and answers with one view changed.
+    """The page of one clip: figures 2, 7 and 9, pooled grids, and answers with one view changed.
 
     other: pooled features of another clip, which one encoder after the other is given.
     """
@@ -201,20 +238,25 @@ def page_numbers(lab: Lab, other: views.Pooled) -> dict:
         reader = views.reader_of_features(model, kept)
         return reader.answer(pooled, lab.questions, views.LONGEST)
 
-    shown = views_numbers(lab) | strip_numbers(lab)
     clip = views.look_both_ways(model, lab.pixels, [])
     pooled = {}
     answers = {"all encoders": ask(names, clip.pooled)}
-    for label, name in zip(lab.labels, names, strict=True):
-        colours = views.principal_colours(clip.pooled[name])
-        pooled[label] = colours[shown["steps"]]
+    for encoder in model.config.encoders:
+        label, name = encoder.label, encoder.name
+        pooled[label] = views.principal_colours(clip.pooled[name])
         others = [kept for kept in names if kept != name]
         # A learned mixer has one score for each encoder, and nothing to mix fewer with.
         if others and model.config.mixer != "learned":
             answers[f"without {label}"] = ask(others, clip.pooled)
         deceived = clip.pooled | {name: other[name]}
         answers[f"{label} deceived"] = ask(names, deceived)
-    return shown | {"pooled": pooled, "answers": answers}
+    looks = {}
+    for question in lab.questions:
+        look = views.where_it_looks(model, lab.pixels, question)
+        look = look.mean(0)  # over layers: (t, h, w)
+        looks[question] = look / look.max()
+    shown = {"pooled": pooled, "answers": answers, "looks": looks}
+    return shown | views_numbers(lab) | strip_numbers(lab)
 
 
 FIGURES = {  # name of the file and of the template -> numbers
@@ -229,7 +271,7 @@ FIGURES = {  # name of the file and of the template -> numbers
     "9-attention": attention_numbers,
     "10-learning": learning_numbers,
 }
-NEEDS = {"5-matters": "clips", "6-mixing": "clips", "10-learning": "metrics"}  # fields of Lab
+NEEDS = {"5-matters": "clips", "6-mixing": "clips", "10-learning": "claims"}  # fields of Lab
 
 
 def write_figures(lab: Lab, folder: Path) -> list[str]:

@@ -7,11 +7,12 @@ Read next: figures.py, which draws these numbers.
 from __future__ import annotations
 
 import copy
-import math
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import IGNORE, tokenize
@@ -24,10 +25,8 @@ from support.cli import progress
 from support.weights import initialise
 
 LONGEST = 64  # answers, in tokens
+Pixels = dict[str, Tensor]  # encoder -> preprocessed frames of one clip (T_e, 3, H, W)
 Pooled = dict[str, Tensor]  # encoder -> pooled features of one clip (t, h, w, d_e)
-
-
-# ----------------------------------------------------------------------------- what an encoder sees
 
 
 def principal_colours(features: Tensor) -> Tensor:
@@ -37,15 +36,14 @@ def principal_colours(features: Tensor) -> Tensor:
     principal components). Each is scaled to its range over the clip. So within a clip, equal
     colours mean similar features; colours of two encoders cannot be compared.
     """
-    patches = features.flatten(0, 2)
-    patches = patches.float().cpu()
+    patches = features.float().cpu()
+    patches = patches.flatten(0, 2)
     centred = patches - patches.mean(0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
     scores = centred @ directions[:3].mT  # (t*h*w, 3)
     # The sign of a direction is arbitrary; this choice does not depend on the machine.
-    place = scores.abs().argmax(0, keepdim=True)
-    largest = scores.gather(0, place)
-    scores = scores * largest.sign()
+    skewness = scores.pow(3).sum(0)
+    scores = scores * skewness.sign()
     low = scores.amin(0)
     span = scores.amax(0) - low
     colours = (scores - low) / span.clamp_min(1e-12)
@@ -73,8 +71,9 @@ def reach(encoder: Encoder, clip: Tensor) -> Tensor:
         changed = clip.clone()
         changed[frame] = 1 - clip[frame]  # differs from any frame but one of 1/2 everywhere
         after = features_of(encoder, changed).float()
-        difference = (after - before).flatten(1)
-        rows.append(difference.norm(dim=1) / size)
+        difference = after - before
+        change = difference.flatten(1).norm(dim=1)
+        rows.append(change / size)
     return torch.stack(rows).cpu()
 
 
@@ -83,16 +82,12 @@ def narrow(config: EncoderConfig) -> Encoder:
 
     Which frames reach which step depends on these alone, so random weights show it.
     """
-    small = replace(
-        config, source="", hidden_size=24, num_heads=2, num_layers=2, released_layers=2,
-        patch_size=4, image_size=8,
-    )  # fmt: skip
-    encoder = load_encoder(small)
-    initialise(encoder, torch.Generator().manual_seed(0), std=0.3)
+    depth = {"num_layers": 2, "released_layers": 2}
+    size = {"hidden_size": 24, "num_heads": 2, "patch_size": 4, "image_size": 8}
+    encoder = load_encoder(replace(config, source="", **depth, **size))
+    generator = torch.Generator().manual_seed(0)
+    initialise(encoder, generator, std=0.3)
     return encoder
-
-
-# ------------------------------------------------------------------------- answers from other views
 
 
 @dataclass
@@ -105,8 +100,8 @@ class Asked:
 
 
 @torch.no_grad()
-def look_both_ways(model: MERV, pixels: dict[str, Tensor], questions: list[Question]) -> Asked:
-    """Encode a clip {encoder: (T_e, 3, H, W)} forwards and backwards."""
+def look_both_ways(model: MERV, pixels: Pixels, questions: list[Question]) -> Asked:
+    """Encode a clip forwards and backwards."""
     pooled = {}
     backwards = {}
     for name, clip in pixels.items():
@@ -132,63 +127,52 @@ def reader_of_features(model: MERV, names: list[str]) -> MERV:
     return reader
 
 
-def answers_of(reader: MERV, pooled: Pooled, questions: list[Question]) -> list[Question]:
-    """The questions with the reader's answers, scored as eval.py scores them."""
-    prompts = [question.prompt for question in questions]
+def answers_of(reader: MERV, clip: Asked, changed: Pooled) -> list[Question]:
+    """A clip's questions with the reader's answers, scored as eval.py scores them.
+
+    changed: what some encoders see instead of the clip.
+    """
+    prompts = [question.prompt for question in clip.questions]
     answered = []
-    replies = reader.answer(pooled, prompts, LONGEST)
-    for question, reply in zip(questions, replies, strict=True):
+    replies = reader.answer(clip.pooled | changed, prompts, LONGEST)
+    for question, reply in zip(clip.questions, replies, strict=True):
         question = replace(question, answer=reply.text)
         score(question, "parse")
         answered.append(question)
     return answered
 
 
-@dataclass
-class Matters:
-    """How many answers change when one encoder is shown something else, for each kind of question.
+def whose_view_matters(model: MERV, clips: list[Asked]) -> Counter:
+    """How many answers change when one encoder is shown something else than the clip.
 
-    An answer *turns* if it changes when all encoders see the clip backwards.
+    The keys of the Counter, for each kind of question and each encoder:
+      "right", kind            answers that are right when all encoders see the clip
+      "lost", encoder, kind    of these, wrong when this encoder sees another clip
+      "turning", kind          answers that change when all encoders see the clip backwards
+      "turned", encoder, kind  of these, changed in the same way when this encoder alone does
     """
-
-    kinds: list[str]
-    right: Tensor  # (kinds,): right answers when all encoders see the clip itself
-    lost: Tensor  # (e, kinds): of these, wrong when encoder e sees another clip
-    turning: Tensor  # (kinds,): answers that turn
-    turned: Tensor  # (e, kinds): of these, changed the same way when e alone sees it backwards
-
-
-def whose_view_matters(model: MERV, clips: list[Asked]) -> Matters:
-    """Swap one encoder's features for those of another clip, or of the clip played backwards."""
-    names = list(model.encoders)
-    reader = reader_of_features(model, names)
-    kinds = set()
-    for clip in clips:
-        kinds |= {question.kind for question in clip.questions}
-    kinds = sorted(kinds)
-    size = (len(names), len(kinds))
-    right, turning = torch.zeros(2, len(kinds), dtype=torch.long)
-    lost, turned = torch.zeros(2, *size, dtype=torch.long)
-
+    counts = Counter()
+    reader = reader_of_features(model, list(model.encoders))
     for number, clip in enumerate(progress(clips, "swap views")):
-        other = clips[(number + 1) % len(clips)]
-        own = answers_of(reader, clip.pooled, clip.questions)
-        backwards = answers_of(reader, clip.backwards, clip.questions)
-        for e, name in enumerate(names):
-            swapped = clip.pooled | {name: other.pooled[name]}
-            swapped = answers_of(reader, swapped, clip.questions)
-            replayed = clip.pooled | {name: clip.backwards[name]}
-            replayed = answers_of(reader, replayed, clip.questions)
-            for q, question in enumerate(own):
-                column = kinds.index(question.kind)
-                lost[e, column] += question.correct and not swapped[q].correct
-                turn = backwards[q].answer
-                turned[e, column] += question.answer != turn and replayed[q].answer == turn
-        for q, question in enumerate(own):
-            column = kinds.index(question.kind)
-            right[column] += question.correct
-            turning[column] += question.answer != backwards[q].answer
-    return Matters(kinds, right, lost, turning, turned)
+        other = clips[number - 1]
+        own = answers_of(reader, clip, {})
+        backwards = answers_of(reader, clip, clip.backwards)
+        for question, turn in zip(own, backwards, strict=True):
+            kind = question.kind
+            counts["right", kind] += question.correct
+            counts["turning", kind] += question.answer != turn.answer
+        for encoder in model.config.encoders:
+            name, label = encoder.name, encoder.label
+            swapped = answers_of(reader, clip, {name: other.pooled[name]})
+            replayed = answers_of(reader, clip, {name: clip.backwards[name]})
+            answers = zip(own, backwards, swapped, replayed, strict=True)
+            for question, turn, swap, replay in answers:
+                lost = question.correct and not swap.correct
+                turned = question.answer != turn.answer == replay.answer
+                kind = question.kind
+                counts["lost", label, kind] += lost
+                counts["turned", label, kind] += turned
+    return counts
 
 
 def mixing_of(model: MERV, clips: list[Asked]) -> Tensor:
@@ -202,87 +186,72 @@ def mixing_of(model: MERV, clips: list[Asked]) -> Tensor:
     return torch.stack(rows)
 
 
-# ------------------------------------------------------------------------------- what the LLM reads
-
-
-@dataclass
-class Token:
-    """One position of the LLM's input, and what the loss wants there."""
-
-    id: int | None  # None: a visual token
-    piece: str
-    label: str = ""  # the piece that the position is labelled with
-    predicts: str = ""  # the piece that the model must predict from here: the next label
-
-
-def strip(model: MERV, turns: list[tuple[str, bool]]) -> list[Token]:
+def strip(model: MERV, turns: list[tuple[str, bool]]) -> list[dict]:
     """The input of the LLM for a clip and a rendered conversation, token by token.
 
-    Visual tokens stand between [BOS] and the text, and carry no label.
+    Each token has an `id` (None: a visual token), a `piece`, a `label`, which is the same piece or
+    "", and `predicts`, the label of the next token. Visual tokens follow [BOS] and have no label.
     """
     ids, labels = tokenize(turns, model.tokenizer)
     tokens = []
     for id, label in zip(ids, labels, strict=True):
         piece = model.tokenizer.pieces.id_to_piece(id)
         piece = piece.replace("\n", "\\n")
-        token = Token(id, piece)
-        if label != IGNORE:
-            token.label = piece
+        token = {"id": id, "piece": piece, "label": piece, "predicts": ""}
+        if label == IGNORE:
+            token["label"] = ""
         tokens.append(token)
-    visual = [Token(None, "visual") for _ in range(model.config.num_visual)]
-    tokens[1:1] = visual
     for here, following in pairwise(tokens):
-        here.predicts = following.label
+        here["predicts"] = following["label"]
+    visual = {"id": None, "piece": "visual", "label": "", "predicts": ""}
+    tokens[1:1] = [visual] * model.config.num_visual
     return tokens
 
 
 @torch.no_grad()
-def prompt_mask(model: MERV, pixels: dict[str, Tensor], questions: list[str]) -> Tensor:
-    """Who may look at whom when questions share a prefix: bool (questions, s, prefix + s).
-
-    Row i of a question is its i-th token. The mask is the one that the KV cache really uses.
-    """
+def read_prompts(model: MERV, pixels: Pixels, questions: str | list[str]) -> KVCache:
+    """Let the LLM read a clip and questions about it; the KV cache, whose prefix is the clip."""
     prefix, _ = model.prefill(pixels)
     ids, lengths = model.prompts(questions)
-    cache = KVCache(model.config.llm, *ids.shape, prefix.keys.dtype, model.device, prefix)
-    cache.advance(ids.shape[1], lengths.to(model.device))
-    return (cache.mask[:, 0] == 0).cpu()
+    dtype = prefix.keys.dtype
+    cache = KVCache(model.config.llm, *ids.shape, dtype, model.device, prefix)
+    lengths = lengths.to(model.device)
+    model.llm.hidden_states(ids, cache=cache, lengths=lengths)
+    return cache
 
 
-@torch.no_grad()
-def where_it_looks(model: MERV, pixels: dict[str, Tensor], question: str) -> Tensor:
+def where_it_looks(model: MERV, pixels: Pixels, question: str) -> Tensor:
     """Attention of the last prompt token to each place of the clip: (layers, t, h, w).
 
     It is the mean over heads. The rest, up to 1, goes to [BOS] and to the text.
     """
-    prefix, _ = model.prefill(pixels)
-    ids, lengths = model.prompts(question)
-    cache = KVCache(model.config.llm, *ids.shape, prefix.keys.dtype, model.device, prefix)
-    found = []
+    queries = {}  # of each layer; those of the question, which is read last, stay
 
-    def record(attention, inputs) -> None:
+    def record(attention, inputs):
         x, rotary, _ = inputs
         q = attention.split_heads(attention.q_proj(x))
-        k = attention.split_heads(attention.k_proj(x))
         q = rotate(q, rotary)
-        k = rotate(k, rotary)
-        before = prefix.keys[attention.layer]  # the keys of [BOS] and the visual tokens
-        k = torch.cat([before, k], dim=2)
-        group = q.shape[1] // k.shape[1]
-        k = k.repeat_interleave(group, dim=1)  # one key for each query head
-        last = q[:, :, -1:] / math.sqrt(attention.head_dim)
-        shares = (last @ k.mT).float().softmax(-1)  # (1, heads, 1, prefix + s)
-        found.append(shares.mean(1).flatten())
+        queries[attention.layer] = q[:, :, -1:]  # (1, heads, 1, head_dim)
 
     hooks = []
     for layer in model.llm.layers:
         hook = layer.self_attn.register_forward_pre_hook(record)
         hooks.append(hook)
-    model.llm.hidden_states(ids, cache=cache, lengths=lengths)
+    cache = read_prompts(model, pixels, question)
     for hook in hooks:
         hook.remove()
-    end = 1 + model.config.num_visual
-    attention = torch.stack(found)[:, 1:end]
-    # A mixer that concatenates has each place once for every encoder.
-    grids = attention.unflatten(1, (-1, *model.config.grid))
-    return grids.sum(1).cpu()
+    found = []
+    for layer, q in queries.items():
+        clip_k = cache.prefix.keys[layer]
+        text_k = cache.keys[layer]
+        k = torch.cat([clip_k, text_k], dim=2)
+        # Attention gives a weighted sum of values: for the rows of an identity, its weights.
+        values = torch.eye(k.shape[2]).to(k)
+        values = values.expand(*k.shape[:2], -1, -1)
+        attention = F.scaled_dot_product_attention(q, k, values, enable_gqa=True)
+        mean = attention.mean(1).flatten()  # over heads: (prefix + s,)
+        on_clip = mean[1 : 1 + model.config.num_visual]
+        # A mixer that concatenates has each place once for every encoder.
+        grids = on_clip.unflatten(0, (-1, *model.config.grid))
+        found.append(grids.sum(0))
+    return torch.stack(found).cpu()

@@ -29,7 +29,8 @@ MAX_FUNCTION = 60  # lines
 def product_files() -> list[Path]:
     """All Python files that are not tests."""
     files = []
-    for folder in ("", "support", "miniature", "lesson"):
+    lesson = ("lesson", "lesson/exercises", "lesson/solutions")
+    for folder in ("", "support", "miniature", *lesson):
         files += sorted((ROOT / folder).glob("*.py"))
     return files
 

@@ -14,7 +14,6 @@ import data
 import eval
 import merv
 import train
-from lesson import architecture
 from support import lora
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -147,13 +146,6 @@ def test_the_mixer_on_the_experiments_page_is_one(monkeypatch):
 def eval_list(text: str) -> list[str]:
     """'["--mixer", "x"]' -> ["--mixer", "x"]."""
     return re.findall(r'"([^"]*)"', text)
-
-
-def test_the_picture_of_the_architecture_is_drawn_from_the_code():
-    """docs/architecture.svg is what lesson/architecture.py draws, with the shapes of the 7B."""
-    picture = architecture.PICTURE.read_text(encoding="utf-8")
-    assert picture == architecture.draw(merv.MERVS["merv"])
-    assert "1024 visual tokens × 4096" in picture and "16 × 14 × 14 × 768" in picture
 
 
 def test_the_cost_table_on_the_page_is_what_the_command_prints(capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import xml.etree.ElementTree
 from dataclasses import replace
@@ -15,10 +16,12 @@ from tiny_encoders import clip as random_clip
 from tiny_merv import *  # noqa: F403 (its fixtures)
 from tiny_merv import QUESTIONS, TINY, random_pixels
 
+import eval
 from data import IGNORE, TEMPLATES, render_prompt, tokenize
 from lesson import figures, views
 from lesson.__main__ import main
-from merv import MERV, pooling_matrix
+from lesson.figures import fill
+from merv import MERV, MERVS, pooling_matrix
 from support.benchmarks import Question
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,20 +37,53 @@ def short_answers(monkeypatch):
 
 
 @pytest.fixture
-def lab(model, short_clip) -> figures.Lab:
-    """A tiny random model with a short clip, two clips with questions, and a log of three steps."""
-    lab = figures.open_lab(model, short_clip, QUESTIONS[:2], "no run")
+def lab(model, short_clip, claims) -> figures.Lab:
+    """A tiny random model with a short clip, three clips with questions, and stored results."""
+    lab = figures.open_lab(model, short_clip, QUESTIONS[:2])
     for seed in range(3):
         pixels = random_pixels(seed)
         asked = []
         for number, text in enumerate(QUESTIONS):
             asked.append(Question(f"{seed}-{number}", "clip", text, "red", kind=f"kind {number}"))
         lab.clips.append(views.look_both_ways(model, pixels, asked))
-    for step in (1, 2, 3):
-        row = {"step": step, "loss": 4.0 / step, "mixing_weights": [0.1, 0.2, 0.3, 0.4]}
-        lab.metrics.append(row)
-    lab.metrics[-1]["held_out_loss"] = 1.5
+    lab.claims = figures.read_claims(claims, "miniature-open")
     return lab
+
+
+@pytest.fixture(scope="module")
+def claims(tmp_path_factory) -> Path:
+    """What `python -m miniature claims` leaves, in small: runs with stored answers.
+
+    Two questions a clip, of two kinds. Two versions of the code ran "MERV"; the last one counts.
+    """
+    folder = tmp_path_factory.mktemp("claims")
+    names = [encoder.name for encoder in TINY.encoders]
+    rows = [
+        ("MERV-0-00000000", 30, 0, names), ("MERV-0-12345678", 30, 3, names),
+        ("MERV-15-steps-0-12345678", 15, 1, names), ("SigLIP-0-12345678", 30, 2, names[-1:]),
+        ("MERV-1-12345678", 30, 4, names), ("concat-channel-0-12345678", 30, 4, names),
+        ("split-cross-attention-0-12345678", 30, 4, names),
+    ]  # fmt: skip
+    for age, (name, steps, right, encoders) in enumerate(rows):
+        questions = []
+        for clip in range(4):
+            moves = clip % 2  # in the world of two kinds, clip 1 and 3 are asked what happens
+            share = 0.9 if moves else 0.3
+            mixing_weights = (share, *[(1 - share) / 3] * 3)[: len(encoders)]
+            for kind, prompt in (("action", "What happens?"), ("colour", "What colour?")):
+                if name.startswith("split") and (kind == "action") != bool(moves):
+                    continue
+                answer = "yes" if kind == "colour" or clip < right else "no"
+                questions.append(Question(
+                    f"{clip}{kind}", f"clip {clip}", prompt, "yes", kind=kind, answer=answer,
+                    mixing_weights=mixing_weights,
+                ))  # fmt: skip
+        file = folder / name / "eval/miniature-open.json"
+        settings = {"benchmark": "miniature-open", "data": "test", "encoders": encoders}
+        eval.write_results(file, settings, questions, "parse")
+        os.utime(file, (age, age))
+        (folder / name / "metrics.jsonl").write_text('{"step": 1}\n' * steps)
+    return folder
 
 
 # ------------------------------------------------------------------------------------------ numbers
@@ -146,14 +182,32 @@ def test_the_view_that_matters_is_the_one_an_answer_was_read_from(lab, monkeypat
         lab.clips.append(views.Asked(forwards, backwards, asked))
     monkeypatch.setattr(MERV, "answer", read_vivit)
     found = views.whose_view_matters(lab.model, lab.clips)
-    row = [e.name for e in TINY.encoders].index(vivit)
-    assert found.kinds == ["way", "wrong"]
-    assert found.right.tolist() == [4, 0] and found.turning.tolist() == [4, 4]
-    only_vivit = torch.zeros(len(TINY.encoders), 2, dtype=torch.long)
-    only_vivit[row] = torch.tensor([4, 0])
-    assert torch.equal(found.lost, only_vivit)
-    only_vivit[row] = torch.tensor([4, 4])
-    assert torch.equal(found.turned, only_vivit)
+    assert found["right", "way"] == 4 and found["right", "wrong"] == 0
+    assert found["turning", "way"] == 4 and found["turning", "wrong"] == 4
+    for encoder in TINY.encoders:
+        expected = 4 if encoder.name == vivit else 0
+        assert found["lost", encoder.label, "way"] == expected
+        assert found["lost", encoder.label, "wrong"] == 0
+        assert found["turned", encoder.label, "way"] == expected
+        assert found["turned", encoder.label, "wrong"] == expected
+
+
+def test_a_learning_curve_has_a_point_for_each_length_of_training(lab):
+    """Other seeds, other mixers and what an older version of the code reached are left out."""
+    panels = figures.learning_numbers(lab)["panels"]
+    assert panels.keys() == {"action", "colour", "all"}
+    assert panels["action"] == {"MERV": [(15, 25), (30, 75)], "SigLIP": [(30, 50)]}
+    assert panels["all"]["MERV"] == [(15, 62.5), (30, 87.5)]
+
+
+def test_in_the_world_of_two_kinds_clips_are_sorted_by_their_kind(lab):
+    """Grey clips, which are only asked what happens, stand left of all others."""
+    worlds = figures.mixing_numbers(lab)["worlds"]
+    usual, two_kinds = worlds.values()
+    torch.testing.assert_close(usual, views.mixing_of(lab.model, lab.clips))
+    torch.testing.assert_close(two_kinds[:, 0], torch.tensor([0.9, 0.9, 0.3, 0.3]))
+    lab.claims[figures.TWO_KINDS]["settings"]["encoders"] = ["another"]
+    assert len(figures.mixing_numbers(lab)["worlds"]) == 1
 
 
 def test_mixing_weights_of_clips_are_those_of_the_model(lab):
@@ -171,24 +225,28 @@ def test_the_strip_predicts_each_label_from_the_place_before_it(model):
     ids, labels = tokenize(turns, model.tokenizer)
     tokens = views.strip(model, turns)
     n = TINY.num_visual
-    assert [token.id for token in tokens] == [ids[0], *[None] * n, *ids[1:]]
-    labelled = [place for place, token in enumerate(tokens) if token.label]
+    assert [token["id"] for token in tokens] == [ids[0], *[None] * n, *ids[1:]]
+    labelled = [place for place, token in enumerate(tokens) if token["label"]]
     expected = [place + n for place, label in enumerate(labels) if label != IGNORE]
     assert labelled == expected
     for place, token in enumerate(tokens[:-1]):
-        assert token.predicts == tokens[place + 1].label
-    assert not any(token.label for token in tokens[: n + 1])
+        assert token["predicts"] == tokens[place + 1]["label"]
+    assert not any(token["label"] for token in tokens[: n + 1])
 
 
 def test_the_mask_hides_a_question_from_the_others_and_from_its_own_future(model):
-    """Changing what the mask hides changes no logit; changing what it shows does."""
-    visible = views.prompt_mask(model, random_pixels(0), QUESTIONS[:3])
+    """The prefix is visible to every token of every question, and a question up to itself."""
+    lab = figures.Lab(model, None, random_pixels(0), QUESTIONS[:3])
+    found = figures.mask_numbers(lab)
     _, lengths = model.prompts(QUESTIONS[:3])
-    b, s, keys = visible.shape
-    prefix = 1 + TINY.num_visual
-    assert (b, keys) == (3, prefix + s) and s == max(lengths)
-    assert visible[:, :, :prefix].all()
-    assert torch.equal(visible[:, :, prefix:], torch.ones(s, s).tril().bool().expand(3, s, s))
+    s = max(lengths)
+    assert found["prefix"] == 1 + TINY.num_visual
+    for text, visible, length in found["masks"]:
+        assert length == lengths[QUESTIONS.index(text)]
+        assert visible.shape == (s, found["shown"] + s)
+        assert visible[:, : found["shown"]].all()
+        own = visible[:length, found["shown"] :]
+        assert torch.equal(own, torch.ones(length, s).tril().bool())
 
 
 def test_attention_of_the_last_token_is_what_the_layer_adds_up(model):
@@ -238,6 +296,23 @@ def test_pooling_windows_of_14_to_8_overlap(lab):
 # ----------------------------------------------------------------------------------------- pictures
 
 
+def test_the_picture_of_the_architecture_has_the_shapes_of_the_code():
+    """The committed figure 1, which README.md shows first, is what the code draws today.
+
+    It has the shapes of the 7B model and those of the miniature, which other tests compute.
+    """
+    drawn, _ = fill("1-architecture", figures.architecture_numbers(None))
+    committed = (ROOT / "docs/figures/1-architecture.svg").read_text(encoding="utf-8")
+    assert committed == drawn, "python -m lesson figures draws it anew"
+    for shape in ("16 × 8 × 8 = 1024 tokens × 4096", "32 frames → 16 × 14 × 14 × 768"):
+        assert shape in drawn
+    small = MERVS["miniature"]
+    for encoder in small.encoders:
+        grid = " × ".join(str(side) for side in (*encoder.grid, encoder.hidden_size))
+        assert f"{encoder.num_frames} frames → {grid}" in drawn
+    assert f"→ {small.num_visual} visual tokens × {small.llm.hidden_size}" in drawn
+
+
 def test_every_figure_is_an_svg_with_a_title_and_a_caption(lab, tmp_path):
     """All ten are drawn for a model that nobody has seen, and the page shows each with its text."""
     report = figures.write_figures(lab, tmp_path)
@@ -262,8 +337,8 @@ def test_every_figure_is_an_svg_with_a_title_and_a_caption(lab, tmp_path):
 
 
 def test_a_model_without_a_run_or_a_benchmark_gets_the_other_figures(lab, tmp_path):
-    """A released checkpoint has no metrics.jsonl; its figures 5, 6 and 10 are named as skipped."""
-    lab.clips, lab.metrics = [], []
+    """A released checkpoint comes without them; figures 5, 6 and 10 are skipped and named."""
+    lab.clips, lab.claims = [], {}
     report = figures.write_figures(lab, tmp_path)
     skipped = [line for line in report if line.startswith("skipped")]
     assert [re.search(r"\d+", line)[0] for line in skipped] == ["5", "6", "10"]
@@ -275,11 +350,11 @@ def test_a_still_and_a_single_encoder_can_be_drawn(tokenizer, tmp_path):
     single = MERV.create(replace(TINY, encoders=TINY.encoders[:1]), tokenizer).eval()
     still = tmp_path / "still.png"
     Image.new("RGB", (50, 40), (200, 30, 30)).save(still)
-    lab = figures.open_lab(single, still, ["what moves"], "no run")
+    lab = figures.open_lab(single, still, ["what moves"])
     lab.clips = [views.look_both_ways(single, lab.pixels, [Question("1", "a", "what", "red")])]
     report = figures.write_figures(lab, tmp_path)
     assert [line for line in report if "skipped" in line] == [
-        "skipped 10-learning: there are no metrics"
+        "skipped 10-learning: there are no claims"
     ]
 
 
@@ -287,7 +362,7 @@ def test_a_still_and_a_single_encoder_can_be_drawn(tokenizer, tmp_path):
 def test_other_mixers_can_be_drawn(tokenizer, mixer, tmp_path, short_clip):
     """A mixer that concatenates has four times as many visual tokens: figure 9 adds them up."""
     other = MERV.create(replace(TINY, mixer=mixer), tokenizer).eval()
-    lab = figures.open_lab(other, short_clip, ["what moves"], "no run")
+    lab = figures.open_lab(other, short_clip, ["what moves"])
     looks = figures.attention_numbers(lab)["looks"]
     assert looks.shape[1:] == TINY.grid
     assert (looks.flatten(1).sum(1) <= 1).all()
@@ -303,19 +378,19 @@ def test_the_command_draws_a_checkpoint_and_a_video(saved, short_clip, tmp_path,
 
 
 def test_the_page_of_a_clip_stands_alone(saved, short_clip, tmp_path, capsys):
-    """One file without script or links: frames, grids, mixing weights, the strip, the answers.
+    """One file without links: frames, grids, mixing weights, the strip, the answers.
 
-    Every image is inside the file, every question has a column, and every encoder is once taken
-    away and once deceived.
+    Every image is inside the file, every question has a column and a row of where it looks, and
+    every encoder is once taken away and once deceived.
     """
     file = tmp_path / "page.html"
     main(["page", str(saved), str(short_clip), *QUESTIONS[:2], "--output", str(file)])
     page = file.read_text(encoding="utf-8")
-    assert "<script" not in page and "http" not in page and "<link" not in page
+    assert "<script src" not in page and "http" not in page and "<link" not in page
     assert 'name="viewport"' in page and "overflow-x" in page
     sources = re.findall(r'<img alt="[^"]+" src="([^"]{,22})', page)
     t = TINY.grid[0]
-    assert len(sources) == t + 2 * t * len(TINY.encoders)
+    assert len(sources) == t * (1 + 2 * len(TINY.encoders) + 2)
     assert set(sources) == {"data:image/png;base64,"}
     for question in QUESTIONS[:2]:
         assert f"<th>{question}</th>" in page
@@ -329,7 +404,7 @@ def test_the_page_of_a_single_encoder_takes_nothing_away(tokenizer, short_clip):
     single = MERV.create(replace(TINY, encoders=TINY.encoders[:1]), tokenizer).eval()
     learned = MERV.create(replace(TINY, mixer="learned"), tokenizer).eval()
     for model in (single, learned):
-        lab = figures.open_lab(model, short_clip, ["what moves"], "no run")
+        lab = figures.open_lab(model, short_clip, ["what moves"])
         other = views.look_both_ways(model, lab.pixels, []).backwards
         answers = figures.page_numbers(lab, other)["answers"]
         assert list(answers) == ["all encoders", *[f"{label} deceived" for label in lab.labels]]

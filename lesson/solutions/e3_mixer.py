@@ -8,8 +8,14 @@ class Mixer(nn.Module):
 
     def __init__(self, d, e):
         super().__init__()
-        self.score = nn.Sequential(nn.Linear(d, 16), nn.GELU(), nn.Linear(16, 1))
+        self.hidden = nn.Linear(d, 16)
+        self.score = nn.Linear(16, 1)
 
     def forward(self, x_bend):
-        weight_be = self.score(x_bend.mean(2))[..., 0].softmax(-1)
-        return (weight_be[:, :, None, None] * x_bend).sum(1), weight_be
+        """Score each encoder by what its tokens say, and mix by a softmax of the scores."""
+        key_bed = x_bend.mean(2)
+        hidden = self.hidden(key_bed).relu()
+        weight_be1 = self.score(hidden).softmax(1)
+        weighted_bend = x_bend * weight_be1[..., None]
+        visual = weighted_bend.sum(1)
+        return visual, weight_be1[..., 0]

@@ -1,3 +1,6 @@
+"""Which time steps change when one frame does?"""
+
+
 def changed_steps(config, frame):
     """The time steps (a set) whose features change with one of the encoder's own frames."""
     if config.tubelet_frames > 1:  # ViViT: every tubelet attends to every other

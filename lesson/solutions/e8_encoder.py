@@ -18,7 +18,9 @@ class MeanColour(Encoder, family="mean-colour"):
 
     def embed(self, frames):
         """(b, T, 3, H, W) -> one row per frame (b*t, h*w, d_e)."""
-        pooled = nn.functional.avg_pool2d(frames.flatten(0, 1), self.config.patch_size)
+        frames = frames.flatten(0, 1)
+        size = self.config.patch_size
+        pooled = nn.functional.avg_pool2d(frames, size)
         return self.patch_embedding(pooled.flatten(2).mT)
 
 
