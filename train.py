@@ -816,7 +816,7 @@ def due(number: int, every: int | None) -> bool:
 # ------------------------------------------------------------------------------------ the whole run
 
 
-def begin(config: TrainConfig) -> Run:
+def begin(config: TrainConfig, device: torch.device) -> Run:
     """Make the miniature's data if it is asked for; open the run's folder on every process."""
     opened: list[Run | UserError | None] = [None]
     if config.data is None:
@@ -829,7 +829,7 @@ def begin(config: TrainConfig) -> Run:
         try:
             if config.data == "miniature":
                 print(small.BANNER, flush=True)
-                miniature.prepare(small.FOLDER, config.encoder_seed)
+                miniature.prepare(small.FOLDER, config.encoder_seed, str(device))
             opened = [runs.open_run(config)]
         except UserError as error:
             opened = [error]
@@ -852,7 +852,7 @@ def train(config: TrainConfig) -> Run:
     if not config.from_:
         model_config(config)  # raises UserError before there is a folder
     stages = stages_of(config)
-    run = begin(config)
+    run = begin(config, device)
     if (run.folder / "checkpoint").is_dir():
         return run
     if dist.get_rank() == 0:
@@ -902,7 +902,7 @@ def evaluate(run: Run) -> bool:
     Returns True on the process that has written the report, the last to finish its share.
     """
     name, test = "miniature-open", small.FOLDER / "test"
-    model = MERV.from_pretrained(run.folder)
+    model = MERV.from_pretrained(run.folder, device=cli.pick_device(run.config.device))
     answered = eval.evaluate(model, name, test, run.folder / "eval")
     if answered is None:
         return False

@@ -11,12 +11,12 @@ from support.files import lock, writing
 MAKERS = (world, drawing, dataset_writer, specialists, encoders)  # the code that decides the result
 
 
-def prepare(folder: str | Path = "data/miniature", seed: int = 0) -> Path:
+def prepare(folder: str | Path = "data/miniature", seed: int = 0, device: str = "cpu") -> Path:
     """Make the world and encoders-<seed>/ where they are missing.
 
     A folder that other code has made is replaced. One that this function has not made at all is
     an error, because replacing it would delete somebody's files. UserError also if another process
-    is making the same, or if the disk is full.
+    is making the same, or if the disk is full. device: where the encoders are pre-trained.
     """
     folder = Path(folder)
     made_by = folder / "made_by.txt"
@@ -32,5 +32,5 @@ def prepare(folder: str | Path = "data/miniature", seed: int = 0) -> Path:
     models = folder / f"encoders-{seed}"
     if not models.exists():
         with lock(in_work), writing(models), new_folder(models) as partial:
-            specialists.pretrain(partial, seed)
+            specialists.pretrain(partial, seed, device)
     return folder

@@ -50,8 +50,10 @@ NUM_PROTOTYPES = 256  # DINOv2's
 ADAMW_LR = 3e-3  # peak learning rate of everything that Muon does not train
 
 
-def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware; on others float32 is faster."""
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether this device multiplies bfloat16 in hardware; on others float32 is faster."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
     supported = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return supported is not None and supported()  # WHY: macOS builds of torch lack this operation
 
@@ -82,8 +84,8 @@ def example(
 def normalise(frames: Tensor, encoder: Encoder) -> Tensor:
     """Bring pixels in [0, 1], (b, T, 3, H, W), to the range that the encoder expects."""
     config = encoder.config
-    mean = torch.tensor(config.pixel_mean).view(3, 1, 1)
-    std = torch.tensor(config.pixel_std).view(3, 1, 1)
+    mean = torch.tensor(config.pixel_mean, device=frames.device).view(3, 1, 1)
+    std = torch.tensor(config.pixel_std, device=frames.device).view(3, 1, 1)
     return (frames - mean) / std
 
 
@@ -145,7 +147,7 @@ def matching_loss(
     """
     objects = captions[:, :3]
     verbs = captions[:, 3]
-    draw = torch.rand(captions.shape, generator=generator)
+    draw = torch.rand(captions.shape, generator=generator).to(captions.device)
     chosen = draw[:, :3].masked_fill(objects == 0, -1).argmax(1)
     texts = objects[torch.arange(len(objects)), chosen]  # (b,)
     if frames.shape[1] > 1:
@@ -172,7 +174,8 @@ def masked_patch_loss(
     SIMPLIFY: only the loss on patches; the one on whole frames never fell at this size.
     """
     b, t, _, height, width = frames.shape
-    masked = torch.rand(b, t, 4, 4, generator=generator) < 0.5  # (b, t, h, w)
+    draw = torch.rand(b, t, 4, 4, generator=generator).to(frames.device)
+    masked = draw < 0.5  # (b, t, h, w)
     pixel_mask = F.interpolate(masked.float(), (height, width)) > 0
     student = nn.Sequential(model.encoder, model.head)
     with torch.no_grad():
@@ -246,13 +249,17 @@ def train(
     seed: int,  # decides the order of the clips and the noise
     num_clips: int = 6000,
 ) -> list[float]:
-    """Pre-train by a recipe; returns the loss of each step."""
+    """Pre-train by a recipe, where the model is; returns the loss of each step.
+
+    Random numbers are drawn on the CPU, so that they are the same on every device.
+    """
+    device = next(model.parameters()).device
     recipe = RECIPES[name]
     classify = recipe.loss is change_loss
     examples = [example(number, alone=classify) for number in range(num_clips)]
     captions, changes, films = zip(*examples, strict=True)
-    clips = torch.tensor(np.stack(films))  # (n, T, 3, H, W)
-    labels = torch.tensor(np.stack(changes if classify else captions))
+    clips = torch.tensor(np.stack(films), device=device)  # (n, T, 3, H, W)
+    labels = torch.tensor(np.stack(changes if classify else captions), device=device)
     optimizers = make_optimizers(model, recipe.muon_lr)
     generator = Generator().manual_seed(seed)
     stride = NUM_FRAMES // recipe.num_frames
@@ -263,9 +270,9 @@ def train(
         start = torch.randint(stride, (), generator=generator)
         frames = clips[chosen, start::stride] / 255
         noise = 0.02 * torch.randn(frames.shape, generator=generator)
-        frames = normalise(frames + noise, model.encoder)
+        frames = normalise(frames + noise.to(device), model.encoder)
         # 2. The loss. WHY: at this size plain attention is faster on a CPU than the fused kernel.
-        bfloat16 = torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16())
+        bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
         with bfloat16, sdpa_kernel(SDPBackend.MATH):
             loss = recipe.loss(model, frames, labels[chosen], generator)
         losses.append(loss.item())
@@ -281,25 +288,25 @@ def train(
     return losses
 
 
-def train_chain(names: tuple[str, ...], folder: Path, seed: int) -> None:
+def train_chain(names: tuple[str, ...], folder: Path, seed: int, device: str) -> None:
     """Pre-train and save these encoders, one after the other, in this process."""
     torch.set_num_threads(1)
     models = {}
     for name in names:
-        models[name] = Pretrainer(name, seed)
+        models[name] = Pretrainer(name, seed).to(device)
         if name == "languagebind":
             models[name].start_from(models["siglip"])
         train(models[name], name, seed)
         save_encoder(models[name].encoder, folder / f"{name}.safetensors")
 
 
-def pretrain(folder: Path, seed: int = 0) -> None:
+def pretrain(folder: Path, seed: int = 0, device: str = "cpu") -> None:
     """Pre-train the encoders into <folder>/<name>.safetensors, and print what they have learned."""
     chains = [("siglip", "languagebind"), ("dinov2", "vivit")]
     # WHY: two processes of one thread do 1.4 times the work of one process with two threads.
     # They are spawned because torch must not fork.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        list(pool.map(train_chain, chains, [folder] * 2, [seed] * 2))
+        list(pool.map(train_chain, chains, [folder] * 2, [seed] * 2, [device] * 2))
     for name in RECIPES:
         encoder = load_encoder(f"miniature-{name}", folder / f"{name}.safetensors")
         line = f"{name:13}"

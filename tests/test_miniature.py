@@ -1,5 +1,6 @@
 """The miniature: clips show what their facts say, and each encoder learns from its objective."""
 
+import contextlib
 import json
 import subprocess
 import sys
@@ -303,6 +304,20 @@ def test_each_objective_is_learned_in_a_few_steps(name, monkeypatch, tmp_path):
     assert sum(p.numel() for p in model.encoder.parameters()) < 1e6
 
 
+@pytest.mark.parametrize("name", ["siglip", "languagebind", "vivit"])
+def test_pretraining_keeps_all_tensors_where_the_model_is(name, monkeypatch):
+    """As a GPU needs it. The meta device stands in for one: it too refuses tensors of the CPU.
+
+    DINOv2 is missing, because there is no selecting by a mask on that device.
+    """
+    short = replace(specialists.RECIPES[name], steps=2, batch=4)
+    monkeypatch.setitem(specialists.RECIPES, name, short)
+    monkeypatch.setattr(torch.Tensor, "item", lambda number: 1.0)
+    monkeypatch.setattr(torch, "autocast", lambda *how, **more: contextlib.nullcontext())
+    model = specialists.Pretrainer(name, 0).to("meta")
+    assert specialists.train(model, name, 0, num_clips=8) == [1.0, 1.0]
+
+
 def test_pretraining_writes_four_files_and_prints_what_they_have_learned(
     monkeypatch, tmp_path, capsys
 ):
@@ -362,7 +377,7 @@ def test_torch_without_mkldnn_can_import_the_specialists():
         "import torch, types\n"
         "torch.ops.mkldnn = types.SimpleNamespace()\n"
         "from miniature import specialists\n"
-        "assert specialists.fast_bfloat16() is False\n"
+        "assert specialists.fast_bfloat16(torch.device('cpu')) is False\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=world.__file__.rsplit("/", 2)[0])
 
@@ -384,7 +399,7 @@ def test_prepare_does_nothing_the_second_time(tmp_path, monkeypatch):
         (folder / "content").write_text(what)
 
     monkeypatch.setattr(world, "write_world", lambda path, clips: write("world", path))
-    monkeypatch.setattr(specialists, "pretrain", lambda path, seed: write(f"{seed}", path))
+    monkeypatch.setattr(specialists, "pretrain", lambda path, seed, device: write(f"{seed}", path))
     target = tmp_path / "data" / "miniature"
     for seed in (0, 0, 1, 0, 1):
         assert miniature.prepare(target, seed) == target
