@@ -16,6 +16,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -84,9 +85,9 @@ def example(
 def normalise(frames: Tensor, encoder: Encoder) -> Tensor:
     """Bring pixels in [0, 1], (b, T, 3, H, W), to the range that the encoder expects."""
     config = encoder.config
-    mean = torch.tensor(config.pixel_mean, device=frames.device).view(3, 1, 1)
-    std = torch.tensor(config.pixel_std, device=frames.device).view(3, 1, 1)
-    return (frames - mean) / std
+    mean = frames.new_tensor(config.pixel_mean)
+    std = frames.new_tensor(config.pixel_std)
+    return (frames - mean.view(3, 1, 1)) / std.view(3, 1, 1)
 
 
 class Pretrainer(nn.Module):
@@ -174,8 +175,8 @@ def masked_patch_loss(
     SIMPLIFY: only the loss on patches; the one on whole frames never fell at this size.
     """
     b, t, _, height, width = frames.shape
-    draw = torch.rand(b, t, 4, 4, generator=generator).to(frames.device)
-    masked = draw < 0.5  # (b, t, h, w)
+    masked = torch.rand(b, t, 4, 4, generator=generator) < 0.5  # (b, t, h, w)
+    masked = masked.to(frames.device)
     pixel_mask = F.interpolate(masked.float(), (height, width)) > 0
     student = nn.Sequential(model.encoder, model.head)
     with torch.no_grad():
@@ -258,8 +259,9 @@ def train(
     classify = recipe.loss is change_loss
     examples = [example(number, alone=classify) for number in range(num_clips)]
     captions, changes, films = zip(*examples, strict=True)
-    clips = torch.tensor(np.stack(films), device=device)  # (n, T, 3, H, W)
-    labels = torch.tensor(np.stack(changes if classify else captions), device=device)
+    clips = torch.tensor(np.stack(films)).to(device)  # (n, T, 3, H, W)
+    wanted = changes if classify else captions
+    labels = torch.tensor(np.stack(wanted)).to(device)
     optimizers = make_optimizers(model, recipe.muon_lr)
     generator = Generator().manual_seed(seed)
     stride = NUM_FRAMES // recipe.num_frames
@@ -269,8 +271,9 @@ def train(
         chosen = torch.randint(num_clips, (recipe.batch,), generator=generator)
         start = torch.randint(stride, (), generator=generator)
         frames = clips[chosen, start::stride] / 255
-        noise = 0.02 * torch.randn(frames.shape, generator=generator)
-        frames = normalise(frames + noise.to(device), model.encoder)
+        noise = torch.randn(frames.shape, generator=generator)
+        frames += 0.02 * noise.to(device)
+        frames = normalise(frames, model.encoder)
         # 2. The loss. WHY: at this size plain attention is faster on a CPU than the fused kernel.
         bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
         with bfloat16, sdpa_kernel(SDPBackend.MATH):
@@ -280,7 +283,8 @@ def train(
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         warm_up = (step + 1) / 30
-        cosine = 0.5 + 0.5 * math.cos(math.pi * step / recipe.steps)
+        angle = math.pi * step / recipe.steps
+        cosine = 0.5 + 0.5 * math.cos(angle)
         for optimizer, peak in zip(optimizers, (recipe.muon_lr, ADAMW_LR), strict=True):
             optimizer.param_groups[0]["lr"] = peak * min(warm_up, cosine)
             optimizer.step()
@@ -306,7 +310,8 @@ def pretrain(folder: Path, seed: int = 0, device: str = "cpu") -> None:
     # WHY: two processes of one thread do 1.4 times the work of one process with two threads.
     # They are spawned because torch must not fork.
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        list(pool.map(train_chain, chains, [folder] * 2, [seed] * 2, [device] * 2))
+        work = partial(train_chain, folder=folder, seed=seed, device=device)
+        list(pool.map(work, chains))
     for name in RECIPES:
         encoder = load_encoder(f"miniature-{name}", folder / f"{name}.safetensors")
         line = f"{name:13}"
