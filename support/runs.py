@@ -9,7 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import import_module
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from support import files
 from support.cli import option_name
 from support.errors import CheckpointError, DataError, UserError
-from support.records import as_record, parse_json, read_object
+from support.records import Record, as_record, parse_json, read_object
 
 ROOT = Path(__file__).parents[1]
 
@@ -233,23 +233,29 @@ def find_folder(config, saved: dict) -> tuple[Path, bool]:
 
 
 def cut_log(file: Path, done: int) -> int:
-    """Drop the lines of a log that belong to steps after `done`; return how many stay.
-
-    Raises DataError, which names the file and the line, if a line is not of a run.
-    """
+    """Drop the lines of a log that belong to steps after `done`; return how many stay."""
     kept = []
-    for number, line in enumerate(files.whole_lines(file), 1):
-        fix = f"delete this line of {file.name}."
-        place = f"{file}, line {number}"
-        record = as_record(parse_json(line, place, fix), place, fix)
-        needed = ["step", "loss"] if file.name == "metrics.jsonl" else ["step"]
-        for name in needed:
-            if record.number(name) is None:
-                raise record.wrong(name, "a number")
+    for line, record in read_log(file):
         if record.whole("step") <= done:
             kept.append(line)
     files.write_file(file, "".join(kept))
     return len(kept)
+
+
+def read_log(file: Path) -> Iterator[tuple[str, Record]]:
+    """The lines of a log, as they are and as records whose "step" and "loss" are numbers.
+
+    Raises DataError, which names the file and the line, if a line is not of a run.
+    """
+    needed = ["step", "loss"] if file.name == "metrics.jsonl" else ["step"]
+    for number, line in enumerate(files.whole_lines(file), 1):
+        fix = f"delete this line of {file.name}."
+        place = f"{file}, line {number}"
+        record = as_record(parse_json(line, place, fix), place, fix)
+        for name in needed:
+            if record.number(name) is None:
+                raise record.wrong(name, "a number")
+        yield line, record
 
 
 def saved_options(folder: str, cls: type, preset: Callable):
@@ -551,17 +557,17 @@ def running_average(losses: list[float]) -> list[float]:
 def draw_loss(folder: Path) -> None:
     """Write loss.svg: loss of each step (grey), running average (red), held-out loss (blue)."""
     steps, losses, held_steps, held_losses = [], [], [], []
-    for line in files.whole_lines(folder / "metrics.jsonl"):
-        metrics = json.loads(line)
-        steps.append(metrics["step"])
-        losses.append(metrics["loss"])
-        if "held_out_loss" in metrics:
-            held_steps.append(metrics["step"])
-            held_losses.append(metrics["held_out_loss"])
+    for _, metrics in read_log(folder / "metrics.jsonl"):
+        steps.append(metrics.number("step"))
+        losses.append(metrics.number("loss"))
+        held_out = metrics.number("held_out_loss")
+        if held_out is not None:
+            held_steps.append(steps[-1])
+            held_losses.append(held_out)
     if not steps:
         return
     top = max(losses + held_losses) or 1  # 0 if no row has a label
-    last = steps[-1]
+    last = max(steps) or 1
 
     def x_of(step: float) -> float:
         return MARGIN + (WIDTH - 2 * MARGIN) * step / last

@@ -132,8 +132,12 @@ BOUNDS = {
     "num_kv_heads": (1, 10**4), "max_positions": (1, 10**8), "patch_size": (1, 10**4),
     "image_size": (1, 10**5), "num_frames": (1, 10**5), "tubelet_frames": (1, 1000),
     "temporal_window": (0, 10**5), "num_registers": (0, 10**5), "pooled_side": (1, 1000),
-    "norm_eps": (1e-30, 0.1), "rope_theta": (1.0, 1e15),
+    "mlp_size": (1, 10**7), "norm_eps": (1e-30, 0.1), "rope_theta": (1.0, 1e15),
 }  # fmt: skip
+MULTIPLES = (  # the first must be a multiple of the second, unless that is 0
+    ("hidden_size", "num_heads"), ("num_heads", "num_kv_heads"),
+    ("num_frames", "tubelet_frames"), ("num_frames", "temporal_window"),
+)  # fmt: skip
 FLAGS = ("tie_word_embeddings", "rope_bf16", "class_token", "layer_scale")
 TEXTS = ("name", "source", "label")
 
@@ -154,7 +158,7 @@ def check_fields(
         return
     for field, value in values.items():
         wanted = None
-        if field in BOUNDS:
+        if field in BOUNDS and (field, value) != ("mlp_size", None):
             least, most = BOUNDS[field]
             kinds = int if isinstance(least, int) else (int, float)
             right = isinstance(value, kinds) and not isinstance(value, bool)
@@ -173,12 +177,27 @@ def check_fields(
         if wanted:
             raise field_error(place, (names or {}).get(field, field), value, wanted)
         check_fields(value, place, choices)
-    width, heads = values.get("hidden_size"), values.get("num_heads")
-    if width and heads and width % heads:
-        raise field_error(place, "hidden_size", width, f"a multiple of the {heads} heads")
-    shared = values.get("num_kv_heads")
-    if heads and shared and heads % shared:
-        raise field_error(place, "key-value heads", shared, f"a divisor of the {heads} heads")
+    names = names or {}
+    for whole, part in MULTIPLES:
+        first, second = values.get(whole), values.get(part)
+        if first and second and first % second:
+            wanted = f"a multiple of {names.get(part, part)}, which is {second},"
+            raise field_error(place, names.get(whole, whole), first, wanted)
+    check_clips(values.get("encoders"), place)
+
+
+def check_clips(encoders: object, place: str) -> None:
+    """Raise CheckpointError unless the encoders of a model see the same moments of a clip.
+
+    Their frames are taken from those of the encoder with the most, and their features are mixed
+    moment by moment (merv.py, equation 1).
+    """
+    if not isinstance(encoders, list):
+        return
+    counts = [encoder["num_frames"] for encoder in encoders]
+    moments = {encoder["num_frames"] // encoder["tubelet_frames"] for encoder in encoders}
+    if len(moments) > 1 or any(max(counts) % count for count in counts):
+        raise field_error(place, "num_frames", counts, "the same moments for all encoders")
 
 
 def is_colour(value: object) -> bool:

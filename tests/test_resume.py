@@ -307,6 +307,15 @@ def test_a_foreign_line_of_a_log_is_named(tmp_path, line):
     assert "Fix: delete this line" in str(caught.value)
 
 
+@pytest.mark.parametrize("value", ["[1]", '"low"', "{}", "true"])
+def test_a_held_out_loss_that_is_no_number_is_named(tmp_path, value):
+    """The curve was drawn from values that nobody had checked."""
+    line = f'{{"step": 1, "loss": "2.5", "held_out_loss": {value}}}'
+    (tmp_path / "metrics.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1: held_out_loss"):
+        runs.draw_loss(tmp_path)
+
+
 def test_the_loss_curve_of_rows_without_labels_can_be_drawn(tmp_path):
     """A loss of 0 at every step was divided by."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.0}\n{"step": 2, "loss": 0.0}\n')

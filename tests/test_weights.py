@@ -140,6 +140,10 @@ def test_a_value_that_is_no_tensor_is_named(tmp_path):
         ({"encoders": [{"family": "clip"}]}, "family is 'clip'"),
         ({"encoders": [{"pixel_mean": [0.5]}]}, "pixel_mean is [0.5]"),
         ({"encoders": [{"image_size": -1}]}, "image_size is -1"),
+        ({"encoders": [{"mlp_size": {}}]}, "mlp_size is {}"),
+        ({"encoders": [{"num_frames": 8}]}, "num_frames is [8, 4, 8, 4]"),
+        ({"encoders": [{"tubelet_frames": 3}]}, "num_frames is 4"),
+        ({"encoders": [{"temporal_window": 3}]}, "num_frames is 4"),
     ],
 )
 def test_a_wrong_field_in_the_config_of_a_merv_is_named(change, wanted, tmp_path):
