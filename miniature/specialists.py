@@ -271,13 +271,14 @@ def train(
         chosen = torch.randint(num_clips, (recipe.batch,), generator=generator)
         start = torch.randint(stride, (), generator=generator)
         frames = clips[chosen, start::stride] / 255
+        targets = labels[chosen]
         noise = torch.randn(frames.shape, generator=generator)
         frames += 0.02 * noise.to(device)
         frames = normalise(frames, model.encoder)
         # 2. The loss. WHY: at this size plain attention is faster on a CPU than the fused kernel.
         bfloat16 = torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
         with bfloat16, sdpa_kernel(SDPBackend.MATH):
-            loss = recipe.loss(model, frames, labels[chosen], generator)
+            loss = recipe.loss(model, frames, targets, generator)
         losses.append(loss.item())
         # 3. The update, with 30 steps of warm-up below a cosine to 0.
         loss.backward()
