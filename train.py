@@ -10,7 +10,8 @@ a model that one cannot. Losses are sums over tokens divided by the tokens of th
 process with a batch of 128 and eight with micro-batches of 4 take the same steps.
 
 Leaves runs/NAME/ with config.json, metrics.jsonl, loss.svg, saves/ to resume from, and checkpoint/
-(for merv.py and eval.py). The command that began a run also resumes it, bit for bit.
+(for merv.py and eval.py). The command that began a run also resumes it: on a CPU bit for bit, on
+GPUs to rounding or, with --deterministic, bit for bit too.
 
     metric in metrics.jsonl   meaning
     step                      optimizer steps so far, over all stages
@@ -175,6 +176,9 @@ class TrainConfig:
     device: str = option("auto", "auto: cuda if there is one", ("auto", "cuda", "cpu"), "machine")
     dtype: str = option(
         "auto", "to compute in; auto: bfloat16 on CUDA, else float32", DTYPES, "machine"
+    )
+    deterministic: bool = option(
+        False, "the same bits in every run on a GPU too, but slower", group="machine"
     )
     activation_checkpointing: bool = option(
         True, "recompute LLM layers: less memory, more work", group="machine"
@@ -848,6 +852,8 @@ def train(config: TrainConfig) -> Run:
 
     Returns the run. If the same command has already written its checkpoint, nothing is trained.
     """
+    if config.deterministic:
+        cli.make_deterministic()
     device = join_processes(config.device)
     if not config.from_:
         model_config(config)  # raises UserError before there is a folder

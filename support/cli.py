@@ -216,6 +216,18 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def make_deterministic() -> None:
+    """Let CUDA compute the same bits in every run, more slowly. Call it before anything runs there.
+
+    An operation that has no such form raises a RuntimeError.
+    """
+    # cuBLAS reads this when it starts; without it, sums may be split differently in each run.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # cuDNN's attention adds up gradients in any order; flash attention can keep an order.
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype of that name. "auto" is bfloat16 on CUDA cards that compute in it, float16 on older
     cards (T4, V100), and float32 elsewhere."""

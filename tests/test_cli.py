@@ -1,5 +1,6 @@
 """Command lines: what --help shows, `none`, tuples, misspelled and moved options, progress."""
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -120,6 +121,21 @@ def test_devices_are_checked(monkeypatch):
             pick_device(name)
     with pytest.raises(UserError, match="There is no device gpu"):
         cli.pick_device("gpu")
+
+
+def test_deterministic_runs_exclude_what_rounds_differently_each_time(monkeypatch):
+    """Strict algorithms, a fixed workspace of cuBLAS, and no attention of cuDNN, whose gradients
+    are summed in any order. What a GPU makes of it is in test_cuda.py."""
+    monkeypatch.setattr(os, "environ", {})
+    try:
+        cli.make_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.cuda.enable_cudnn_sdp(True)
 
 
 @pytest.mark.parametrize(

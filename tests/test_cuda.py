@@ -187,6 +187,11 @@ def train(place: Path, row, launcher: tuple[str, ...] = (), **runs: tuple[str, .
     return metrics
 
 
+def weights_of(place: Path, name: str) -> dict[str, torch.Tensor]:
+    """What a run has trained."""
+    return load_file(place / "runs" / name / "checkpoint" / "model.safetensors")
+
+
 def apart(one: list[dict], other: list[dict]) -> float:
     """The largest relative difference between the losses of two runs."""
     assert len(one) == len(other) > 0
@@ -287,16 +292,22 @@ def test_encoders_may_be_copied_or_run_on_streams(place, row, check):
 
 
 def test_a_resumed_run_is_as_close_as_a_second_one(place, row, check):
-    """A GPU may round differently each time; stopping and resuming adds nothing to that."""
+    """A GPU may round differently each time; stopping and resuming adds nothing to that. With
+    --deterministic, every bit of the weights is the same."""
     steps = ("--device", DEVICE, "--max-steps", "8")
-    saving = (*steps, "--save-every", "4", "--keep", "none")
-    first, second, _ = train(place, row, first=steps, second=steps, resumed=saving)
-    run = place / "runs" / "resumed"
-    for after in (run / "checkpoint", run / "saves" / "00000008"):
-        shutil.rmtree(after)
-    (resumed,) = train(place, row, resumed=saving)
+    exact = (*steps, "--deterministic")
+    saves = ("--save-every", "4", "--keep", "none")
+    stopped = {"resumed": (*steps, *saves), "exact_resumed": (*exact, *saves)}
+    first, second, *_ = train(place, row, first=steps, second=steps, exact=exact, **stopped)
+    for name in stopped:
+        shutil.rmtree(place / "runs" / name / "checkpoint")
+        shutil.rmtree(place / "runs" / name / "saves" / "00000008")
+    resumed, _ = train(place, row, **stopped)
     twice = 2 * apart(second, first) + 1e-5
     check("resumed against straight, twice the spread allowed", apart(resumed, first), twice)
+    one, other = (weights_of(place, name) for name in ("exact", "exact_resumed"))
+    different = sum(not torch.equal(one[name], other[name]) for name in one)
+    check("the same with --deterministic: tensors that differ", different, 0)
 
 
 def test_cached_features_are_those_of_the_cpu(place, row, check):

@@ -179,7 +179,8 @@ def test_no_still_is_repeated_to_fill_the_cache(workplace, tmp_path, monkeypatch
 
 def test_a_run_describes_itself(workplace):
     """config.json says all that was asked for; the checkpoint loads and moves with its encoders."""
-    done = run(workplace, "described", *STEPS, "--max-steps", "2", "--encoders", "dinov2,vivit")
+    options = ("--max-steps", "2", "--encoders", "dinov2,vivit", "--deterministic")
+    done = run(workplace, "described", *STEPS, *options)
     assert done.returncode == 0, done.stderr
     folder = workplace / "runs" / "described"
     config = json.loads((folder / "config.json").read_text())
@@ -187,6 +188,7 @@ def test_a_run_describes_itself(workplace):
         config["max_steps"] == 2
         and config["held_out_every"] == 100
         and config["encoders"] == "dinov2,vivit"
+        and config["deterministic"]
     )
     moved = folder.rename(workplace / "moved")
     model = MERV.from_pretrained(moved)
