@@ -127,18 +127,21 @@ def reader_of_features(model: MERV, names: list[str]) -> MERV:
     return reader
 
 
-def answers_of(reader: MERV, clip: Asked, changed: Pooled) -> list[Question]:
-    """A clip's questions with the reader's answers, scored as eval.py scores them.
+def answers_of(reader: MERV, clip: Asked, changes: list[Pooled]) -> list[list[Question]]:
+    """A clip's questions with the reader's answers, scored as eval.py scores them, for each change.
 
-    changed: what some encoders see instead of the clip.
+    changes: what some encoders see instead of the clip. All are answered in one batch.
     """
     prompts = [question.prompt for question in clip.questions]
+    seen = [clip.pooled | change for change in changes]
     answered = []
-    replies = reader.answer(clip.pooled | changed, prompts, LONGEST)
-    for question, reply in zip(clip.questions, replies, strict=True):
-        question = replace(question, answer=reply.text)
-        score(question, "parse")
-        answered.append(question)
+    for replies in reader.answer(seen, [prompts] * len(seen), LONGEST):
+        questions = []
+        for question, reply in zip(clip.questions, replies, strict=True):
+            question = replace(question, answer=reply.text)
+            score(question, "parse")
+            questions.append(question)
+        answered.append(questions)
     return answered
 
 
@@ -152,26 +155,27 @@ def whose_view_matters(model: MERV, clips: list[Asked]) -> Counter:
       "turned", encoder, kind  of these, changed in the same way when this encoder alone does
     """
     counts = Counter()
-    reader = reader_of_features(model, list(model.encoders))
+    names = list(model.encoders)
+    reader = reader_of_features(model, names)
     for number, clip in enumerate(progress(clips, "swap views")):
         other = clips[number - 1]
-        own = answers_of(reader, clip, {})
-        backwards = answers_of(reader, clip, clip.backwards)
+        changes = [{}, clip.backwards]
+        for name in names:
+            changes += [{name: other.pooled[name]}, {name: clip.backwards[name]}]
+        own, backwards, *changed = answers_of(reader, clip, changes)
         for question, turn in zip(own, backwards, strict=True):
             kind = question.kind
             counts["right", kind] += question.correct
             counts["turning", kind] += question.answer != turn.answer
         for encoder in model.config.encoders:
-            name, label = encoder.name, encoder.label
-            swapped = answers_of(reader, clip, {name: other.pooled[name]})
-            replayed = answers_of(reader, clip, {name: clip.backwards[name]})
+            swapped, replayed, *changed = changed
             answers = zip(own, backwards, swapped, replayed, strict=True)
             for question, turn, swap, replay in answers:
+                key = (encoder.label, question.kind)
                 lost = question.correct and not swap.correct
                 turned = question.answer != turn.answer == replay.answer
-                kind = question.kind
-                counts["lost", label, kind] += lost
-                counts["turned", label, kind] += turned
+                counts["lost", *key] += lost
+                counts["turned", *key] += turned
     return counts
 
 

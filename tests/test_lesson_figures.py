@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import xml.etree.ElementTree
 from dataclasses import replace
 from pathlib import Path
 
+import pictures
 import pytest
 import torch
 from PIL import Image
@@ -164,10 +166,13 @@ def test_the_view_that_matters_is_the_one_an_answer_was_read_from(lab, monkeypat
     """
     vivit = next(e.name for e in TINY.encoders if e.family == "vivit")
 
-    def read_vivit(reader, pooled, questions, longest):
-        change = (pooled[vivit][-1] - pooled[vivit][0]).sum()
-        text = "up" if change > 0 else "down"
-        return [type("Reply", (), {"text": text}) for _ in questions]
+    def read_vivit(reader, clips, questions, longest):
+        answers = []
+        for pooled, asked in zip(clips, questions, strict=True):
+            change = (pooled[vivit][-1] - pooled[vivit][0]).sum()
+            text = "up" if change > 0 else "down"
+            answers.append([type("Reply", (), {"text": text}) for _ in asked])
+        return answers
 
     signs = [1, -1, 1, -1]
     lab.clips = []
@@ -431,6 +436,38 @@ def test_the_committed_pictures_belong_to_their_page():
     shown = set(re.findall(r"\]\(([\w-]+\.svg)\)", page))
     assert shown == {f"{name}.svg" for name in figures.FIGURES}
     assert shown == {file.name for file in folder.glob("*.svg")}
+
+
+def test_committed_pictures_that_depend_on_no_weights_are_drawn_again():
+    """Figure 3 letter by letter; figure 4 with the same empty cells, which random weights show."""
+    model = MERV.create(MERVS["miniature"], None)
+    frames = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
+    lab = figures.Lab(model, frames, model.pixels(frames), [])
+    committed = ROOT / "docs/figures"
+    drawn, _ = fill("3-pooling", figures.pooling_numbers(lab))
+    assert (committed / "3-pooling.svg").read_text(encoding="utf-8") == drawn
+    drawn, _ = fill("4-reach", figures.reach_numbers(lab))
+    empty = re.compile(r"fill-opacity=.(0.00|)")
+    stored = (committed / "4-reach.svg").read_text(encoding="utf-8")
+    assert empty.findall(stored) == empty.findall(drawn)
+
+
+def test_pictures_that_say_something_else_are_noticed(tmp_path):
+    """tests/pictures.py, with which .ci/run compares the pictures of a model trained anew."""
+    committed = ROOT / "docs/figures"
+    assert pictures.differences(committed) == []
+    lost = pictures.shares(committed)["lost", "temporal"]
+    assert pictures.leader(lost) == "vivit"
+    shutil.copytree(committed, tmp_path, dirs_exist_ok=True)
+    for name, old, new in [
+        ("5-matters", "vivit", "other"), ("4-reach", "dinov2", "dino"), ("2-views", "step", "time"),
+        ("6-mixing", r"siglip  0\.\d+", "siglip  0.99"),
+    ]:  # fmt: skip
+        file = tmp_path / f"{name}.svg"
+        text = file.read_text(encoding="utf-8")
+        file.write_text(re.sub(old, new, text), encoding="utf-8")
+        assert any(name in line for line in pictures.differences(tmp_path)), name
+        file.write_text(text, encoding="utf-8")
 
 
 def test_the_lesson_stays_small():
