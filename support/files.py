@@ -125,15 +125,16 @@ class Journal:
                 place = f"{path}, line {number}"
                 yield as_record(parse_json(line, place, fix), place, fix)
 
-    def append(self, record: dict) -> None:
-        """Add a record. It is on disk when this returns."""
-        append_line(self.file, record)
+    def append(self, *records: dict) -> None:
+        """Add records. They are on disk when this returns."""
+        append_lines(self.file, *records)
 
 
-def append_line(path: Path, record: dict) -> None:
-    """Add a record to a file of JSON lines. It is on disk when this returns."""
+def append_lines(path: Path, *records: dict) -> None:
+    """Add records to a file of JSON lines. They are on disk when this returns."""
     with writing(path), path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+        for record in records:
+            file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -31,6 +31,8 @@ from support.pictures import DAMAGED, MAX_PIXELS, check_size, on_white
 # Total frames, frames per second, the second at which each is shown or None -> numbers to load.
 Pick = Callable[[int, float, list[float] | None], list[int]]
 
+SMALL_FRAME = 128 * 128  # pixels
+
 # WHY: a list of what may be opened. FFmpeg also reads playlists, which name other files, and would
 # open addresses on the internet, screens and cameras.
 CONTAINERS = (
@@ -137,7 +139,8 @@ def _main_stream(path: Path, container) -> av.VideoStream:
     film = max(films, key=rank)
     check_size(path, film.width, film.height)
     film.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change later
-    film.thread_type = "AUTO"
+    # WHY: to start threads takes longer than to decode a clip of a few small frames.
+    film.thread_type = "AUTO" if film.width * film.height > SMALL_FRAME else "NONE"
     return film
 
 
