@@ -45,7 +45,7 @@ from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype, 
 from support.errors import UserError, VideoError
 from support.files import Journal, write_file
 from support.judge import Judge, judge_answers
-from support.processes import end_with_torchrun
+from support.processes import cores_left_to, end_with_torchrun
 from support.report import read_result, write_report
 from support.runs import latest_run
 
@@ -156,8 +156,9 @@ def evaluate(
     loader = DataLoader(
         clips, size, sampler=mine, num_workers=config.workers, collate_fn=stack_clips
     )
-    for batch in progress(loader, f"{name}, batches of {size}"):
-        journal.append(*answer_batch(model, batch, clips, config))
+    with cores_left_to(config.workers):
+        for batch in progress(loader, f"{name}, batches of {size}"):
+            journal.append(*answer_batch(model, batch, clips, config))
 
     # Other processes may still be at work. The last one to finish sees all answers; if there was
     # nothing left to do for anyone, process 0 writes the result.

@@ -326,6 +326,27 @@ def test_clips_in_a_batch_are_answered_as_one_by_one(world, model, tmp_path, nam
     assert len({question.answer for question in results[0]}) > 1
 
 
+def test_workers_have_cores_of_their_own(world, model, tmp_path, monkeypatch):
+    """The threads of an operation wait for each other. Two of them beside two workers, on two cores
+    that others used too, took twice as long as one thread."""
+    threads = []
+    answer = MERV.answer
+
+    def spy(*arguments):
+        threads.append(torch.get_num_threads())
+        return answer(*arguments)
+
+    monkeypatch.setattr(MERV, "answer", spy)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for workers in (0, 2):
+            evaluate(model, "miniature-open", world, tmp_path / str(workers), workers=workers)
+        assert threads == [3, 1] and torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_the_records_of_a_batch_are_on_disk_before_the_next_one(
     world, model, tmp_path, monkeypatch
 ):
