@@ -39,7 +39,7 @@ from support.errors import DataError, UserError
 from support.features import FeatureCache
 from support.records import clean
 from support.rows import Rows, find_media, modality_of, require_no_placeholder, tidy
-from support.video import is_still, load_video
+from support.video import is_still, load_frames, load_video
 
 # --------------------------------------------------------------------------------- frames -> pixels
 
@@ -56,16 +56,27 @@ def preprocess(frames: Tensor, config: EncoderConfig) -> Tensor:
 
     A single frame (a still image) stays a single frame.
     """
-    wanted = config.num_frames
-    if len(frames) > 1:
-        if len(frames) % wanted != 0:
-            what = f"{config.name} wants {wanted} frames, got {len(frames)}."
-            why = "all encoders must see the same moments."
-            raise DataError(what, why, f"load a multiple of {wanted} frames.")
-        # QUIRK: of frames 0..31 this keeps 0, 2 ... 30; the last frame is never seen (ledger K7).
-        step = len(frames) // wanted
-        frames = frames[::step]
+    # QUIRK: of frames 0..31 this keeps 0, 2 ... 30; the last frame is never seen (ledger K7).
+    return scale(frames[:: step_of(len(frames), config)], config)
 
+
+def step_of(num_frames: int, config: EncoderConfig) -> int:
+    """How far apart the frames are that one encoder takes from a clip. DataError if none fits."""
+    wanted = config.num_frames
+    if num_frames == 1:
+        return 1
+    if num_frames % wanted != 0:
+        what = f"{config.name} wants {wanted} frames, got {num_frames}."
+        why = "all encoders must see the same moments."
+        raise DataError(what, why, f"load a multiple of {wanted} frames.")
+    return num_frames // wanted
+
+
+def scale(frames: Tensor, config: EncoderConfig) -> Tensor:
+    """Resize and normalise frames for one encoder, each by itself.
+
+    frames: uint8 (T, 3, H, W). Returns float32 (T, 3, side, side).
+    """
     side = config.image_size
     if config.resize == "squash":
         # On uint8 with antialias=True, torch computes the same resize as Pillow.
@@ -90,7 +101,11 @@ def _crop(frame: Tensor, side: int, interpolation: str) -> Tensor:
     _, h, w = frame.shape
     short = min(h, w)
     size = (h * side // short, w * side // short)  # the long side is rounded down
-    scaled = F.interpolate(frame[None] / 255, size, mode=interpolation, align_corners=False)[0]
+    channels = []
+    for channel in frame:  # one by one, because as floats a large frame takes much memory
+        pixels = channel[None, None] / 255
+        channels.append(F.interpolate(pixels, size, mode=interpolation, align_corners=False)[0])
+    scaled = torch.cat(channels)
     top = round((size[0] - side) / 2)
     left = round((size[1] - side) / 2)
     return scaled[:, top : top + side, left : left + side]
@@ -105,8 +120,23 @@ def load_pixels(
     Raises VideoError if the file is missing or damaged.
     """
     num_frames = 1 if is_still(path) else max(config.num_frames for config in encoders)
-    frames = load_video(path, num_frames, start, end, end_frame, fps)
-    return {config.name: preprocess(frames, config) for config in encoders}
+    steps = {config: step_of(num_frames, config) for config in encoders}
+
+    def scale_for_each(frame: np.ndarray, places: list[int]) -> dict[str, Tensor]:
+        """Scale a frame (H, W, 3) for the encoders that see it."""
+        pixels = torch.from_numpy(frame).permute(2, 0, 1)[None]
+        scaled = {}
+        for config, step in steps.items():
+            if any(place % step == 0 for place in places):
+                scaled[config.name] = scale(pixels, config)
+        return scaled
+
+    # WHY frame by frame: 32 frames of 8K video take 3 GB before they are scaled.
+    frames = load_frames(path, num_frames, scale_for_each, start, end, end_frame, fps)
+    clips = {}
+    for config, step in steps.items():
+        clips[config.name] = torch.cat([frame[config.name] for frame in frames[::step]])
+    return clips
 
 
 # ------------------------------------------------------------------ conversations -> ids and labels

@@ -12,6 +12,7 @@ at a key frame and then showed every frame at the time that its packet announced
 
 from __future__ import annotations
 
+import os
 import warnings
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
@@ -26,10 +27,12 @@ from av.video.frame import PictureType
 from PIL import Image
 
 from support.errors import VideoError
-from support.pictures import DAMAGED, MAX_PIXELS, check_size, on_white
+from support.pictures import DAMAGED, MAX_FILM_PIXELS, check_size, flatten
 
 # Total frames, frames per second, the second at which each is shown or None -> numbers to load.
 Pick = Callable[[int, float, list[float] | None], list[int]]
+# A frame as RGB (H, W, 3), its places in the clip -> what is kept of it, such as a smaller one.
+Keep = Callable[[np.ndarray, list[int]], object]
 
 SMALL_FRAME = 128 * 128  # pixels
 
@@ -76,7 +79,7 @@ class Decoded:
     """What a decoder shows of a whole file."""
 
     times: list[int | None] = field(default_factory=list)  # of all frames shown, in ticks
-    frames: dict[int, np.ndarray] = field(default_factory=dict)  # number -> RGB, if wanted
+    frames: dict[int, object] = field(default_factory=dict)  # number -> what is kept, if wanted
     rejected: int = 0  # packets
     concealed: int = 0  # frames with damaged parts, which the decoder filled from others
 
@@ -85,8 +88,34 @@ class SeekError(Exception):
     """After a jump, the decoder did not show the frames that the packets announce."""
 
 
-def load_film(path: Path, pick: Pick) -> list[np.ndarray]:
-    """Load the frames of a video file that `pick` chooses, as RGB: uint8 (H, W, 3).
+def places_of(indices: list[int]) -> dict[int, list[int]]:
+    """The places of each frame in a clip: [0, 0, 3] -> {0: [0, 1], 3: [2]}."""
+    places: dict[int, list[int]] = {}
+    for place, index in enumerate(indices):
+        places.setdefault(index, []).append(place)
+    return places
+
+
+class Loader:
+    """Turn decoded frames into RGB, and keep what `keep` makes of them.
+
+    WHY at once: 32 frames of 8K video take 3 GB.
+    """
+
+    def __init__(self, indices: list[int], keep: Keep):
+        self.keep = keep
+        self.size = None  # of the first frame; later ones are scaled to it
+        self.places = places_of(indices)
+
+    def load(self, number: int, frame: av.VideoFrame) -> object:
+        """What is kept of frame `number`, one of the indices."""
+        pixels = _to_rgb(frame, self.size)
+        self.size = pixels.shape
+        return self.keep(pixels, self.places[number])
+
+
+def load_film(path: Path, pick: Pick, keep: Keep) -> list:
+    """Load the frames of a video file that `pick` chooses: what `keep` makes of each.
 
     Warns if damaged packets were concealed. Raises VideoError if the file holds no film or if a
     frame to load is lost, and whatever PyAV raises for files that it cannot read.
@@ -98,11 +127,12 @@ def load_film(path: Path, pick: Pick) -> list[np.ndarray]:
             in_order = sorted(packets.times)  # B-frames are stored after later frames
             indices = pick(len(in_order), packets.fps, _seconds(in_order, packets))
             try:
-                frames = _decode_at(container, stream, indices, in_order, packets.keyframes)
+                loader = Loader(indices, keep)
+                frames = _decode_at(container, stream, loader, in_order, packets.keyframes)
                 return [frames[index] for index in indices]
             except (SeekError, av.FFmpegError):
                 pass  # the marks are wrong, or a part is damaged
-    return _load_from_start(path, pick, packets)
+    return _load_from_start(path, pick, keep, packets)
 
 
 # ------------------------------------------------------------------------------ what is in the file
@@ -137,10 +167,13 @@ def _main_stream(path: Path, container) -> av.VideoStream:
         return stream.frames != 1, default, stream.width * stream.height
 
     film = max(films, key=rank)
-    check_size(path, film.width, film.height)
-    film.codec_context.options = {"max_pixels": str(MAX_PIXELS)}  # the size may change later
+    check_size(path, film.width, film.height, MAX_FILM_PIXELS)
+    film.codec_context.options = {"max_pixels": str(MAX_FILM_PIXELS)}  # the size may change later
     # WHY: to start threads takes longer than to decode a clip of a few small frames.
     film.thread_type = "AUTO" if film.width * film.height > SMALL_FRAME else "NONE"
+    # Each thread decodes a frame of its own. 0 would mean one for each core, however large.
+    at_once = MAX_FILM_PIXELS // max(1, film.width * film.height)
+    film.codec_context.thread_count = max(1, min(at_once, os.cpu_count() or 1, 16))
     return film
 
 
@@ -250,8 +283,8 @@ def _seconds(times: list[int | None], packets: Packets) -> list[float] | None:
 # -------------------------------------------------------------------------------- decode by jumping
 
 
-def _decode_at(container, stream, indices, in_order, keyframes) -> dict[int, np.ndarray]:
-    """Decode the frames with the given numbers: number -> RGB (H, W, 3).
+def _decode_at(container, stream, loader: Loader, in_order, keyframes) -> dict[int, object]:
+    """Decode the frames that the loader wants: number -> what is kept of it.
 
     in_order: the time of each frame, in ticks. keyframes: the times of key frames. Decoding starts
     at the last key frame before a wanted frame, and jumps there if that skips frames.
@@ -261,7 +294,7 @@ def _decode_at(container, stream, indices, in_order, keyframes) -> dict[int, np.
     decoded = {}
     position = -1  # the number of the frame decoded last
     frames = iter(())
-    for index in sorted(set(indices)):
+    for index in sorted(loader.places):
         before = bisect_right(keyframes, in_order[index])
         if before == 0:
             raise SeekError
@@ -274,7 +307,7 @@ def _decode_at(container, stream, indices, in_order, keyframes) -> dict[int, np.
             position += 1
             if frame is None or frame.pts != in_order[position] or frame.is_corrupt:
                 raise SeekError
-        decoded[index] = _to_rgb(frame, decoded)
+        decoded[index] = loader.load(index, frame)
     return decoded
 
 
@@ -299,7 +332,7 @@ def _frames_from(container, stream, keyframe: int) -> Iterator[av.VideoFrame]:
 # ---------------------------------------------------------------------------- decode from the start
 
 
-def _load_from_start(path: Path, pick: Pick, packets: Packets) -> list[np.ndarray]:
+def _load_from_start(path: Path, pick: Pick, keep: Keep, packets: Packets) -> list:
     """Decode the whole file, and load the frames that `pick` chooses.
 
     How many frames a decoder shows is known only afterwards. The first try takes each packet for a
@@ -309,7 +342,7 @@ def _load_from_start(path: Path, pick: Pick, packets: Packets) -> list[np.ndarra
     if None not in times:
         times = sorted(times)
     guess = pick(len(times), packets.fps, _seconds(times, packets))
-    decoded = _decode_all(path, set(guess), packets.damaged > 0)
+    decoded = _decode_all(path, Loader(guess, keep), packets.damaged > 0)
     if not decoded.times:
         raise VideoError(f"{path}: has no frames, or incomplete ones.", *DAMAGED)
     times, numbers = _timeline(decoded, packets)
@@ -320,16 +353,17 @@ def _load_from_start(path: Path, pick: Pick, packets: Packets) -> list[np.ndarra
             raise VideoError(what, *DAMAGED)
     wanted = [numbers[index] for index in indices]
     faults = max(packets.damaged, decoded.rejected + decoded.concealed)
-    if not decoded.frames.keys() >= set(wanted):
-        decoded = _decode_all(path, set(wanted), faults > 0)
+    if wanted != guess:
+        decoded.frames.clear()
+        decoded = _decode_all(path, Loader(wanted, keep), faults > 0)
     if faults:
         message = f"{path}: {faults} damaged packets or frames were concealed."
         warnings.warn(message, stacklevel=5)  # at the caller of load_video
     return [decoded.frames[number] for number in wanted]
 
 
-def _decode_all(path: Path, wanted: set[int], one_thread: bool) -> Decoded:
-    """Decode from the start and count, keeping the frames with the wanted numbers.
+def _decode_all(path: Path, loader: Loader, one_thread: bool) -> Decoded:
+    """Decode from the start and count, keeping the frames that the loader wants.
 
     one_thread: needed for damaged files. WHY: several threads report a fault late, and drop the
     frames in between.
@@ -347,13 +381,13 @@ def _decode_all(path: Path, wanted: set[int], one_thread: bool) -> Decoded:
                 frames = decoder.decode(packet)
             except av.FFmpegError:
                 if not one_thread:
-                    return _decode_all(path, wanted, one_thread=True)
+                    return _decode_all(path, loader, one_thread=True)
                 decoded.rejected += 1
                 continue
             for frame in frames:
                 number = len(decoded.times)
-                if number in wanted:
-                    decoded.frames[number] = _to_rgb(frame, decoded.frames)
+                if number in loader.places:
+                    decoded.frames[number] = loader.load(number, frame)
                 decoded.concealed += frame.is_corrupt
                 decoded.times.append(frame.pts)
     return decoded
@@ -390,19 +424,19 @@ def _timeline(decoded: Decoded, packets: Packets) -> tuple[list, list]:
 # ------------------------------------------------------------------------------------ frames as RGB
 
 
-def _to_rgb(frame: av.VideoFrame, others: dict[int, np.ndarray]) -> np.ndarray:
-    """Convert to RGB (H, W, 3), upright, and as large as the first of the frames before it.
+def _to_rgb(frame: av.VideoFrame, size: tuple[int, int, int] | None) -> np.ndarray:
+    """Convert to RGB (H, W, 3), upright, of a certain size unless it is None.
 
     Transparent parts become white.
     """
     transparent = any(part.is_alpha for part in frame.format.components)
     if transparent or frame.format.has_palette:
-        pixels = on_white(Image.fromarray(frame.to_ndarray(format="rgba", threads=1)))
+        picture = Image.fromarray(frame.to_ndarray(format="rgba", threads=1))
+        pixels = flatten(picture)
     else:
         pixels = frame.to_ndarray(format="rgb24", threads=1)  # more threads would be slower
     pixels = _turn_upright(pixels, frame)
-    size = next((other.shape for other in others.values()), pixels.shape)
-    if pixels.shape == size:
+    if size in (None, pixels.shape):
         return pixels
     resized = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
     return resized.to_ndarray(format="rgb24", height=size[0], width=size[1])

@@ -6,6 +6,7 @@ example, to Ghostscript, which runs programs.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -21,27 +22,32 @@ ANIMATED = ("PNG", "WEBP", "AVIF")  # the formats whose further pictures are fra
 # What the first box of such a file says (ISO/IEC 23008-12). Image sequences, hevc and avis, are
 # left out: FFmpeg reads them as videos.
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"mif2", b"miaf", b"avif")
-MAX_PIXELS = 64_000_000  # of a frame: twice 8K video, and 0.2 GB in RGB
+# WHY: loading a clip takes at most 1 GB. A decoder keeps several frames, and Pillow takes four
+# bytes for each pixel.
+MAX_PIXELS = 64_000_000  # of a picture, such as a photo of a phone
+MAX_FILM_PIXELS = 36_000_000  # of a film or an animation: 8K, 8192 x 4320
+STRIP = 256  # rows that are converted at once
 DEFAULT_DELAY = 0.1  # seconds; how long browsers show a frame that states no delay
 MAX_ASPECT = 50  # the longer side over the shorter side
 DAMAGED = ("the file is damaged, cut off or not a video.", "download or convert it again.")
 
-# The value of the EXIF tag "Orientation" -> what makes the picture upright.
+# The value of the EXIF tag "Orientation" -> what makes the picture upright: whether rows become
+# columns, then the steps through rows and columns, -1 for backwards.
 UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+    2: (False, 1, -1),
+    3: (False, -1, -1),
+    4: (False, -1, 1),
+    5: (True, 1, 1),
+    6: (True, 1, -1),
+    7: (True, -1, -1),
+    8: (True, -1, 1),
 }
 
 
-def check_size(path: Path, width: int, height: int) -> None:
+def check_size(path: Path, width: int, height: int, most: int = MAX_PIXELS) -> None:
     """Raise VideoError for frames that would need too much memory, now or after resizing."""
-    if width * height > MAX_PIXELS:
-        why = f"a frame may have {MAX_PIXELS:,} pixels."
+    if width * height > most:
+        why = f"a frame may have {most:,} pixels."
         raise VideoError(f"{path}: has frames of {width} x {height}.", why, "scale it down.")
     if max(width, height) > MAX_ASPECT * min(width, height):
         why = f"one side may be {MAX_ASPECT} times as long as the other."
@@ -71,11 +77,14 @@ def open_picture(path: Path) -> Image.Image | None:
         why = "raw photos are TIFF files whose first picture is only a preview."
         fix = "develop it to JPEG, or name it .tif if it is an ordinary TIFF."
         raise VideoError(f"{path}: may be a raw photo.", why, fix)
-    check_size(path, *picture.size)
-    transparent = picture.format == "WEBP" and picture.is_animated
-    if transparent or picture.format == "TIFF":
+    animated = picture.format in ANIMATED and getattr(picture, "is_animated", False)
+    check_size(path, *picture.size, MAX_FILM_PIXELS if animated else MAX_PIXELS)
+    if picture.format == "TIFF":
         picture.close()
-        return _open_from_memory(path, transparent)
+        return _open_unmapped(path)
+    if picture.format == "WEBP" and animated:
+        picture.close()
+        return _open_transparent(path)
     return picture
 
 
@@ -93,17 +102,22 @@ def refuse_heif(path: Path) -> None:
         raise VideoError(f"{path}: is a HEIC or AVIF photo.", why, fix)
 
 
-def _open_from_memory(path: Path, transparent: bool) -> Image.Image:
-    """Open a picture in a way that avoids two faults of Pillow.
+def _open_unmapped(path: Path) -> Image.Image:
+    """Open a TIFF file that Pillow does not map into memory, because it is not told the name.
 
-    A TIFF file that is grey and on its side is read with its width and height exchanged if Pillow
-    maps the file, which it does only if it is told the name. The header of an animated WebP has a
-    bit that says whether a frame has transparent pixels. If it is 0, Pillow shows black where no
-    frame has drawn yet, and browsers show the page. `transparent` sets the bit.
+    If it does, it reads a file that is grey and on its side with width and height exchanged.
+    """
+    return Image.open(path.open("rb"), formats=FORMATS)
+
+
+def _open_transparent(path: Path) -> Image.Image:
+    """Open an animated WebP whose frames may have transparent pixels.
+
+    A bit of its header says so. If it is 0, Pillow shows black where no frame has drawn yet, and
+    browsers show the page.
     """
     content = bytearray(path.read_bytes())
-    if transparent:
-        content[20] |= 0x10  # ALPHA in https://developers.google.com/speed/webp/docs/riff_container
+    content[20] |= 0x10  # ALPHA in https://developers.google.com/speed/webp/docs/riff_container
     return Image.open(BytesIO(content), formats=FORMATS)
 
 
@@ -149,32 +163,51 @@ def to_rgb(path: Path, picture: Image.Image, number: int = 0) -> np.ndarray:
     seek(path, picture, number)
     if picture.format == "TIFF":
         orientation = 1  # Pillow has turned it already
-    upright = picture
-    if orientation in UPRIGHT:
-        upright = picture.transpose(UPRIGHT[orientation])
-    if upright.mode.startswith(("I", "F")):
-        grey = _grey(path, np.asarray(upright))
-        return np.repeat(grey[:, :, None], 3, axis=2)
-    if picture.has_transparency_data:
-        return on_white(upright.convert("RGBA"))
-    return np.array(upright.convert("RGB"))
+    deep = picture.mode.startswith(("I", "F"))
+    pixels = _grey(path, picture) if deep else flatten(picture)
+    exchanged, rows, columns = UPRIGHT.get(orientation, (False, 1, 1))
+    if exchanged:
+        pixels = pixels.transpose(1, 0, 2)
+    return np.ascontiguousarray(pixels[::rows, ::columns])
 
 
-def on_white(picture: Image.Image) -> np.ndarray:
-    """Lay an RGBA picture on a white page: uint8 (H, W, 3)."""
-    white = Image.new("RGBA", picture.size, "white")
-    return np.array(Image.alpha_composite(white, picture).convert("RGB"))
+def _strips(picture: Image.Image) -> Iterator[tuple[slice, Image.Image]]:
+    """Cut a picture into strips of STRIP rows: which rows of it, and the strip.
+
+    WHY: each conversion makes a copy of what it converts.
+    """
+    for top in range(0, picture.height, STRIP):
+        bottom = min(top + STRIP, picture.height)
+        yield slice(top, bottom), picture.crop((0, top, picture.width, bottom))
 
 
-def _grey(path: Path, values: np.ndarray) -> np.ndarray:
-    """Convert grey of 16 bits (I;16, I) or floats (F) to uint8.
+def flatten(picture: Image.Image) -> np.ndarray:
+    """Convert a picture to RGB: uint8 (H, W, 3). Transparent parts become white."""
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    for rows, strip in _strips(picture):
+        if picture.has_transparency_data:
+            white = Image.new("RGBA", strip.size, "white")
+            strip = Image.alpha_composite(white, strip.convert("RGBA"))
+        pixels[rows] = np.asarray(strip.convert("RGB"))
+    return pixels
+
+
+def _grey(path: Path, picture: Image.Image) -> np.ndarray:
+    """Convert grey of 16 bits (I;16, I) or floats (F) to uint8 (H, W, 3).
 
     Integers go from 0 to 65535. Floats go from 0 to 1, or, if any is larger, from 0 to 255.
     """
+    extremes = []
+    for _, strip in _strips(picture):
+        values = np.asarray(strip)
+        extremes += [values.min(), values.max()]
     white = 65535
     if values.dtype.kind == "f":
-        white = 1 if values.max() <= 1 else 255
-    if not (values.min() >= 0 and values.max() <= white):  # also if one is not a number
+        white = 1 if max(extremes) <= 1 else 255
+    if not all(0 <= value <= white for value in extremes):  # also if one is not a number
         why = f"its grey levels do not lie between 0 and {white}."
         raise VideoError(f"{path}: has no agreed black and white.", why, "save it with 8 bits.")
-    return np.rint(values * (255 / white)).astype(np.uint8)
+    pixels = np.empty((picture.height, picture.width, 3), np.uint8)
+    for rows, strip in _strips(picture):
+        pixels[rows] = np.rint(np.asarray(strip) * (255 / white))[..., None]
+    return pixels

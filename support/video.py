@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from support.errors import UserError, VideoError
-from support.films import evenly_spaced, load_film
+from support.films import Keep, evenly_spaced, load_film, places_of
 from support.pictures import (
     DAMAGED,
     IMAGE_SUFFIXES,
@@ -71,18 +71,34 @@ def load_video(
     Warns if damaged parts were concealed. Raises VideoError if the file is missing or no video, if
     a frame to load is lost, or if the part is empty.
     """
+    frames = load_frames(path, num_frames, lambda frame, _: frame, start, end, end_frame, fps)
+    clip = np.empty((len(frames), *frames[0].shape), np.uint8)
+    for number in range(len(frames)):
+        clip[number] = frames[number]
+        frames[number] = None  # so that each frame is in memory only once
+    video = torch.from_numpy(clip).permute(0, 3, 1, 2)
+    return video.expand(num_frames, -1, -1, -1)  # repeats the one frame of a still picture
+
+
+def load_frames(
+    path: str | Path, num_frames: int, keep: Keep, start=None, end=None, end_frame=None, fps=None
+) -> list:
+    """Load the frames that load_video would, and return what `keep` makes of each, in order.
+
+    keep: takes a frame (H, W, 3) and the list of its places in the clip. It is called as soon as
+    the frame is decoded, so large frames can be scaled down one by one. A still picture has one
+    frame, which stands in all places. Raises as load_video does.
+    """
     path = Path(path)
     span = Span(path, num_frames, start, end, end_frame)
     try:
-        frames = _load(path, span, fps)
+        return _load(path, span, fps, keep)
     except UserError:
         raise
     # WHY: damaged files make decoders raise errors of many classes, MemoryError included.
     except Exception as error:
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise VideoError(f"{path}: cannot be decoded: {reason}.", *DAMAGED) from error
-    video = torch.from_numpy(np.stack(frames)).permute(0, 3, 1, 2)
-    return video.expand(num_frames, -1, -1, -1)  # repeats the one frame of a still picture
 
 
 @dataclass(frozen=True)
@@ -122,22 +138,24 @@ class Span:
         return sample_indices(total, self.num_frames, fps, start, end, self.end_frame)
 
 
-def _load(path: Path, span: Span, fps: float | None) -> list[np.ndarray]:
-    """Load the frames (H, W, 3) of anything; only one if it is a still picture."""
+def _load(path: Path, span: Span, fps: float | None, keep: Keep) -> list:
+    """Load the frames of anything; only one if it is a still picture."""
     if path.is_dir():
-        return _load_folder(path, span, fps)
+        return _load_folder(path, span, fps, keep)
     _check_file(path)
     picture = _open_picture(path)
     if picture is None:
-        return load_film(path, span.pick)
+        return load_film(path, span.pick, keep)
     with picture:
         numbers = frame_numbers(picture)
         if len(numbers) == 1:
-            return [to_rgb(path, picture, numbers[0])]
+            frame = to_rgb(path, picture, numbers[0])
+            picture.close()  # frees its memory before the frame is scaled
+            return [keep(frame, list(range(span.num_frames)))]
         indices = span.pick(len(numbers), None, frame_times(path))
         frames = {}
-        for index in sorted(set(indices)):
-            frames[index] = to_rgb(path, picture, numbers[index])
+        for index, places in places_of(indices).items():
+            frames[index] = keep(to_rgb(path, picture, numbers[index]), places)
         return [frames[index] for index in indices]
 
 
@@ -176,8 +194,8 @@ def _check_file(path: Path) -> None:
 # ----------------------------------------------------------------------------------------- folders
 
 
-def _load_folder(path: Path, span: Span, fps: float | None) -> list[np.ndarray]:
-    """Load RGB frames of a folder of pictures, in natural order."""
+def _load_folder(path: Path, span: Span, fps: float | None, keep: Keep) -> list:
+    """Load frames of a folder of pictures, in natural order."""
     files = files_in_order(path, IMAGE_SUFFIXES)
     videos = files_in_order(path, VIDEO_SUFFIXES)
     if not files:
@@ -189,12 +207,15 @@ def _load_folder(path: Path, span: Span, fps: float | None) -> list[np.ndarray]:
         raise VideoError(what, "a folder stands for a video if it holds only its frames.", fix)
     indices = span.pick(len(files), fps)
     frames = {}
-    for index in sorted(set(indices)):
+    shapes = set()
+    for index, places in places_of(indices).items():
         _check_file(files[index])
-        frames[index] = _load_still(files[index])
-    if len({frame.shape for frame in frames.values()}) > 1:
-        what = f"{path}: has frames of different sizes."
-        raise VideoError(what, "frames of one video must match.", "resize them to one size.")
+        frame = _load_still(files[index])
+        shapes.add(frame.shape)
+        if len(shapes) > 1:
+            what = f"{path}: has frames of different sizes."
+            raise VideoError(what, "frames of one video must match.", "resize them to one size.")
+        frames[index] = keep(frame, places)
     return [frames[index] for index in indices]
 
 

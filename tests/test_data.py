@@ -8,7 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from conftest import REPOSITORY
 from helpers import (  # noqa: F401  re-exported
     MALFORMED,
     decode_everything,
@@ -17,6 +19,7 @@ from helpers import (  # noqa: F401  re-exported
     train_tokenizer,
     write_video,
 )
+from PIL import Image
 
 from data import IGNORE, TEMPLATES, render_prompt, tokenize
 from llama import Tokenizer
@@ -106,3 +109,42 @@ def test_show_escapes_a_piece_that_is_a_newline(mixed_folder, tmp_path):
 def test_a_command_without_a_folder_asks_for_one():
     done = look_at("--check")
     assert done.returncode != 0 and "Which folder?" in done.stderr
+
+
+LOAD_BIG = """
+import sys
+import torch
+from data import load_pixels
+from encoders import ENCODERS
+from tests.fuzz import peak_memory
+
+torch.set_num_threads(1)
+encoders = [ENCODERS[name] for name in ("languagebind", "dinov2", "vivit", "siglip")]
+load_pixels(sys.argv[1], encoders)
+peak_memory()
+before = peak_memory()
+load_pixels(sys.argv[2], encoders)
+print(peak_memory() - before)
+"""
+
+
+@pytest.mark.parametrize(
+    "name", ["photo.png", *(pytest.param(n, marks=pytest.mark.slow) for n in ("a.png", "8k.mp4"))]
+)
+def test_the_largest_frames_are_loaded_in_a_gigabyte(tmp_path, name):
+    """A photo of 64 million pixels, a transparent one, and 32 frames of a film in 8K.
+
+    All frames were once in memory together and scaled as floats: 4 frames of 8K took 5 GB.
+    """
+    Image.new("RGB", (48, 32)).save(tmp_path / "small.png")
+    if name == "8k.mp4":
+        frame = np.zeros((4320, 7680, 3), np.uint8)
+        frame[::7] = 200
+        frames = [np.roll(frame, 3 * number, 0) for number in range(4)]
+        write_video(tmp_path / name, frames, preset="ultrafast")
+    else:
+        mode = "RGBA" if name == "a.png" else "RGB"
+        Image.new(mode, (8000, 8000), "red").save(tmp_path / name, compress_level=1)
+    command = [sys.executable, "-c", LOAD_BIG, tmp_path / "small.png", tmp_path / name]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1
