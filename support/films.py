@@ -435,10 +435,10 @@ def _to_rgb(frame: av.VideoFrame, size: tuple[int, int, int] | None) -> np.ndarr
         pixels = flatten(picture)
     else:
         pixels = frame.to_ndarray(format="rgb24", threads=1)  # more threads would be slower
-    pixels = _turn_upright(pixels, frame)
+    pixels = np.ascontiguousarray(_turn_upright(pixels, frame))
     if size in (None, pixels.shape):
         return pixels
-    resized = av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")
+    resized = av.VideoFrame.from_ndarray(pixels, format="rgb24")
     return resized.to_ndarray(format="rgb24", height=size[0], width=size[1])
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPOSITORY
 from helpers import (  # noqa: F401  re-exported
     MALFORMED,
@@ -21,8 +22,12 @@ from helpers import (  # noqa: F401  re-exported
 )
 from PIL import Image
 
-from data import IGNORE, TEMPLATES, render_prompt, tokenize
+from data import IGNORE, TEMPLATES, load_pixels, preprocess, render_prompt, tokenize
+from encoders import ENCODERS
 from llama import Tokenizer
+from support.video import load_video
+
+CASES = REPOSITORY / "tests" / "cases"
 
 
 def look_at(*arguments: object) -> subprocess.CompletedProcess:
@@ -109,6 +114,16 @@ def test_show_escapes_a_piece_that_is_a_newline(mixed_folder, tmp_path):
 def test_a_command_without_a_folder_asks_for_one():
     done = look_at("--check")
     assert done.returncode != 0 and "Which folder?" in done.stderr
+
+
+@pytest.mark.parametrize("name", [file.name for file in CASES.glob("*.*4")])
+def test_frames_scaled_one_by_one_are_those_of_the_whole_clip(name):
+    """Also of a film that is mirrored, whose frames torch once refused, or decoded twice."""
+    encoders = [ENCODERS[f"miniature-{encoder}"] for encoder in ("languagebind", "vivit")]
+    frames = load_video(CASES / name, 8)
+    pixels = load_pixels(CASES / name, encoders)
+    for config in encoders:
+        assert torch.equal(pixels[config.name], preprocess(frames, config))
 
 
 LOAD_BIG = """
