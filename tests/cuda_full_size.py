@@ -2,6 +2,8 @@
 
 python tests/cuda_full_size.py plan      what cost.py predicts for the step below
 python tests/cuda_full_size.py train     the step itself: memory, speed, attention kernels
+python tests/cuda_full_size.py exact     the same with --deterministic
+python tests/cuda_full_size.py lora      a step of the full 7B with --lora 16, as on a card of 24 GB
 python tests/cuda_full_size.py answer    the full 7B answers one question and 25
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -19,11 +22,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+import cost
 import train
 from data import Batch
 from encoders import FAMILIES
 from llama import KVCache, Llama
 from merv import MERV, MERVS
+from support import cli, lora
 from support.cuda_graph import DecodingStep
 
 ROWS, TEXT, LAYERS = 8, 512, 8  # of a micro-batch; tokens of a row; of the LLM
@@ -45,30 +50,31 @@ def build(config, dtype: torch.dtype, device: str) -> MERV:
     return model
 
 
-def one_batch(model: MERV, device: str) -> Batch:
+def one_batch(model: MERV, device: str, count: int = ROWS) -> Batch:
     """Clips and conversations of the size that the plan assumes, half of the tokens answers."""
-    ids = torch.randint(3, 1000, (ROWS, TEXT))
-    places = torch.arange(TEXT // 2, TEXT).repeat(ROWS)
-    rows = torch.arange(ROWS).repeat_interleave(TEXT // 2)
+    ids = torch.randint(3, 1000, (count, TEXT))
+    places = torch.arange(TEXT // 2, TEXT).repeat(count)
+    rows = torch.arange(count).repeat_interleave(TEXT // 2)
     pixels = {}
     for e in model.config.encoders:
-        pixels[e.name] = torch.randn(ROWS, e.num_frames, 3, e.image_size, e.image_size)
-    batch = Batch(ids, torch.stack([rows, places]), [TEXT] * ROWS, list(range(ROWS)), pixels, {})
+        pixels[e.name] = torch.randn(count, e.num_frames, 3, e.image_size, e.image_size)
+    batch = Batch(ids, torch.stack([rows, places]), [TEXT] * count, list(range(count)), pixels, {})
     return batch.to(device)
 
 
-def measure_training() -> dict:
-    """Four steps of train.py's parts; the last two are timed, one more is profiled."""
+def be_alone() -> None:
+    """A process group of this process, on the first card."""
     torch.cuda.set_device(0)
     store = dist.HashStore()
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
-    model = build(SMALLER, torch.float32, "cuda")
+
+
+def make_step(model: MERV, stage: train.Stage, batch: Batch) -> Callable[[], None]:
+    """Shard a model as train.py does; a function that takes one step on the batch."""
     model.llm.activation_checkpointing = True
-    stage = train.RECIPES["frozen"][0]
     train.shard(model, train.make_mesh("cuda", 1), "shard", torch.bfloat16)
     optimizers = train.make_optimizers(model, stage)
     model.train()
-    batch = one_batch(model, "cuda")
 
     def step() -> None:
         loss, _ = model(batch)
@@ -78,11 +84,25 @@ def measure_training() -> dict:
             optimizer.step()
             optimizer.zero_grad()
 
+    return step
+
+
+def peak_of_second(step: Callable[[], None]) -> float:
+    """Take two steps; the most memory that the second one holds at once: GB."""
     step()
     torch.cuda.reset_peak_memory_stats()
     step()
-    memory = torch.cuda.max_memory_allocated() / 1e9
     torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
+def measure_training() -> dict:
+    """Six steps of train.py's parts; the last four are timed, one more is profiled."""
+    be_alone()
+    model = build(SMALLER, torch.float32, "cuda")
+    batch = one_batch(model, "cuda")
+    step = make_step(model, train.RECIPES["frozen"][0], batch)
+    memory = peak_of_second(step)
     began = time.perf_counter()
     for _ in range(4):
         step()
@@ -110,11 +130,36 @@ def measure_training() -> dict:
     }
 
 
+def measure_exactly() -> dict:
+    """`measure_training` with --deterministic."""
+    cli.make_deterministic()
+    return measure_training()
+
+
+ADAPTERS = replace(train.RECIPES["frozen"][0], trained=("projectors", "mixer", "adapters"))
+
+
+def measure_lora() -> dict:
+    """The peak of a step of the full 7B with adapters of rank 16 and one row, and its plan: GB."""
+    config = cost.PlanConfig(lora=16, micro_batch=1, text_tokens=TEXT, gpus=1)
+    with cost.simulated_processes(1):
+        planned, _ = cost.memory_of(config, FULL, ADAPTERS)
+    be_alone()
+    model = build(FULL, torch.bfloat16, "cuda")
+    lora.add_adapters(model.llm, 16, 16.0)
+    step = make_step(model, ADAPTERS, one_batch(model, "cuda", 1))
+    memory = peak_of_second(step)
+    began = time.perf_counter()
+    for _ in range(4):
+        step()
+    torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / 4
+    return {"memory_gb": memory, "planned_gb": sum(planned.values()), "seconds": seconds}
+
+
 def measure_placement(place: str) -> dict:
     """The peak of two steps with the encoders copied, or copied and on streams; 2 LLM layers."""
-    torch.cuda.set_device(0)
-    store = dist.HashStore()
-    dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
+    be_alone()
     config = replace(FULL, llm=replace(FULL.llm, num_layers=2))
     model = build(config, torch.float32, "cuda")
     train.shard(model, train.make_mesh("cuda", 1), place, torch.bfloat16)
@@ -194,8 +239,6 @@ def graph_agreement(llm: Llama, prefix: KVCache, ids: Tensor, replies: Tensor) -
 
 def planned_memory() -> dict:
     """The peak that cost.py foretells for `measure_training`: GB."""
-    import cost
-
     return {"memory_gb": cost.step_memory(SMALLER, ROWS, TEXT)}
 
 
@@ -203,6 +246,8 @@ if __name__ == "__main__":
     measurements = {
         "plan": planned_memory,
         "train": measure_training,
+        "exact": measure_exactly,
+        "lora": measure_lora,
         "copy": partial(measure_placement, "copy"),  # encoders whole on the GPU
         "streams": partial(measure_placement, "streams"),  # and each on a CUDA stream
         "answer": measure_answering,

@@ -391,3 +391,22 @@ def test_the_default_run_reaches_its_score_and_answers_alike_everywhere(miniatur
     for dtype, bound in (("float32", 99), ("bfloat16", 97)):
         same = np.mean([a == b for a, b in zip(answers[dtype], answers["cpu"], strict=True)])
         check(f"answers in {dtype} equal to the CPU's", 100 * same, bound, " %", least=True)
+
+
+# --------------------------------------------------------------- more figures, if time is left
+
+
+def test_a_step_with_lora_fits_a_card_of_24_gb(miniature, tmp_path, row, check):
+    """The full 7B, --lora 16 and --micro-batch 1: the peak is that of `cost.py plan`."""
+    (found,) = measure(tmp_path, row, "lora")
+    check("memory of the 7B with --lora 16, --micro-batch 1", found["memory_gb"], 22, " GB")
+    off = abs(found["memory_gb"] / found["planned_gb"] - 1)
+    check("the same against its plan", 100 * off, 10, " %")
+    row("one such row, forward, backward and update", f"{found['seconds']:.3f} s", "")
+
+
+def test_deterministic_training_uses_the_card_too(miniature, tmp_path, row):
+    """What --deterministic costs, on the step at full width."""
+    (found,) = measure(tmp_path, row, "exact")
+    row("training with --deterministic", f"{found['tflops']:.0f} TFLOP/s", "")
+    row("its attention kernel, backward", ", ".join(found["attention"]["backward"])[:90], "")

@@ -17,7 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_train import ROOT, losses, run, workplace  # noqa: F401  (workplace is a fixture)
+from test_train import ROOT, also_as_on_cuda, losses, run, workplace  # noqa: F401  (fixture)
 from torch import nn
 
 from support import runs
@@ -51,6 +51,7 @@ def start(workplace: Path, *options: str, launcher: tuple[str, ...] = ()) -> sub
     nobody reads fills up and stops who writes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [*launcher, str(ROOT / "train.py"), "--workers", "0", *DATA, *options]
+    command += ["--dtype", workplace.name]
     output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
     process = subprocess.Popen(command, cwd=workplace, stdout=output, stderr=subprocess.STDOUT)
     process.stdout = output
@@ -101,6 +102,7 @@ def copy_until(workplace: Path, straight: str, name: str, step: int) -> None:  #
 
 
 @pytest.mark.slow
+@also_as_on_cuda
 def test_after_a_kill_torchrun_starts_the_run_again_and_it_ends_bit_for_bit(workplace, straight):  # noqa: F811
     """One rank dies by SIGKILL between two saves; --max-restarts is all that is needed."""
     options = (*STEPS, "--micro-batch", "1", "--name", "restarted")
@@ -117,6 +119,7 @@ def test_after_a_kill_torchrun_starts_the_run_again_and_it_ends_bit_for_bit(work
 
 
 @pytest.mark.slow
+@also_as_on_cuda
 def test_sigterm_saves_and_resume_goes_on_bit_for_bit(workplace, straight):  # noqa: F811
     """What a cluster sends before it takes its machines back: leave at once, lose no step."""
     options = (*STEPS, "--micro-batch", "1", "--name", "stopped", "--save-every", "none")
@@ -153,6 +156,7 @@ def test_a_run_goes_on_with_another_number_of_processes(workplace, straight):  #
     assert not partials
 
 
+@also_as_on_cuda
 def test_a_commit_in_between_does_not_begin_another_run(workplace, straight):  # noqa: F811
     """Options and code decide what a run is; a README that was corrected meanwhile does not."""
     copy_until(workplace, straight, "committed", 6)

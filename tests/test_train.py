@@ -4,7 +4,9 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import xml.etree.ElementTree
@@ -39,11 +41,19 @@ def slow(*values):
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+# Parameters in float32, computation in bfloat16, gradients reduced in float32: what training does
+# on CUDA, here on the CPU. A test with this mark runs a second time so, among the slow ones.
+also_as_on_cuda = pytest.mark.parametrize(
+    "workplace", ["float32", slow("bfloat16")], indirect=True, scope="module"
+)
+
+
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workplace(request, tmp_path_factory):
     """A folder with a very small world in it and four untrained specialists. To its ten clips come
-    four stills, captioned and asked about, and four rows of text alone."""
-    folder = tmp_path_factory.mktemp("workplace")
+    four stills, captioned and asked about, and four rows of text alone. Its name is the dtype that
+    runs in it compute in."""
+    folder = tmp_path_factory.mktemp("workplace") / getattr(request, "param", "float32")
     world = folder / "data" / "miniature"
     write_world(world, {"train": 10, "val": 4, "test": 2})
     rows = {stage: json.loads((world / "train" / f"{stage}.json").read_text()) for stage in STAGES}
@@ -67,7 +77,7 @@ def run(workplace: Path, name: str, *options: str, processes: int = 1, script: s
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
     command += ["--standalone", str(ROOT / script)]
     data = ["--data", "data/miniature/train", "--tokenizer", "data/miniature/tokenizer.model"]
-    command += ["--name", name, "--workers", "0", *data, *options]
+    command += ["--name", name, "--workers", "0", "--dtype", workplace.name, *data, *options]
     return subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=300)
 
 
@@ -113,6 +123,7 @@ def alone(workplace):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else f"{value} processes",
 )
+@also_as_on_cuda
 def test_any_split_of_the_global_batch_takes_the_same_steps(workplace, alone, processes, options):
     """Text, image and video rows; some micro-batches have no picture, and encoders are gathered.
 
@@ -120,6 +131,8 @@ def test_any_split_of_the_global_batch_takes_the_same_steps(workplace, alone, pr
     """
     optimizer = MUON if set(MUON) <= set(options) else ADAMW
     name, rounding = alone(optimizer), 1e-3 if optimizer == MUON else 1e-4
+    if workplace.name == "bfloat16":
+        rounding = 2e-2
     other = "".join(options).replace("-", "") + str(processes)
     done = run(workplace, other, *STEPS, *options, processes=processes)
     assert done.returncode == 0, done.stderr
@@ -132,11 +145,13 @@ def test_any_split_of_the_global_batch_takes_the_same_steps(workplace, alone, pr
 
 
 @pytest.mark.slow
+@also_as_on_cuda
 def test_cached_features_give_the_same_curve(workplace):
     """To the rounding of its bfloat16; plain `python` works as well as torchrun."""
     command = [sys.executable, str(ROOT / "train.py"), "--name", "cached", "--workers", "0"]
     command += ["--data", "data/miniature/train", "--tokenizer", "data/miniature/tokenizer.model"]
     command += ["--global-batch", "4", "--epochs", "1", "--cache-features", "features"]
+    command += ["--dtype", workplace.name]
     long_way = run(workplace, "long", *STEPS)
     assert long_way.returncode == 0, long_way.stderr
     for name in ("cached", "cached-2"):  # the second time everything comes from the cache
@@ -297,6 +312,7 @@ CAPTIONS, INSTRUCTIONS = math.ceil(14 / 4), math.ceil(18 / 4)  # steps of four r
         ("mixed", [math.ceil((14 + 18) / 4)]),
     ],
 )
+@also_as_on_cuda
 def test_every_recipe_runs_through(workplace, recipe, steps):
     """On two processes; stage 2 begins where stage 1 has arrived, and numbers its steps on."""
     options = (*STEPS, "--recipe", recipe, "--micro-batch", "2")
@@ -407,6 +423,7 @@ def run_spoiled(workplace: Path, name: str, spoil: str, *options: str):
 
 
 @pytest.mark.slow
+@also_as_on_cuda
 def test_unusable_rows_are_written_down_once_and_stop_the_run_when_too_many(workplace):
     """One bad row on each of two ranks in every step of four rows: the tenth is one too many."""
     spoil = 'batch.bad = [{"row": 3, "id": "x", "file": "x.mp4", "reason": "no frames"}]'
@@ -419,6 +436,7 @@ def test_unusable_rows_are_written_down_once_and_stop_the_run_when_too_many(work
 
 
 @pytest.mark.slow
+@also_as_on_cuda
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_reproduces_it(workplace):
     """The error names the step and the rows; weights, batches and rows are in a folder."""
     spoil = "batch.pixels = {k: v * float('nan') for k, v in batch.pixels.items()}"
@@ -434,3 +452,47 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_reproduces_it(w
     again = Batch(**dumps[0]["batches"][0])
     assert again.num_labels > 0 and len(again.lengths) == 2
     assert (folder / ".metadata").exists()  # the weights
+
+
+def run_on_two_nodes(folders: tuple[Path, Path], name: str, *options: str) -> list[tuple[int, str]]:
+    """One torchrun in each folder, as on two machines: status and output of both."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    command += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    command += ["--rdzv-id", name, str(ROOT / "train.py"), "--name", name, "--workers", "0"]
+    command += ["--data", "data/miniature/train", *STEPS, "--micro-batch", "2", *options]
+    started, ended = [], []
+    for folder in folders:
+        with (folder / f"{name}.log").open("w") as log:
+            how = {"cwd": folder, "stdout": log, "stderr": subprocess.STDOUT}
+            started.append(subprocess.Popen(command, **how))
+    for folder, process in zip(folders, started, strict=True):
+        ended.append((process.wait(timeout=300), (folder / f"{name}.log").read_text()))
+    return ended
+
+
+@pytest.mark.slow
+def test_two_nodes_need_one_common_run_folder(workplace, tmp_path):
+    """Every process writes its share of a save into the run's folder, and reads it to resume. Two
+    nodes with folders of their own wrote halves of saves that nobody could read."""
+    (tmp_path / "data").symlink_to(workplace / "data")
+    nodes = (workplace, tmp_path)
+    saves = ("--max-steps", "2", "--save-every", "1", *ADAMW)
+    for status, output in run_on_two_nodes(nodes, "apart", *saves):
+        assert status != 0
+        assert "1 processes do not see runs/apart/config.json" in output
+        assert "start all nodes in one folder on a shared file system" in output
+    (tmp_path / "runs").symlink_to(workplace / "runs")
+    for status, output in run_on_two_nodes(nodes, "together", *saves):
+        assert status == 0, output
+    assert len(losses(workplace, "together")) == 2
+    # A node that is started again with the configuration, but without the save to resume from.
+    (tmp_path / "runs").unlink()
+    shutil.rmtree(workplace / "runs" / "together" / "checkpoint")
+    shutil.copytree(workplace / "runs" / "together", tmp_path / "runs" / "together")
+    shutil.rmtree(tmp_path / "runs" / "together" / "saves")
+    for status, output in run_on_two_nodes(nodes, "together", *saves):
+        assert status != 0
+        assert "1 processes do not see runs/together/saves/00000002/.metadata" in output
