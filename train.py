@@ -884,6 +884,7 @@ def train(config: TrainConfig) -> Run:
         if dist.get_rank() == 0:
             print(f"stage {number} of {len(stages)}: train {', '.join(stage.trained)}")
         steps_done = train_stage(model, stage, dataset, held_out, run, steps_done)
+    runs.check_steps(run, steps_done)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     # Gather the whole model on the CPU of rank 0, which writes what merv.py and eval.py read.

@@ -162,6 +162,9 @@ def as_records(rows: list, place: str, key: str) -> list[Record]:
 
 def read_text(path: Path, fix: str = LAYOUT) -> str:
     """The text of a UTF-8 file, without a byte order mark and with its line breaks unchanged."""
+    if path.exists() and not path.is_file():
+        why = "it is a folder, a pipe or a device."
+        raise DataError(f"{path}: cannot be read.", why, fix)
     try:
         return path.read_bytes().decode("utf-8-sig")
     except OSError as error:

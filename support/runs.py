@@ -167,7 +167,7 @@ def fault_of(save: Path) -> str:
 
     Older versions wrote no hashes; of their saves only the index must be there.
     """
-    there = {file.name: file for file in save.glob("*")}
+    there = {file.name: file for file in save.glob("*") if file.is_file()}
     if ".metadata" not in there:
         return ".metadata is missing"
     if HASHES not in there:
@@ -195,6 +195,14 @@ def hash_files(paths: list[Path]) -> dict[str, str]:
 
     with ThreadPoolExecutor() as pool:
         return dict(zip([path.name for path in paths], pool.map(hash_of, paths), strict=True))
+
+
+def check_steps(run: Run, steps: int) -> None:
+    """UserError if a run of so many steps resumed from a save after a later step."""
+    if run.done > steps:
+        save = save_folder(run, run.done)
+        fix = f"delete {save}, and restore the saves of this run."
+        raise CheckpointError(f"{save} is of another run.", f"this one has {steps} steps.", fix)
 
 
 def describe(config) -> dict:
@@ -448,6 +456,8 @@ class SafeReader(dcp.FileSystemReader):
             for place in index.storage_data.values():
                 if Path(place.relative_path).name != place.relative_path:
                     raise ValueError(f"it names {place.relative_path}, which is elsewhere")
+                if not Path(self.path, place.relative_path).is_file():
+                    raise ValueError(f"it names {place.relative_path}, which is missing")
             index.storage_meta = index.storage_meta or StorageMeta()
             index.storage_meta.load_id = self.load_id
         # WHY: a damaged pickle raises errors of many classes.

@@ -111,6 +111,46 @@ def test_two_starts_do_not_draw_the_miniature_at_once(tmp_path, holder):
         prepare(tmp_path / "miniature")
 
 
+# ----------------------------------------------------------------------- processes without a parent
+
+ORPHAN = """
+import sys, time
+sys.path.insert(0, {root!r})
+from support.processes import end_with_torchrun
+end_with_torchrun()
+print("works", flush=True)
+time.sleep(8)
+print("still here", flush=True)
+"""
+PARENT = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+
+
+@pytest.mark.parametrize("by_torchrun", [True, False])
+def test_killing_torchrun_alone_ends_its_processes(by_torchrun):
+    """They worked beside the next start of the command, or slept for half an hour. A run that plain
+    `python` started outlives its shell, as `nohup` promises."""
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "test"}
+    if not by_torchrun:
+        del environment["TORCHELASTIC_RUN_ID"]
+    command = [sys.executable, "-c", PARENT, sys.executable, "-c", ORPHAN.format(root=str(ROOT))]
+    pipes = {"stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as parent:
+        assert parent.stdout.readline() == "works\n"
+        parent.kill()
+        assert parent.stdout.read() == ("" if by_torchrun else "still here\n")
+
+
+def test_a_process_whose_torchrun_ended_before_it_began_ends_too():
+    """Torchrun's store, which each process needs to find the others, is gone with it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    torchrun = {"TORCHELASTIC_RUN_ID": "test", "TORCHELASTIC_USE_AGENT_STORE": "True", **address}
+    command = [sys.executable, "-c", ORPHAN.format(root=str(ROOT))]
+    done = subprocess.run(command, env=os.environ | torchrun, capture_output=True, timeout=60)
+    assert done.returncode == 1 and done.stdout == b""
+
+
 # ------------------------------------------------------------------------- ended, or killed near it
 
 
@@ -148,6 +188,17 @@ def test_the_files_of_a_folder_without_config_stay(tmp_path, monkeypatch):
         (tmp_path / "runs/mine" / name).write_text("mine")
     assert new_run("mine").folder == Path("runs/mine")
     assert (tmp_path / "runs/mine/saves/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "bad_examples.jsonl"])
+def test_a_pipe_in_a_run_does_not_hang(tmp_path, monkeypatch, name):
+    """Nor does a device, such as a link to /dev/zero."""
+    monkeypatch.chdir(tmp_path)
+    run = new_run("foreign")
+    (run.folder / name).unlink(missing_ok=True)
+    os.mkfifo(run.folder / name)
+    with pytest.raises(UserError, match=f"{name}: cannot be read"):
+        new_run("foreign")
 
 
 # -------------------------------------------------------------------------------------------- saves
@@ -221,6 +272,31 @@ def test_a_damaged_newest_save_is_named_and_the_one_before_is_taken(trained, cap
     assert torch.equal(model.bias, expected)
     runs.save_state(model, [optimizer], again, 6)
     assert new_run("saved").done == 6
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+def test_a_pipe_in_a_save_does_not_hang(trained, name):
+    """A run folder from elsewhere may hold one; without hashes, too."""
+    model, optimizer, run = trained
+    save = runs.save_folder(run, 6)
+    (save / "hashes.json").unlink()
+    (save / name).unlink()
+    os.mkfifo(save / name)
+    if name == ".metadata":
+        assert new_run("saved").done == 4
+    else:
+        with pytest.raises(CheckpointError, match=r"__0_0\.distcp, which is missing"):
+            runs.load_state(model, [optimizer], new_run("saved"))
+
+
+def test_a_save_after_the_last_step_is_of_another_run(trained):
+    """It was never loaded, and the checkpoint was that of an untrained model."""
+    _, _, run = trained
+    runs.save_folder(run, 6).rename(runs.save_folder(run, 99))
+    again = new_run("saved")
+    runs.check_steps(again, 99)
+    with pytest.raises(CheckpointError, match="00000099 is of another run"):
+        runs.check_steps(again, 6)
 
 
 def test_intact_saves_are_taken_without_a_word(trained, capsys):
