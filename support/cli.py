@@ -116,6 +116,32 @@ def option_name(field_name: str) -> str:
     return "--" + field_name.rstrip("_").replace("_", "-")
 
 
+def allows(option_field, value: object) -> bool:
+    """Whether a field of a dataclass of options may have this value, which a file holds.
+
+    `float | None` allows 0.5, 2 and None; `tuple[int, ...]` allows (1, 2) and not (). Numbers are
+    not negative, and a choice is one of its choices.
+    """
+    # The annotation is text, because of `from __future__ import annotations`.
+    kind, _, optional = option_field.type.partition(" | ")
+    if value is None:
+        return optional == "None"
+    element = kind.removeprefix("tuple[").removesuffix(", ...]")
+    values = value if element != kind else [value]
+    if not isinstance(values, list | tuple) or not values:
+        return False
+    choices = option_field.metadata["choices"]
+    for each in values:
+        accepted = {"int": int, "float": int | float, "bool": bool, "str": str}[element]
+        if not isinstance(each, accepted) or isinstance(each, bool) != (element == "bool"):
+            return False
+        if element != "str" and not 0 <= each < 2**63:  # NaN is not, either
+            return False
+        if choices is not None and each not in choices:
+            return False
+    return True
+
+
 def value_reader(hint: object, choices: Iterable[str] | None) -> dict:
     """How argparse reads values of a type: `int`, `float | None`, `tuple[float, ...]` and so on."""
     how: dict = {}

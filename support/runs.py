@@ -6,12 +6,13 @@ import hashlib
 import json
 import pickle
 import re
+import reprlib
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,9 +27,9 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from support import files
-from support.cli import option_name
+from support.cli import allows, option_name
 from support.errors import CheckpointError, DataError, UserError
-from support.records import Record, as_record, parse_json, read_object
+from support.records import Record, as_record, clean, parse_json, read_object
 
 ROOT = Path(__file__).parents[1]
 
@@ -280,23 +281,18 @@ def saved_options(folder: str, cls: type, preset: Callable):
     except (KeyError, TypeError) as error:
         why = f"it is of another program or version: {error!r}."
         raise UserError(f"{file} does not describe a run.", why, fix) from error
-    for name, usual in options.items():
+    for field in fields(cls):
         # An option that is younger than the run has its usual value.
-        value = saved.get(name, usual) if "muon_lr" not in saved else usual
-        if isinstance(usual, tuple) and isinstance(value, list):
+        value = options[field.name]
+        if "muon_lr" not in saved:
+            value = saved.get(field.name, value)
+        if isinstance(value, list):
             value = tuple(value)
-        if usual is not None and not isinstance(value, kinds_of(usual)):
-            why = f"{name} is {value!r}; its usual value is {usual!r}."
+        if not allows(field, value):
+            why = f"{field.name} is {clean(reprlib.repr(value))}, which that option cannot be."
             raise UserError(f"{file} does not describe a run.", why, fix)
-        options[name] = value
+        options[field.name] = value
     return cls(**options)
-
-
-def kinds_of(usual: object) -> tuple[type, ...]:
-    """The types that an option with this usual value may have; None switches some options off."""
-    if isinstance(usual, float):
-        return (int, float)
-    return (type(usual), type(None))
 
 
 def translate_legacy(saved: dict) -> dict:

@@ -284,7 +284,14 @@ def test_a_folder_without_config_is_taken_over_and_not_doubled(tmp_path, monkeyp
     "content",
     ["", "{", "[]", "7", '{"model": "merv"}', '{"model": "clip", "recipe": "frozen"}',
      '{"model": [], "recipe": "frozen"}', '{"muon_lr": 0, "model": "merv", "recipe": "frozen"}',
-     '{"model": "merv", "recipe": "frozen", "micro_batch": "many"}'],
+     '{"model": "merv", "recipe": "frozen", "micro_batch": "many"}',
+     '{"model": "merv", "recipe": "frozen", "micro_batch": true}',
+     '{"model": "merv", "recipe": "frozen", "encoders": null}',
+     '{"model": "merv", "recipe": "frozen", "max_steps": "x"}',
+     '{"model": "merv", "recipe": "frozen", "learning_rate": []}',
+     '{"model": "merv", "recipe": "frozen", "learning_rate": [null]}',
+     '{"model": "merv", "recipe": "frozen", "clip": Infinity}',
+     '{"model": "merv", "recipe": "frozen", "optimizer": "sgd"}'],
 )  # fmt: skip
 def test_a_foreign_config_of_a_run_is_explained(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
