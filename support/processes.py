@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,13 @@ def join_processes(device: str) -> torch.device:
         backend = "cpu:gloo,cuda:nccl"
     store, rank, world = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
-        store, rank, world = next(dist.rendezvous("env://"))
+        patience = timedelta(minutes=30)  # torch's default
+        # WHY less: torchrun opens its store before it starts us. If there is none, it has ended.
+        connect = patience
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            connect = timedelta(minutes=1)
+        store, rank, world = next(dist.rendezvous("env://", timeout=connect))
+        store.set_timeout(patience)
     if world == int(os.environ.get("LOCAL_WORLD_SIZE", world)):  # one machine
         # WHY: torchrun's store outlives a restart (--max-restarts), and with it the addresses of
         # dead processes, for which gloo would wait half an hour.
@@ -48,13 +54,9 @@ def end_with_torchrun() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
     parent = os.getppid()
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # torchrun itself answers at this address, unless it ended while we were importing.
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        try:
-            socket.create_connection(address, timeout=60).close()
-        except OSError:
-            os._exit(1)
+    first = Path("/proc/1/cmdline")  # of a container this may be torchrun
+    if parent == 1 and not (first.exists() and b"torch" in first.read_bytes()):
+        os._exit(1)  # torchrun ended while we were importing
 
     def watch() -> None:
         while os.getppid() == parent:
