@@ -55,7 +55,7 @@ import train
 from support.cli import exit_now
 from tests.soak import NARROW
 train.MERVS["miniature"] = NARROW
-train.miniature.prepare = lambda folder, seed: folder
+train.miniature.prepare = lambda folder, *_: folder
 train.main()
 exit_now()
 """
