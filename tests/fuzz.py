@@ -22,7 +22,9 @@ import argparse
 import multiprocessing
 import os
 import random
+import resource
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -36,7 +38,8 @@ import torch
 from support.errors import UserError
 from tests.fuzz_files import KINDS, MARKER, damage, make_good_files
 
-SECONDS = 20  # for one case
+SECONDS = 20  # of computing for one case. The time on a clock depends on what else is running
+WAIT = 200  # seconds on the clock, for a case that waits and does not compute
 MEMORY = 1.0  # GB that one case may add to its process
 STEPS = ("read", "refused", "bad")
 
@@ -103,7 +106,10 @@ def child(pipe, seed: int, good: Path, place: Path) -> None:
     os.dup2(quiet, 1)  # decoders write about each damage that they find
     os.dup2(quiet, 2)
     while True:
-        pipe.send(run_case(seed, pipe.recv(), good, place))
+        number = pipe.recv()
+        end = int(time.process_time()) + 1 + SECONDS
+        resource.setrlimit(resource.RLIMIT_CPU, (end, resource.RLIM_INFINITY))  # SIGXCPU then
+        pipe.send(run_case(seed, number, good, place))
 
 
 class Reader:
@@ -122,13 +128,15 @@ class Reader:
             self.process.start()
             theirs.close()  # so that the pipe ends when the child does
         self.pipe.send(number)
-        what = f"took more than {SECONDS} s"
-        if self.pipe.poll(SECONDS):
+        what = f"waited more than {WAIT} s"
+        if self.pipe.poll(WAIT):
             try:
                 return self.pipe.recv()
             except EOFError:
                 self.process.join()
                 what = f"ended the process with status {self.process.exitcode}"
+                if self.process.exitcode == -signal.SIGXCPU:
+                    what = f"took more than {SECONDS} s"
         self.close()
         return kind_of(random.Random(f"{self.arguments[0]} {number}")), "bad", what
 

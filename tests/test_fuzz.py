@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import time
 from pathlib import Path
@@ -31,7 +32,8 @@ READERS = {  # the outcome and a part of the details -> what a reader may do
     ("bad", "used 0.2 GB"): lambda *_: np.ones(25_000_000),
     ("bad", "ran code"): lambda place, *_: (place.parents[1] / MARKER).mkdir(),
     ("bad", "ended the process with status 3"): lambda *_: os._exit(3),
-    ("bad", "took more than 1 s"): lambda *_: time.sleep(60),
+    ("bad", "took more than 1 s"): lambda *_: [0 for _ in itertools.count() if False],
+    ("bad", "waited more than 1 s"): lambda *_: time.sleep(60),
 }
 
 
@@ -47,6 +49,8 @@ def test_each_outcome_is_told_apart(good, monkeypatch, outcome, part):
     """Also of a reader that hangs or ends its process. The next case has a new one."""
     if "took" in part:
         monkeypatch.setattr(fuzz, "SECONDS", 1)
+    if "waited" in part:
+        monkeypatch.setattr(fuzz, "WAIT", 1)
     monkeypatch.setattr(fuzz, "MEMORY", 0.1)
     monkeypatch.setattr(fuzz, "KINDS", {"kind": Kind(1, None, READERS[outcome, part])})
     reader = Reader(0, good, good.parent / "case")
