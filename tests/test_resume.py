@@ -141,6 +141,7 @@ def test_sigterm_saves_and_resume_goes_on_bit_for_bit(workplace, straight):  # n
     assert_same_run(workplace, "stopped", straight)
 
 
+@also_as_on_cuda
 def test_a_run_goes_on_with_another_number_of_processes(workplace, straight):  # noqa: F811
     """Saved by two, read by one: the same curve to rounding. A half-written save is passed over."""
     copy_until(workplace, straight, "alone", 4)
@@ -151,7 +152,8 @@ def test_a_run_goes_on_with_another_number_of_processes(workplace, straight):  #
     assert done.returncode == 0, done.stderr
     assert "from step 4" in done.stdout and "6/6" in done.stderr
     assert losses(workplace, "alone")[:4] == losses(workplace, straight)[:4]
-    assert losses(workplace, "alone") == pytest.approx(losses(workplace, straight), rel=1e-3)
+    rounding = {"float32": 1e-3, "bfloat16": 2e-2}[workplace.name]
+    assert losses(workplace, "alone") == pytest.approx(losses(workplace, straight), rel=rounding)
     partials = list((workplace / "runs" / "alone" / "saves").glob("*.partial"))
     assert not partials
 
