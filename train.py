@@ -852,6 +852,7 @@ def train(config: TrainConfig) -> Run:
 
     Returns the run. If the same command has already written its checkpoint, nothing is trained.
     """
+    # First of all, because CUDA reads some of these settings only once.
     if config.deterministic:
         cli.make_deterministic()
     device = join_processes(config.device)
@@ -904,7 +905,8 @@ def train(config: TrainConfig) -> Run:
 
 
 def evaluate(run: Run) -> bool:
-    """Score the miniature's test clips, print a table and write the report.
+    """Score the miniature's test clips, where it was trained but in float32; print a table and
+    write the report.
 
     Returns True on the process that has written the report, the last to finish its share.
     """
