@@ -29,8 +29,12 @@ def texts(folder: Path, name: str) -> list[str]:
 
 
 def words(folder: Path, name: str) -> set[str]:
-    """The words of a picture, with every number replaced by N."""
-    return {re.sub(r"[\d.]+", "N", text) for text in texts(folder, name)}
+    """The words of a picture, with every number replaced by N.
+
+    Whether figure 6 has a second world, and figure 10 is there, depends on which claims were run.
+    """
+    found = {re.sub(r"[\d.]+", "N", text) for text in texts(folder, name)}
+    return {text for text in found if not text.startswith("a world of two kinds")}
 
 
 def shares(folder: Path) -> dict[tuple, dict[str, float]]:
@@ -65,7 +69,8 @@ def differences(drawn: Path, committed: Path = COMMITTED) -> list[str]:
         if texts(drawn, name) != texts(committed, name):
             found.append(f"{name}: another text")
     for name in SAME_WORDS:
-        if words(drawn, name) != words(committed, name):
+        both = all((folder / f"{name}.svg").exists() for folder in (drawn, committed))
+        if both and words(drawn, name) != words(committed, name):
             found.append(f"{name}: {words(drawn, name) ^ words(committed, name)}")
     new = shares(drawn)
     for key, by_encoder in shares(committed).items():

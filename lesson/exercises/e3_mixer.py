@@ -1,7 +1,7 @@
-"""A mixer of your own that learns whom to trust. Read support/variants.py for the interface.
+"""A mixer of your own that learns which encoder to trust. Read support/variants.py, its interface.
 
-In the check, one encoder of each clip knows the answer and the others guess. Channel 0 of its
-tokens is larger than the others'. A mean of all encoders cannot tell; yours should.
+In the check, one encoder knows the answer about a clip and the others guess. Its tokens have a 2 in
+channel 0, where those of the others have a 0. Equal weights ignore that; your mixer should use it.
 """
 
 from torch import nn
