@@ -140,6 +140,7 @@ MULTIPLES = (  # the first must be a multiple of the second, unless that is 0
 )  # fmt: skip
 FLAGS = ("tie_word_embeddings", "rope_bf16", "class_token", "layer_scale")
 TEXTS = ("name", "source", "label")
+MAX_NAME = 255  # bytes in the name of a file; systems raise an error for longer ones
 
 
 def check_fields(
@@ -166,8 +167,8 @@ def check_fields(
                 wanted = f"a number from {least} to {most}, whole if these are"
         elif field in FLAGS and not isinstance(value, bool):
             wanted = "true or false"
-        elif field in TEXTS and not isinstance(value, str):
-            wanted = "a text"
+        elif field in TEXTS and not is_short_text(value):
+            wanted = f"a text of at most {MAX_NAME} bytes"
         elif field in ("pixel_mean", "pixel_std") and not is_colour(value):
             wanted = "a list of three numbers"
         elif field == "encoders" and not value:
@@ -198,6 +199,11 @@ def check_clips(encoders: object, place: str) -> None:
     moments = {encoder["num_frames"] // encoder["tubelet_frames"] for encoder in encoders}
     if len(moments) > 1 or any(max(counts) % count for count in counts):
         raise field_error(place, "num_frames", counts, "the same moments for all encoders")
+
+
+def is_short_text(value: object) -> bool:
+    """Whether a value is a text that may be the name of a file."""
+    return isinstance(value, str) and len(value.encode(errors="replace")) <= MAX_NAME
 
 
 def is_colour(value: object) -> bool:
@@ -263,8 +269,9 @@ def read_index(path: Path) -> list[str]:
     for shard in where.values():
         if not isinstance(shard, str) or Path(shard).suffix not in (".safetensors", ".bin"):
             raise CheckpointError(f"Cannot read {path}.", f"{shard!r} holds no weights.", fix)
-        if Path(shard).name != shard or "\\" in shard:
-            raise CheckpointError(f"Cannot read {path}.", f"{shard!r} is not beside it.", fix)
+        if Path(shard).name != shard or "\\" in shard or not is_short_text(shard):
+            why = f"{reprlib.repr(shard)} is not beside it."
+            raise CheckpointError(f"Cannot read {path}.", why, fix)
     return sorted(set(where.values()))
 
 

@@ -141,6 +141,7 @@ def test_a_value_that_is_no_tensor_is_named(tmp_path):
         ({"encoders": [{"pixel_mean": [0.5]}]}, "pixel_mean is [0.5]"),
         ({"encoders": [{"image_size": -1}]}, "image_size is -1"),
         ({"encoders": [{"mlp_size": {}}]}, "mlp_size is {}"),
+        ({"encoders": [{"source": "x" * 300}]}, "source is 'xxx"),
         ({"encoders": [{"num_frames": 8}]}, "num_frames is [8, 4, 8, 4]"),
         ({"encoders": [{"tubelet_frames": 3}]}, "num_frames is 4"),
         ({"encoders": [{"temporal_window": 3}]}, "num_frames is 4"),
@@ -579,3 +580,11 @@ def test_the_released_file_fits_at_full_size(name, shared_folder, tmp_path, monk
     with pytest.raises(CheckpointError, match="missing") as error:
         load_encoder(name, tmp_path, device="meta")
     assert missing.removeprefix("vision_model.").removeprefix("vivit.") in str(error.value)
+
+
+def test_an_index_with_a_name_that_no_file_can_have_is_named(tmp_path):
+    """The system refuses to look such a name up, which was an OSError."""
+    index = {"weight_map": {"x": "9" * 5000 + ".safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="is not beside it"):
+        read_tensors(tmp_path, FILES)
