@@ -145,7 +145,6 @@ def test_any_split_of_the_global_batch_takes_the_same_steps(workplace, alone, pr
 
 
 @pytest.mark.slow
-@also_as_on_cuda
 def test_cached_features_give_the_same_curve(workplace):
     """To the rounding of its bfloat16; plain `python` works as well as torchrun."""
     command = [sys.executable, str(ROOT / "train.py"), "--name", "cached", "--workers", "0"]
