@@ -163,7 +163,10 @@ class TrainConfig:
     )
     lora_alpha: float = option(16.0, "adapters count alpha / rank times", group="optimisation")
     optimizer: str = option(
-        "adamw", "muon: Muon for the matrices of LLM layers", OPTIMIZERS, "optimisation"
+        "adamw", "muon: Muon for matrices of --muon-parts", OPTIMIZERS, "optimisation"
+    )
+    muon_parts: str = option(
+        "llm", "llm, or llm,projectors", ("llm", "llm,projectors"), "optimisation"
     )
     muon_learning_rate: float = option(0.01, "peak, with --optimizer muon", group="optimisation")
     warmup: float = option(
@@ -568,10 +571,10 @@ def read_held_out(model: MERV, config: TrainConfig, cache) -> HeldOut | None:
 
 
 def make_optimizers(
-    model: MERV, stage: Stage, muon_learning_rate: float | None = None
+    model: MERV, stage: Stage, muon_learning_rate: float | None = None, muon_parts: str = "llm"
 ) -> list[torch.optim.Optimizer]:
     """AdamW for all that the stage trains or, given a learning rate for it, Muon for the matrices
-    of LLM layers and AdamW for the rest.
+    of LLM layers (and of projectors, if named), and AdamW for the rest.
 
     Other parameters are frozen: they need neither gradient nor optimizer. Matrices decay, vectors
     (norms, biases, the query) do not.
@@ -587,7 +590,7 @@ def make_optimizers(
             continue
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif muon_learning_rate is not None and part == "llm" and ".layers." in name:
+        elif muon_learning_rate is not None and is_for_muon(name, parameter, muon_parts):
             muon.append(parameter)
         else:
             matrices.append(parameter)
@@ -605,6 +608,13 @@ def make_optimizers(
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
     return optimizers
+
+
+def is_for_muon(name: str, parameter: nn.Parameter, parts: str) -> bool:
+    """Whether a parameter is a matrix from features to features: no embedding and no query."""
+    if name.startswith("projectors."):
+        return parameter.ndim == 2 and "projectors" in parts
+    return parameter.ndim == 2 and "llm.layers." in name
 
 
 def muon_rate(config: TrainConfig) -> float | None:
@@ -724,7 +734,7 @@ def train_stage(model: MERV, stage: Stage, dataset, held_out, run: Run, steps_do
     config, rank = run.config, dist.get_rank()
 
     # 1. Choose what is trained, and how. Optimizers are new: moments of another stage do not fit.
-    optimizers = make_optimizers(model, stage, muon_rate(config))
+    optimizers = make_optimizers(model, stage, muon_rate(config), config.muon_parts)
     refresh_dtypes(model)
     model.train()
 

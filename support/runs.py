@@ -281,6 +281,7 @@ def saved_options(folder: str, cls: type, preset: Callable):
     except (KeyError, TypeError) as error:
         why = f"it is of another program or version: {error!r}."
         raise UserError(f"{file} does not describe a run.", why, fix) from error
+    saved.setdefault("muon_parts", "llm")  # all that Muon trained before there was this option
     for field in fields(cls):
         # An option that is younger than the run has its usual value.
         value = options[field.name]
@@ -305,6 +306,8 @@ def translate_legacy(saved: dict) -> dict:
     for name in ("encoders", "pooled_side", "tokenizer"):
         if saved[name]:
             options[name] = saved[name]
+        elif name == "pooled_side" and saved["model"] == "miniature":
+            options[name] = 2  # as it was then
     for name in ("max_steps", "save_every", "keep"):
         options[name] = saved[name] or None
     if saved["lr"]:
@@ -315,6 +318,7 @@ def translate_legacy(saved: dict) -> dict:
     if saved["muon_lr"] > 0:
         options["optimizer"] = "muon"
         options["muon_learning_rate"] = saved["muon_lr"]
+        options["muon_parts"] = "llm"
     options["cache_features"] = saved["cache_features"]
     if saved["cache_features"] == "none":
         options["cache_features"] = None

@@ -296,6 +296,9 @@ def test_vectors_do_not_decay(workplace):
     inner = {id(p) for p in model.llm.layers.parameters() if p.ndim == 2}
     assert {id(p) for p in muon.param_groups[0]["params"]} == inner
     assert sum(len(group["params"]) for group in smaller.param_groups) == len(trained) - len(inner)
+    _, muon = train.make_optimizers(model, stage, 0.01, "llm,projectors")
+    inner |= {id(p) for p in model.projectors.parameters() if p.ndim == 2}
+    assert {id(p) for p in muon.param_groups[0]["params"]} == inner
 
 
 CAPTIONS, INSTRUCTIONS = math.ceil(14 / 4), math.ceil(18 / 4)  # steps of four rows
