@@ -5,6 +5,8 @@ Runs are identified by a row of a table and a seed: answers[row, seed] is a list
 
 from __future__ import annotations
 
+from collections import Counter
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -14,6 +16,7 @@ from support.benchmarks import Question
 
 Answers = dict[tuple[str, int], list[Question]]
 STANDARD_ERRORS = 3  # between a difference and a bound, for a verdict
+TIE = 0.02  # a difference that is surely smaller is a tie
 
 
 def inside(question: Question, subset: str) -> bool:
@@ -52,7 +55,6 @@ def compare(
     row: str,
     other: str | None = None,  # None: no difference, the accuracy of `row` alone
     subset: str = "all",  # which questions, see `inside`
-    seeds: int | None = None,  # use at most the first so many; None: all
     reference: str = "MERV",  # subtracted when the variance between seeds is estimated
 ) -> tuple[float, float]:
     """The mean of `accuracy_gaps` and its standard error, the larger of two estimates.
@@ -60,7 +62,7 @@ def compare(
     Over clips: the questions about one clip depend on each other, so they are summed first. Over
     seeds: the variance is pooled over all rows that have several seeds.
     """
-    gaps = accuracy_gaps(answers, row, other, subset)[:seeds]
+    gaps = accuracy_gaps(answers, row, other, subset)
     videos = [question.video for question in answers[row, 0] if inside(question, subset)]
     _, clip = np.unique(videos, return_inverse=True)
     deviations = gaps.mean(0) - gaps.mean()
@@ -82,15 +84,27 @@ def compare(
 def verdict(difference: float, error: float, low: float = 0, high: float = 1) -> str:
     """Whether a claim "holds": the difference is between low and high, beyond doubt.
 
-    "does not hold" means that it is outside beyond doubt; anything else is "undecided". Beyond
-    doubt is STANDARD_ERRORS standard errors away from the bound.
+    "does not hold": it is outside, beyond doubt. Beyond doubt is STANDARD_ERRORS standard errors
+    away from the bound. "tie": neither, and the difference is smaller than TIE with two standard
+    errors to spare; only if the claim is that one row is above another, which are the default
+    bounds. Anything else is "undecided".
     """
     margin = STANDARD_ERRORS * error
     if low < difference - margin and difference + margin < high:
         return "holds"
     if difference + margin < low or difference - margin > high:
         return "does not hold"
+    if (low, high) == (0, 1) and abs(difference) + 2 * error < TIE:
+        return "tie"
     return "undecided"
+
+
+def commonest_share(answers: Answers, subset: str = "all") -> float:
+    """The accuracy of giving every question of a subset its most common right answer."""
+    questions = next(iter(answers.values()))
+    right_answers = [question.expected for question in questions if inside(question, subset)]
+    (_, count), *_ = Counter(right_answers).most_common(1)
+    return count / len(right_answers)
 
 
 def mean_mixing_weights(
