@@ -69,8 +69,8 @@ _PRESETS = [  # the sizes are those of config.json in each repository
         hidden_size=2048, intermediate_size=5632, num_layers=22, num_kv_heads=4, max_positions=2048,
     ),
     LlamaConfig(
-        "miniature", vocab_size=640, hidden_size=128, intermediate_size=256, num_layers=2,
-        num_heads=4, num_kv_heads=4, max_positions=1024,
+        "miniature", vocab_size=640, hidden_size=256, intermediate_size=512, num_layers=2,
+        num_heads=8, num_kv_heads=8, max_positions=1024,
     ),
 ]  # fmt: skip
 LLAMAS: dict[str, LlamaConfig] = {config.name: config for config in _PRESETS}

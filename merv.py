@@ -205,7 +205,7 @@ MERVS["miniature"] = MERVConfig(
     name="miniature",
     encoders=tuple(ENCODERS[f"miniature-{label}"] for label in FOUR),
     llm=LLAMAS["miniature"],
-    pooled_side=2,  # of a grid of 4x4
+    pooled_side=3,  # of a grid of 4x4
 )
 
 

@@ -23,18 +23,20 @@ SETTINGS = {
     "tokenizer": str(FOLDER / "tokenizer.model"),
     "encoder_files": str(FOLDER / "encoders-{encoder_seed}"),
     "held_out": str(HELD_OUT),
-    "epochs": 4,
     "global_batch": (32,),
     "micro_batch": 32,
     "optimizer": "muon",
+    "muon_parts": "llm,projectors",
+    "muon_learning_rate": 0.02,
     "activation_checkpointing": False,  # the model is small enough without
     "cache_features": str(FOLDER / "features"),
+    "held_out_every": 100,
     "evaluate": True,
 }
 
 # Times on a CPU with two cores.
 BANNER = """\
 The miniature: train a video language model from nothing, on clips that this program draws.
-1. draw clips, 15 s.  2. pre-train four small encoders, 2 min.  3. encode the clips, 20 s.
-4. train projectors, mixer and LLM, 90 s.  5. score answers about test clips, 30 s.
+1. draw clips, 40 s.  2. pre-train four small encoders, 3 min.  3. encode the clips, 1 min.
+4. train projectors, mixer and LLM, 4 min.  5. score answers about test clips, 15 s.
 Times are rough, for two CPU cores. Finished parts are kept and used again."""

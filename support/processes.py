@@ -1,4 +1,4 @@
-"""The processes of a training run: joining them, and the grid on which parameters are sharded."""
+"""Several processes: those of a training run, their grid of shards, and others that share work."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import timedelta
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -105,6 +107,18 @@ def cores_left_to(workers: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def run_on_all_cores(work: Callable, items: Sequence) -> Iterator:
+    """work(item) for each item, in order; `work` must be a function that pickle can name.
+
+    WHY spawn: torch must not fork. WHY not for few items: starting the processes takes seconds.
+    """
+    if len(items) < 500:
+        yield from map(work, items)
+        return
+    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+        yield from pool.map(work, items, chunksize=50)
 
 
 def ignore_sigterm(worker: int) -> None:

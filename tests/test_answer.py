@@ -264,9 +264,9 @@ def test_trace_prints_the_shape_of_every_stage(tmp_path):
     lines = [" ".join(line.split()) for line in found.stdout.splitlines()]
     for stage, full_size, miniature in (
         ("vivit features", "(1, 16, 14, 14, 768)", "(1, 4, 4, 4, 96)"),
-        ("vivit pooled", "(1, 16, 8, 8, 768)", "(1, 4, 2, 2, 96)"),
-        ("visual tokens (b, n, d), eq. 2", "(1, 1024, 4096)", "(1, 16, 128)"),
-        ("LLaMA -> logits", "(1, 1025, 32000)", f"(1, 17, {vocabulary})"),
+        ("vivit pooled", "(1, 16, 8, 8, 768)", "(1, 4, 3, 3, 96)"),
+        ("visual tokens (b, n, d), eq. 2", "(1, 1024, 4096)", "(1, 36, 256)"),
+        ("LLaMA -> logits", "(1, 1025, 32000)", f"(1, 37, {vocabulary})"),
     ):
         (line,) = [line for line in lines if line.startswith(stage)]
         assert line.endswith(f"{full_size} {miniature}")

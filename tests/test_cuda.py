@@ -34,7 +34,7 @@ from miniature import world
 pytestmark = pytest.mark.cuda
 DEVICE = "cuda"
 BEGAN = time.monotonic()
-USUAL = 53  # accuracy of the miniature in %: the lowest of several seeds
+USUAL = 80  # accuracy of the miniature in %: somewhat below that of the first seeds
 LIMIT = 540  # seconds after which no process is waited for any longer
 MISSED: list[str] = []  # checks of this test whose bound does not hold
 # WHY: several processes run at once, and waking all cores for a small product takes longer than

@@ -44,7 +44,7 @@ def test_the_same_seed_gives_the_same_bytes(folder, tmp_path):
 
 
 def test_splits_never_share_a_seed():
-    """The first seeds of two splits are a million apart; no split has more than 6,000 clips."""
+    """The first seeds of two splits are a million apart, and no split has that many clips."""
     firsts = sorted(world.FIRST_SEED.values())
     learned, probed = specialists.train, specialists.probe.__wrapped__
     assert min(np.diff(firsts)) > max(*CLIPS.values(), *learned.__defaults__, *probed.__defaults__)
@@ -63,7 +63,7 @@ def test_the_file_shows_what_was_drawn(folder):
 def test_a_pair_of_actions_is_one_clip_played_forwards_and_backwards(pair):
     """The actor goes through the same states in the opposite order, so no frame tells which."""
     for seed in range(20):
-        scene = world.sample_scene(default_rng(seed))
+        scene = world.sample_scene(default_rng(seed), 1 + seed % 3)
         forward, backward = (world.motion(replace(scene, action=action)) for action in pair)
         assert forward.shape == (4, 8)  # x, y, size, opacity in each frame
         np.testing.assert_array_equal(forward, backward[:, ::-1])
@@ -75,7 +75,7 @@ def test_actions_without_a_pair_have_no_direction_of_time(action):
     """Nothing drifts: from the first half of the clip to the second, the state stays the same."""
     drifts = []
     for seed in range(400):
-        scene = replace(world.sample_scene(default_rng(seed)), action=action)
+        scene = replace(world.sample_scene(default_rng(seed), 1 + seed % 3), action=action)
         states = world.motion(scene)
         drifts.append(states[:, 4:].mean(1) - states[:, :4].mean(1))
     np.testing.assert_allclose(np.mean(drifts, 0), 0, atol=0.02)
@@ -100,28 +100,30 @@ def test_every_answer_is_right():
             elif kind == "shape":
                 assert by_colour[text.split()[4]].shape == answer
             elif kind == "texture":
-                assert answer == about.texture
+                assert answer == by_colour[text.split()[4]].texture
             elif kind == "how many":
                 assert {"one": 1, "two": 2, "three": 3}[answer] == len(scene.things)
             elif kind == "where":
-                right, down = about.x - 16, about.y - 16
-                towards = {"right": right, "left": -right, "bottom": down, "top": -down}
-                if answer == "centre":
-                    assert max(towards.values()) < 4
-                else:
-                    assert answer == max(towards, key=towards.get) and towards[answer] >= 4
-            elif kind == "left of":
-                other = by_shape[answer]
-                assert other.x < about.x - 2
-                assert all(a.x > about.x + 2 for a in scene.things if a not in (other, about))
-                if scene.action.startswith(("moves", "orbits")):  # true in every frame
-                    acts, offset = scene.things[scene.actor], world.motion(scene)[0]
-                    assert about is not acts
-                    assert len({*np.sign(acts.x + offset - about.x)}) == 1
+                about = by_colour[text.split()[3]]
+                down, right = answer.split()
+                assert (about.y > 16 + 2) if down == "bottom" else (about.y < 16 - 2)
+                assert (about.x > 16 + 2) if right == "right" else (about.x < 16 - 2)
+            elif kind == "leftmost":
+                assert text == "What colour is the leftmost object?"
+                about = by_colour[answer]
+                others = [a for a in scene.things if a is not about]
+                assert len(others) == 2
+                acts = scene.things[scene.actor]
+                for other in others:
+                    assert other.x > about.x + 2
+                    if scene.action.startswith(("moves", "orbits")):  # true in every frame
+                        offset = world.motion(scene)[0]
+                        gap = other.x - about.x + offset * ((other is acts) - 1.0 * (about is acts))
+                        assert gap.min() > 0
             else:
                 assert kind == ("temporal" if answer in REVERSED else "what happens")
                 assert answer == scene.action
-    assert seen == {"colour", "shape", "texture", "where", "left of", "how many",
+    assert seen == {"colour", "shape", "texture", "where", "leftmost", "how many",
                     "what happens", "temporal"}  # fmt: skip
 
 
@@ -161,16 +163,34 @@ def visible_pixels(scene):
     ]
 
 
-def test_objects_hide_parts_of_each_other():
-    """Many overlap with their nearest neighbour, but most of each remains visible (see above)."""
-    overlaps = []
+def test_objects_at_rest_do_not_overlap():
+    """Their centres are 12 pixels apart, so discs touch at most; corners of squares may overlap."""
     for seed in range(150):
         scene, _ = draw_clip(seed)
         for a in scene.things:
             for b in scene.things:
                 if b is not a:
-                    overlaps.append(np.hypot(a.x - b.x, a.y - b.y) - a.radius - b.radius < -1)
-    assert 0.1 < np.mean(overlaps) < 0.8
+                    distance = np.hypot(a.x - b.x, a.y - b.y)
+                    assert distance >= 12 > a.radius + b.radius - 0.5
+
+
+def test_no_kind_of_question_has_an_answer_that_is_mostly_right():
+    """Whoever names the commonest answer of a kind is right in less than 35 % of its test
+    questions, and every clip is asked what happens and how many objects there are."""
+    first, count = world.FIRST_SEED["test"], CLIPS["test"]
+    known = []
+    for seed in range(first, first + count):
+        known.append(world.facts(world.sample_scene(default_rng(seed), 1 + seed % 3)))
+    files = dataset_writer.evaluation_files(known, PAIRS, first)
+    answers = {}
+    for row in files["open_a"]:
+        answers.setdefault(row["type"], []).append(row["answer"])
+    assert len(answers) == 8
+    assert len(answers["how many"]) == len(answers["temporal"] + answers["what happens"]) == count
+    for kind, given in answers.items():
+        commonest = max(given.count(answer) for answer in {*given})
+        assert commonest / len(given) < 0.35, kind
+        assert len(given) >= 80, kind
 
 
 def test_the_tokenizer_knows_the_prompt(folder):
@@ -211,7 +231,7 @@ def test_temporal_options_are_two_pairs():
 
 
 def test_training_rows_are_conversations_about_one_video(folder):
-    """Questions and answers alternate, <video> occurs once, "What happens?" is always asked."""
+    """Questions and answers alternate, <video> occurs once, every fact is asked once."""
     rows = json.loads((folder / "train/stage2.json").read_text())
     for row in rows:
         said = [(turn["from"], turn["value"]) for turn in row["conversations"]]
@@ -219,16 +239,16 @@ def test_training_rows_are_conversations_about_one_video(folder):
         assert sum("<video>" in text for _, text in said) == 1
         assert sum("What happens?" in text for _, text in said) == 1
         assert (folder / "train" / row["video"]).exists()
-        assert len({*said[::2]}) == len(said[::2]) <= 8
+        assert len({*said[::2]}) == len(said[::2]) >= 5
     captions = json.loads((folder / "train/stage1.json").read_text())
-    assert len(captions) == len(rows) == TINY["train"]
+    assert len(captions) == TINY["train"] and len(rows) == 2 * TINY["train"]
 
 
 def test_the_validation_split_has_conversations_too(folder):
     """The loss on them is logged during training; their clips are not those of the training."""
     training = json.loads((folder / "train/stage2.json").read_text())
     held_out = json.loads((folder / "val/stage2.json").read_text())
-    assert len(held_out) == TINY["val"]
+    assert len(held_out) == 2 * TINY["val"]
     assert held_out[0]["conversations"] != training[0]["conversations"]
     assert not (folder / "test/stage2.json").exists()
 

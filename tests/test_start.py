@@ -151,7 +151,7 @@ def test_options_that_agree_with_the_checkpoint_are_welcome(aligned):
     folder = str(aligned / "runs" / "aligned")
     tokenizer = str(aligned / "data" / "miniature" / "tokenizer.model")
     words = ["--from", folder, "--encoders", "dinov2,vivit", "--projector", "attn2d"]
-    words += ["--model", "miniature", "--tokenizer", tokenizer, "--pooled-side", "2"]
+    words += ["--model", "miniature", "--tokenizer", tokenizer, "--pooled-side", "3"]
     assert train.read_options(words).projector == "attn2d"
     assert train.read_options(["--from", folder]).projector == "attn2d"
     assert train.read_options(["--from", "none"]).projector == "avg2d"

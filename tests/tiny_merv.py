@@ -21,6 +21,7 @@ from merv import MERV, MERVS
 
 TINY = replace(
     MERVS["miniature"],
+    pooled_side=2,
     name="tiny",
     encoders=tuple(
         replace(e, hidden_size=16 if e.family == "vit" else 24, num_heads=2, num_layers=2,
