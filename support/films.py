@@ -143,9 +143,13 @@ def _open(path: Path) -> av.container.InputContainer:
     # WHY: without "file:", FFmpeg takes "a:b.mp4" for an address of protocol "a".
     name = f"file:{path.absolute()}"
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
+    lenient = {}
+    if int(av.__version__.split(".")[0]) < 19:
+        lenient["metadata_errors"] = (
+            "replace"  # titles may be in any encoding; later it is no option
+        )
     try:
-        # metadata_errors: titles may be in any encoding.
-        return av.open(name, options=options, metadata_errors="replace")
+        return av.open(name, options=options, **lenient)
     except av.ArgumentError as error:
         why = "its content has none of the formats that are read (docs/files.md)."
         raise VideoError(f"{path}: is no video file.", why, "convert it to mp4.") from error
