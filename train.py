@@ -486,14 +486,15 @@ def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConf
     missing = [file for _, file in mine if not cache.has(file)]
     load = partial(decode, encoders=dataset.encoders)
     loader = DataLoader(missing, config.micro_batch, collate_fn=load, num_workers=config.workers)
-    for usable, pixels in progress(loader, "encode clips once"):
-        pooled = model.pooled_features(pixels) if usable else {}
-        for index, file in enumerate(usable):
-            clip = {name: value[index] for name, value in pooled.items()}
-            cache.put(file, clip)
-            if file == missing[0]:
-                size = sum(2 * value.numel() for value in clip.values()) / 1e6  # bfloat16
-                print(f"{cache.folder}: {len(media)} clips or stills of {size:.3f} MB each")
+    with processes.cores_left_to(config.workers):
+        for usable, pixels in progress(loader, "encode clips once"):
+            pooled = model.pooled_features(pixels) if usable else {}
+            for index, file in enumerate(usable):
+                clip = {name: value[index] for name, value in pooled.items()}
+                cache.put(file, clip)
+                if file == missing[0]:
+                    size = sum(2 * value.numel() for value in clip.values()) / 1e6  # bfloat16
+                    print(f"{cache.folder}: {len(media)} clips or stills of {size:.3f} MB each")
     processes.wait_for_all(patient)
 
 

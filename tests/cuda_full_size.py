@@ -213,7 +213,7 @@ def measure_answering(new_tokens: int = 64, questions: int = 25) -> dict:
     measured["graph_agrees"] = graph_agreement(model.llm, prefix, ids, replies["together"])
     memory = torch.cuda.max_memory_allocated() / 1e9
     # With random weights one different token changes all that follow, so each row is read again by
-    # itself with the tokens that the batch gave it. A token agrees if alone its logit is the largest
+    # itself with the tokens that the batch gave it. A token agrees if its logit is then the largest
     # or within a rounding step of bfloat16 of it: of 32,000 random logits, many nearly tie.
     agree, total = 0, 0
     for row, reply in zip(ids[:8], replies["together"], strict=False):
