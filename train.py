@@ -612,7 +612,13 @@ def make_optimizers(
 
 
 def is_for_muon(name: str, parameter: nn.Parameter, parts: str) -> bool:
-    """Whether a parameter is a matrix from features to features: no embedding and no query."""
+    """Whether Muon trains a parameter: a matrix from features to features, and no embedding, query
+    or adapter.
+
+    Muon makes all singular values of a step equal, which suits whole matrices only.
+    """
+    if lora.is_adapter(name):
+        return False
     if name.startswith("projectors."):
         return parameter.ndim == 2 and "projectors" in parts
     return parameter.ndim == 2 and "llm.layers." in name

@@ -285,7 +285,7 @@ def test_an_llm_without_a_tokenizer_needs_one(workplace):  # noqa: F811
 # --------------------------------------------------------------------------------------------- lora
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_adapters_train_on_two_processes_as_on_one(workplace, dtype):  # noqa: F811
     """bfloat16: a frozen base in bfloat16 beside adapters in float32, as on CUDA."""
     options = (*STEPS, "--lora", "4", "--micro-batch", "1", "--dtype", dtype)

