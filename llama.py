@@ -195,8 +195,11 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, rotary: RotaryTable, cache: KVCache | None) -> Tensor:
+    def forward(self, x, rotary: RotaryTable, cache: KVCache | None, keep=None) -> Tensor:
+        """x (b, s, d) -> (b, s, d), or (k, d) at the k positions `keep` = (rows, places)."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
+        if keep is not None:
+            x = x[keep]  # tokens meet in attention only, so from here each is computed by itself
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -218,11 +221,15 @@ class Llama(nn.Module):
         """Logits (b, s, vocab); the arguments are those of `hidden_states`."""
         return self.logits(self.hidden_states(input_ids, inputs_embeds, cache, lengths))
 
-    def hidden_states(self, input_ids=None, inputs_embeds=None, cache=None, lengths=None) -> Tensor:
+    def hidden_states(
+        self, input_ids=None, inputs_embeds=None, cache=None, lengths=None, keep=None
+    ) -> Tensor:
         """The output of the final norm (b, s, d) for ids (b, s) or embeddings (b, s, d).
 
         cache: a KVCache with the tokens before these; it is extended by these.
         lengths (b,): the number of real tokens in each row, the rest being padding (default: s).
+        keep: the rows (k,) and places (k,) of the only positions that are wanted; the result is
+        (k, d), and the last layer leaves out the MLP of all other positions.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         s = x.shape[1]
@@ -232,10 +239,11 @@ class Llama(nn.Module):
             rotary = cache.advance(s, lengths)
         recompute = self.activation_checkpointing and self.training and cache is None
         for layer in self.layers:
+            wanted = keep if layer is self.layers[-1] else None
             if recompute:
-                x = checkpoint(layer, x, rotary, None, use_reentrant=False)
+                x = checkpoint(layer, x, rotary, None, wanted, use_reentrant=False)
             else:
-                x = layer(x, rotary, cache)
+                x = layer(x, rotary, cache, wanted)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -280,9 +288,8 @@ class Llama(nn.Module):
         lengths = lengths.to(x.device)
         if cache is None:
             cache = KVCache(self.config, b, s + max_new_tokens, x.dtype, x.device, prefix)
-        hidden = self.hidden_states(inputs_embeds=x, cache=cache, lengths=lengths)
-        rows = torch.arange(b, device=x.device)
-        last = hidden[rows, lengths - 1]  # (b, d), at the last real token of each row
+        ends = torch.arange(b, device=x.device), lengths - 1  # the last real token of each row
+        last = self.hidden_states(None, x, cache, lengths, ends)  # (b, d)
         answers = torch.full((b, max_new_tokens), eos_id, device=x.device)
         finished = torch.zeros(b, dtype=torch.bool, device=x.device)
         logits = self.logits(last)

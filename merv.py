@@ -339,7 +339,6 @@ class MERV(nn.Module):
             # frozen. Otherwise one with text only would miss the reductions, and all would wait.
             for parameter in [*self.projectors.parameters(), *self.mixer.parameters()]:
                 embeds = embeds + parameter.sum() * 0.0
-        hidden = self.llm.hidden_states(inputs_embeds=embeds)
         # The hidden state of one token predicts the next token. Visual tokens come after [BOS], so
         # they shift the text. With n = 3, and the label "red" at place 2 of the text:
         #
@@ -351,7 +350,8 @@ class MERV(nn.Module):
         shift = torch.zeros_like(batch.input_ids[:, 0])  # (b,): n, or 0 for rows of text alone
         if visual is not None:
             shift[batch.visual_rows] = visual.shape[1]
-        predictors = hidden[rows, places + shift[rows] - 1]
+        wanted = rows, places + shift[rows] - 1
+        predictors = self.llm.hidden_states(inputs_embeds=embeds, keep=wanted)
         loss = self.llm.loss(predictors, batch.input_ids[rows, places])
         return loss, mixing_weights.detach()
 
@@ -365,15 +365,16 @@ class MERV(nn.Module):
 
         visual (v, n, d): those of the rows with a video or image, in order; the others have none.
         """
-        text = self.llm.embed_tokens(batch.input_ids)
-        index_of = {row: index for index, row in enumerate(batch.visual_rows)}
+        texts = self.llm.embed_tokens(batch.input_ids)  # (b, s, d)
+        clips = {}
+        if visual is not None:
+            clips = dict(zip(batch.visual_rows, visual.to(texts.dtype).unbind(), strict=True))
         sequences = []
-        for row, length in enumerate(batch.lengths):
-            parts = [text[row, :length]]
-            if row in index_of:
-                tokens = visual[index_of[row]].to(text.dtype)
-                parts = [text[row, :1], tokens, text[row, 1:length]]
-            sequences.append(torch.cat(parts))
+        for row, text in enumerate(texts.unbind()):
+            text = text[: batch.lengths[row]]
+            if row in clips:
+                text = torch.cat([text[:1], clips[row], text[1:]])
+            sequences.append(text)
         return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
 
     # ---- answers
@@ -493,8 +494,8 @@ class MERV(nn.Module):
         prefix, _ = self.prefill(pixels)
         ids, lengths = self.prompts(questions, bool(pixels))
         cache = KVCache(self.config.llm, *ids.shape, prefix.keys.dtype, self.device, prefix)
-        hidden = self.llm.hidden_states(ids, cache=cache, lengths=lengths)
-        last = hidden[torch.arange(len(ids), device=self.device), lengths - 1]
+        ends = torch.arange(len(ids), device=self.device), lengths - 1
+        last = self.llm.hidden_states(ids, cache=cache, lengths=lengths, keep=ends)
         log_p = self.llm.logits(last).float().log_softmax(-1).cpu()
         scores = []
         for row, choices in zip(log_p, options, strict=True):

@@ -39,10 +39,10 @@ def tokens_read(monkeypatch) -> list[int]:
     seen = []
     plain = Llama.hidden_states
 
-    def spy(self, input_ids=None, inputs_embeds=None, cache=None, lengths=None):
+    def spy(self, input_ids=None, inputs_embeds=None, *others, **more):
         x = input_ids if inputs_embeds is None else inputs_embeds
         seen.append(x.shape[1])
-        return plain(self, input_ids, inputs_embeds, cache, lengths)
+        return plain(self, input_ids, inputs_embeds, *others, **more)
 
     monkeypatch.setattr(Llama, "hidden_states", spy)
     return seen
