@@ -712,7 +712,12 @@ class Checkpoint:
                 source = self.folder / e.source
                 e = replace(e, source="")  # so that the next save_pretrained copies it too
             source = sources.get(e.name, source)
-            model.encoders[e.name] = encoders.load_encoder(e, source, dtype, device)
+            try:
+                model.encoders[e.name] = encoders.load_encoder(e, source, dtype, device)
+            except CheckpointError as error:
+                what, why, fix = error.args
+                what = f"The encoder {e.name} of {self.place} cannot be loaded.\n{what}"
+                raise CheckpointError(what, why, fix) from error
             loaded_configs.append(model.encoders[e.name].config)
         model.config = replace(model.config, encoders=tuple(loaded_configs))
 

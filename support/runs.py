@@ -426,10 +426,12 @@ MAY_BE_UNPICKLED = {  # what the index of a save consists of; none of it does mo
 }  # fmt: skip
 
 
-class SaveUnpickler(pickle.Unpickler):
+class SaveUnpickler(pickle._Unpickler):
     """Unpickle the index of a save, which may come from elsewhere: plain values, no code.
 
     torch writes the index, saves/NUMBER/.metadata, as a pickle and loads it without any limit.
+    WHY _Unpickler: it is pickle in Python. The one in C reserves as much memory as a damaged file
+    asks for; a few bytes can make it fill 20 GB.
     """
 
     def find_class(self, module: str, name: str):

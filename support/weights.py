@@ -169,8 +169,10 @@ def check_fields(
             wanted = "true or false"
         elif field in TEXTS and not is_short_text(value):
             wanted = f"a text of at most {MAX_NAME} bytes"
-        elif field in ("pixel_mean", "pixel_std") and not is_colour(value):
-            wanted = "a list of three numbers"
+        elif field == "pixel_mean" and not is_colour(value, 0):
+            wanted = "a list of three numbers from 0 to 255"
+        elif field == "pixel_std" and not is_colour(value, 1e-3):
+            wanted = "a list of three numbers from 0.001 to 255"
         elif field == "encoders" and not value:
             wanted = "a list of at least one encoder"
         elif field in (choices or {}) and value not in list(choices[field]):
@@ -206,10 +208,11 @@ def is_short_text(value: object) -> bool:
     return isinstance(value, str) and len(value.encode(errors="replace")) <= MAX_NAME
 
 
-def is_colour(value: object) -> bool:
-    """Whether a value is a list of three numbers, for red, green and blue."""
-    numbers = isinstance(value, list) and all(isinstance(number, int | float) for number in value)
-    return numbers and len(value) == 3
+def is_colour(value: object, least: float) -> bool:
+    """Whether a value is a list of three numbers, for red, green and blue, from `least` to 255."""
+    if not isinstance(value, list) or len(value) != 3:
+        return False
+    return all(type(number) in (int, float) and least <= number <= 255 for number in value)
 
 
 def field_error(place: str, field: str, value: object, wanted: str) -> CheckpointError:

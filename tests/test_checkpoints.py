@@ -141,6 +141,18 @@ def test_a_missing_file_is_a_checkpoint_error(saved, tmp_path, file):
     assert "Fix: " in str(caught.value)
 
 
+def test_an_encoder_that_config_json_names_and_nobody_has_is_explained(saved, tmp_path):
+    """The error names the checkpoint too: the user has never heard of the missing file."""
+    folder = tmp_path / "moved"
+    shutil.copytree(saved, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["merv"]["encoders"][1]["source"] = "elsewhere.safetensors"
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"elsewhere\.safetensors") as caught:
+        MERV.from_pretrained(folder)
+    assert str(folder) in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "text",
     [

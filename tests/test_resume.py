@@ -1,5 +1,6 @@
 """A run that is killed, stopped or goes wrong: it goes on bit for bit, or says what was wrong."""
 
+import io
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tracemalloc
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -309,6 +311,17 @@ def test_an_option_that_is_younger_than_a_run_has_its_usual_value(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(stored))
     options = runs.saved_options(str(tmp_path), TrainConfig, preset)
     assert options == replace(preset("merv", "frozen"), seed=5)
+
+
+def test_a_damaged_index_of_a_save_takes_no_memory():
+    """Seven bytes that store None under the number 2^24: pickle in C makes room for all numbers
+    below it, 270 MB, and 20 GB for the largest number."""
+    content = b"\x80\x04Nr" + (2**24).to_bytes(4, "little") + b"."
+    tracemalloc.start()
+    assert runs.SaveUnpickler(io.BytesIO(content)).load() is None
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1e6
 
 
 @pytest.mark.parametrize("line", ["{", "7", "{}", '{"step": "two", "loss": 1}', '{"step": 1}'])

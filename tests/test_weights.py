@@ -139,6 +139,8 @@ def test_a_value_that_is_no_tensor_is_named(tmp_path):
         ({"llm": {"template": "none"}}, "template is 'none'"),
         ({"encoders": [{"family": "clip"}]}, "family is 'clip'"),
         ({"encoders": [{"pixel_mean": [0.5]}]}, "pixel_mean is [0.5]"),
+        ({"encoders": [{"pixel_mean": [10**400, 0, 0]}]}, "pixel_mean is [1000"),
+        ({"encoders": [{"pixel_std": [0.5, 0.5, 0]}]}, "pixel_std is [0.5, 0.5, 0]"),
         ({"encoders": [{"image_size": -1}]}, "image_size is -1"),
         ({"encoders": [{"mlp_size": {}}]}, "mlp_size is {}"),
         ({"encoders": [{"source": "x" * 300}]}, "source is 'xxx"),
