@@ -78,7 +78,9 @@ def scale(frames: Tensor, config: EncoderConfig) -> Tensor:
     frames: uint8 (T, 3, H, W). Returns float32 (T, 3, side, side).
     """
     side = config.image_size
-    if config.resize == "squash":
+    if frames.shape[-2:] == (side, side):
+        pixels = frames / 255
+    elif config.resize == "squash":
         # On uint8 with antialias=True, torch computes the same resize as Pillow.
         size = (side, side)
         squashed = F.interpolate(frames, size, mode=config.interpolation, antialias=True)
