@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -80,6 +80,14 @@ def example(
     differences = states[:, 1::2] - states[:, ::2]  # (4, T / 2)
     signs = np.sign(differences.T.round(2))
     return caption, 1 + signs.astype(int), frames
+
+
+@lru_cache(1)  # encoders that are trained one after the other learn from the same clips
+def draw_examples(count: int, alone: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Stacked examples: captions (n, 4), changes (n, T / 2, 4), clips (n, T, 3, H, W)."""
+    examples = [example(number, alone) for number in range(count)]
+    captions, changes, films = [torch.tensor(np.stack(x)) for x in zip(*examples, strict=True)]
+    return captions, changes, films
 
 
 def normalise(frames: Tensor, encoder: Encoder) -> Tensor:
@@ -221,10 +229,10 @@ class Recipe:
 
 
 RECIPES = {
-    "siglip": Recipe(matching_loss, 720, 256, 1, 0.04),
-    "languagebind": Recipe(matching_loss, 240, 64, 4, 0.02),
-    "dinov2": Recipe(masked_patch_loss, 280, 96, 2, 0.04),
-    "vivit": Recipe(change_loss, 700, 64, 8, 0.04),
+    "siglip": Recipe(matching_loss, 600, 256, 1, 0.04),
+    "languagebind": Recipe(matching_loss, 200, 64, 4, 0.02),
+    "dinov2": Recipe(masked_patch_loss, 220, 96, 2, 0.04),
+    "vivit": Recipe(change_loss, 560, 64, 8, 0.04),
 }
 
 
@@ -257,11 +265,11 @@ def train(
     device = next(model.parameters()).device
     recipe = RECIPES[name]
     classify = recipe.loss is change_loss
-    examples = [example(number, alone=classify) for number in range(num_clips)]
-    captions, changes, films = zip(*examples, strict=True)
-    clips = torch.tensor(np.stack(films)).to(device)  # (n, T, 3, H, W)
-    wanted = changes if classify else captions
-    labels = torch.tensor(np.stack(wanted)).to(device)
+    captions, changes, films = draw_examples(num_clips, alone=classify)
+    clips = films.to(device)
+    labels = captions.to(device)
+    if classify:
+        labels = changes.to(device)
     optimizers = make_optimizers(model, recipe.muon_lr)
     generator = Generator().manual_seed(seed)
     stride = NUM_FRAMES // recipe.num_frames

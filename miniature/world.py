@@ -11,6 +11,7 @@ The seed of a clip decides everything about it. Read next: specialists.py.
 import json
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -167,15 +168,22 @@ def place_of(thing: Thing) -> str:
     return f"{row} {column}"
 
 
-def leftmost(scene: Scene, margin: float) -> Thing | None:
-    """The object left of both others; None without two others, or if the nearest is too close.
+def outermost(scene: Scene, margin: float) -> dict[str, Thing]:
+    """The leftmost, rightmost, highest and lowest object, each unless another comes too close.
 
     WHY three objects: of two, a guess would be right half the time.
     """
     if len(scene.things) < 3:
-        return None
-    first, second, _ = sorted(scene.things, key=lambda thing: thing.x)
-    return first if second.x - first.x > margin else None
+        return {}
+    found = {}
+    for axis, least, most in (("x", "leftmost", "rightmost"), ("y", "highest", "lowest")):
+        place = attrgetter(axis)
+        first, second, third = sorted(scene.things, key=place)
+        if place(second) - place(first) > margin:
+            found[least] = first
+        if place(third) - place(second) > margin:
+            found[most] = third
+    return found
 
 
 def facts(scene: Scene) -> list[Fact]:
@@ -188,15 +196,15 @@ def facts(scene: Scene) -> list[Fact]:
             Fact("texture", f"What texture does the {a.colour} object have?", a.texture, TEXTURES),
         ]
     travels = scene.action.startswith(("moves", "orbits"))
-    margin = 2 + scene.travel / 2 if travels else 2
+    margin = 4 + scene.travel / 2 if travels else 4
     for index, a in enumerate(scene.things):
         if travels and index == scene.actor:
             continue  # it has no fixed place
         question = f"Where is the {a.colour} object?"
         found.append(Fact("where", question, place_of(a), PLACES))
-    if thing := leftmost(scene, margin):
-        question = "What colour is the leftmost object?"
-        found.append(Fact("leftmost", question, thing.colour, tuple(COLOURS)))
+    for word, thing in outermost(scene, margin).items():
+        question = f"What colour is the {word} object?"
+        found.append(Fact("outermost", question, thing.colour, tuple(COLOURS)))
     number = NUMBERS[len(scene.things) - 1]
     found.append(Fact("how many", "How many objects are there?", number, NUMBERS))
     kind = "temporal" if scene.action in REVERSED else "what happens"

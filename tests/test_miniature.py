@@ -108,22 +108,24 @@ def test_every_answer_is_right():
                 down, right = answer.split()
                 assert (about.y > 16 + 2) if down == "bottom" else (about.y < 16 - 2)
                 assert (about.x > 16 + 2) if right == "right" else (about.x < 16 - 2)
-            elif kind == "leftmost":
-                assert text == "What colour is the leftmost object?"
+            elif kind == "outermost":
+                word = text.removeprefix("What colour is the ").removesuffix(" object?")
+                axis, sign = {"leftmost": (0, 1), "rightmost": (0, -1),
+                              "highest": (1, 1), "lowest": (1, -1)}[word]  # fmt: skip
                 about = by_colour[answer]
                 others = [a for a in scene.things if a is not about]
                 assert len(others) == 2
                 acts = scene.things[scene.actor]
+                moves = scene.action.startswith(("moves", "orbits"))
+                offset = world.motion(scene)[axis] * moves
                 for other in others:
-                    assert other.x > about.x + 2
-                    if scene.action.startswith(("moves", "orbits")):  # true in every frame
-                        offset = world.motion(scene)[0]
-                        gap = other.x - about.x + offset * ((other is acts) - 1.0 * (about is acts))
-                        assert gap.min() > 0
+                    gap = ((other.x, other.y)[axis] - (about.x, about.y)[axis]) * np.ones(8)
+                    gap += offset * ((other is acts) - 1.0 * (about is acts))
+                    assert (sign * gap).min() > 2, "in every frame"
             else:
                 assert kind == ("temporal" if answer in REVERSED else "what happens")
                 assert answer == scene.action
-    assert seen == {"colour", "shape", "texture", "where", "leftmost", "how many",
+    assert seen == {"colour", "shape", "texture", "where", "outermost", "how many",
                     "what happens", "temporal"}  # fmt: skip
 
 
