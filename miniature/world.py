@@ -11,7 +11,6 @@ The seed of a clip decides everything about it. Read next: specialists.py.
 import json
 from dataclasses import dataclass, replace
 from functools import partial
-from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -168,24 +167,6 @@ def place_of(thing: Thing) -> str:
     return f"{row} {column}"
 
 
-def outermost(scene: Scene, margin: float) -> dict[str, Thing]:
-    """The leftmost, rightmost, highest and lowest object, each unless another comes too close.
-
-    WHY three objects: of two, a guess would be right half the time.
-    """
-    if len(scene.things) < 3:
-        return {}
-    found = {}
-    for axis, least, most in (("x", "leftmost", "rightmost"), ("y", "highest", "lowest")):
-        place = attrgetter(axis)
-        first, second, third = sorted(scene.things, key=place)
-        if place(second) - place(first) > margin:
-            found[least] = first
-        if place(third) - place(second) > margin:
-            found[most] = third
-    return found
-
-
 def facts(scene: Scene) -> list[Fact]:
     """All questions about a clip that have one clear answer."""
     found = []
@@ -196,15 +177,11 @@ def facts(scene: Scene) -> list[Fact]:
             Fact("texture", f"What texture does the {a.colour} object have?", a.texture, TEXTURES),
         ]
     travels = scene.action.startswith(("moves", "orbits"))
-    margin = 4 + scene.travel / 2 if travels else 4
     for index, a in enumerate(scene.things):
         if travels and index == scene.actor:
             continue  # it has no fixed place
         question = f"Where is the {a.colour} object?"
         found.append(Fact("where", question, place_of(a), PLACES))
-    for word, thing in outermost(scene, margin).items():
-        question = f"What colour is the {word} object?"
-        found.append(Fact("outermost", question, thing.colour, tuple(COLOURS)))
     number = NUMBERS[len(scene.things) - 1]
     found.append(Fact("how many", "How many objects are there?", number, NUMBERS))
     kind = "temporal" if scene.action in REVERSED else "what happens"

@@ -148,6 +148,7 @@ def eval_list(text: str) -> list[str]:
     return re.findall(r'"([^"]*)"', text)
 
 
+@pytest.mark.slow
 def test_the_cost_table_on_the_page_is_what_the_command_prints(capsys):
     """docs/released.md shows the output of `python cost.py table`, line by line."""
     cost.print_table()

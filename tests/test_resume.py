@@ -160,6 +160,7 @@ def test_a_run_goes_on_with_another_number_of_processes(workplace, straight):  #
     assert not partials
 
 
+@pytest.mark.slow
 @also_as_on_cuda
 def test_a_commit_in_between_does_not_begin_another_run(workplace, straight):  # noqa: F811
     """Options and code decide what a run is; a README that was corrected meanwhile does not."""

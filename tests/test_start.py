@@ -285,7 +285,8 @@ def test_an_llm_without_a_tokenizer_needs_one(workplace):  # noqa: F811
 # --------------------------------------------------------------------------------------------- lora
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_adapters_train_on_two_processes_as_on_one(workplace, dtype):  # noqa: F811
     """bfloat16: a frozen base in bfloat16 beside adapters in float32, as on CUDA."""
     options = (*STEPS, "--lora", "4", "--micro-batch", "1", "--dtype", dtype)
@@ -296,6 +297,7 @@ def test_adapters_train_on_two_processes_as_on_one(workplace, dtype):  # noqa: F
     assert one[-1] < one[0]
 
 
+@pytest.mark.slow
 def test_a_run_with_adapters_leaves_a_plain_checkpoint_and_the_adapters(workplace):  # noqa: F811
     """model.safetensors is the base plus (alpha / rank) B A, which eval.py reads as it is. In stage
     1 of video-llava, adapters rest; embeddings, norms and head never change."""

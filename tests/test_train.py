@@ -224,12 +224,25 @@ def test_a_run_describes_itself(workplace):
     [
         (["--modle", "miniature"], "did you mean --model?"),
         (["--recipe", "froozen"], "invalid choice: 'froozen' (choose from 'frozen'"),
+        (["--plan", "--gpus", "8"], "use `python cost.py plan`"),
+        (["--lr", "1e-3"], "use --learning-rate"),
+    ],
+)
+def test_an_option_that_there_is_not_is_explained(options, wanted, capsys):
+    """Before anything else happens."""
+    with pytest.raises(SystemExit) as caught:
+        train.main(options)
+    assert caught.value.code != 0
+    assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
         (["--replicas", "2"], "1 processes cannot hold 2 replicas"),
         (["--encoders", "clip"], "There is no encoder clip"),
         (["--global-batch", "5", "--micro-batch", "2"], "choose a multiple of 2"),
         (["--data", "nowhere"], "Cannot read nowhere/stage2.json"),
-        (["--plan", "--gpus", "8"], "use `python cost.py plan`"),
-        (["--lr", "1e-3"], "use --learning-rate"),
     ],
 )
 def test_a_wrong_option_is_explained(workplace, options, wanted):
@@ -328,6 +341,7 @@ def test_every_recipe_runs_through(workplace, recipe, steps):
     assert [json.loads(line)["step"] for line in lines] == list(range(1, sum(steps) + 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["video-llava", "full"])
 def test_stage_2_follows_stage_1_with_the_dtypes_of_cuda(workplace, recipe):
     """Parameters in float32, computation in bfloat16, gradients reduced in float32: what CUDA does,
@@ -366,6 +380,7 @@ train.exit_now()
 """
 
 
+@pytest.mark.slow
 def test_one_process_may_have_cached_features_and_another_pixels(workplace, tmp_path):
     """Two nodes without a common cache folder, or a deleted entry: nobody waits for ever, and the
     losses are those of encoding everything."""
