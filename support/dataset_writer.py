@@ -96,16 +96,17 @@ def training_row(number: int, texts: list[str]) -> dict:
 
 
 def training_files(captions: list[str], facts: list[list[Fact]], seed: int) -> dict[str, list]:
-    """For each clip, a row with its caption (stage1) and two conversations about all its facts
+    """For each clip, a row with its caption (stage1) and four conversations about all its facts
     (stage2), each in a random order of its own.
 
-    WHY two: where one order is all there is, a small LLM learns the answers of a row by heart.
+    WHY four: to draw and encode a clip takes longer than to train on a conversation, and where one
+    order is all there is, a small LLM learns the answers of a row by heart.
     """
     rng = default_rng(seed)
     stage1, stage2 = [], []
     for number, (caption, known) in enumerate(zip(captions, facts, strict=True)):
         stage1.append(training_row(number, ["Describe the video.", caption]))
-        for _ in range(2):
+        for _ in range(4):
             texts = []
             for index in rng.permutation(len(known)):
                 texts += [known[index].question, known[index].answer]
