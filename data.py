@@ -276,7 +276,7 @@ class ConversationDataset(Dataset):
         file = Path(self.file)
         try:
             if file.exists() and not file.is_file():
-                raise ValueError("it is no file.")
+                raise ValueError("it is not a file.")
             rows = json.loads(file.read_bytes())
             if not isinstance(rows, list):
                 raise ValueError("it holds no list.")

@@ -517,9 +517,9 @@ class Tokenizer:
             if min(self.pieces.bos_id(), self.pieces.eos_id()) < 0:
                 raise ValueError("it has no <s> or no </s>")
         except (OSError, RuntimeError, ValueError) as error:
-            what = f"{self.path} is no tokenizer of LLaMA 1 or 2."
+            what = f"{self.path} is not a tokenizer of LLaMA 1 or 2."
             fix = "take tokenizer.model, not tokenizer.json or tiktoken's, from LLaMA's repository."
-            raise CheckpointError(what, f"it is no SentencePiece model: {error}.", fix) from error
+            raise CheckpointError(what, f"it is not a SentencePiece file: {error}.", fix) from error
         self.bos_id = self.pieces.bos_id()
         self.eos_id = self.pieces.eos_id()
         self.vocab_size = self.pieces.vocab_size()

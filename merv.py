@@ -622,7 +622,7 @@ class MERV(nn.Module):
         return model.to(device).eval()
 
     def fingerprints(self) -> dict[str, str]:
-        """Hash all that determines the pooled features of each encoder: weights, settings, grid."""
+        """Hash what determines each encoder's pooled features: weights, settings and pooling."""
         fingerprints = {}
         for name, encoder in self.encoders.items():
             # Name and source change no feature. Older caches were hashed without the other two.

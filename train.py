@@ -77,7 +77,7 @@ class Stage:
     optimizer state, which for the 7B saves 12 of 16 bytes a parameter.
     """
 
-    files: tuple[tuple[str, str | None], ...]  # in the data folder, with its key of data.TEMPLATES
+    files: tuple[tuple[str, str | None], ...]  # name in the data folder, key of data.TEMPLATES
     trained: tuple[str, ...]  # parts of the model; encoders are always frozen
     learning_rate: float  # peak
     global_batch: int
@@ -296,7 +296,7 @@ def read_options(arguments: list[str] | None = None) -> TrainConfig:
 def stages_of(config: TrainConfig) -> list[Stage]:
     """The stages of the recipe, with the learning rates and batch sizes of the options.
 
-    With --lora, a stage that would train the LLM trains its adapters instead.
+    With --lora, stages train adapters instead of the LLM itself.
     """
     recipe = RECIPES[config.recipe]
     rates, sizes = config.learning_rate, config.global_batch
@@ -449,8 +449,8 @@ def cast_trained(parameters: Iterable[nn.Parameter], frozen_dtype: torch.dtype) 
 def make_datasets(model: MERV, stage: Stage, config: TrainConfig, cache) -> ConcatDataset:
     """The files of a stage as one dataset.
 
-    With a cache, every clip that it lacks is encoded now. The encoders are frozen, so what they see
-    in a clip is the same in every epoch and for every projector, mixer and LLM.
+    With a cache, every clip that it lacks is encoded now. The encoders are frozen, so the pooled
+    features of a clip are the same in every epoch, and for every mixer and LLM.
     """
     datasets = []
     for file, template in stage.files:
