@@ -1,7 +1,7 @@
 """The four frozen vision encoders: pixels in, a grid of patch features out (paper 3.1, table 4).
 
     class          encoder          what it adds to a plain Vision Transformer (ViT)
-    ViT            DINOv2, SigLIP   nothing over time: it encodes each frame by itself
+    ViT            DINOv2, SigLIP   nothing: it encodes each frame separately, without time
     LanguageBind   LanguageBind     attention over time in every block, in windows of 8 frames
     ViViT          ViViT            patches of 2 frames, all of which attend to each other
 

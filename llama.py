@@ -199,7 +199,7 @@ class DecoderLayer(nn.Module):
         """x (b, s, d) -> (b, s, d), or (k, d) at the k positions `keep` = (rows, places)."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         if keep is not None:
-            x = x[keep]  # only attention mixes tokens; from here on each is computed by itself
+            x = x[keep]  # only attention mixes tokens; from here on, each is independent
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -210,7 +210,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # recompute each layer in the backward pass
-        self.cuda_graph = False  # decode with a CUDA graph: faster, the same answers to rounding
+        self.cuda_graph = False  # decode with a CUDA graph: faster, same answers up to rounding
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)

@@ -11,7 +11,7 @@ one process with a batch of 128 and eight with micro-batches of 4 take the same 
 
 Writes runs/NAME/ with config.json, metrics.jsonl, loss.svg, saves/ to resume from, and checkpoint/
 (for merv.py and eval.py). The command that began a run also resumes it: on a CPU bit for bit, on
-GPUs to rounding or, with --deterministic, bit for bit too.
+GPUs up to rounding or, with --deterministic, bit for bit too.
 
     metric in metrics.jsonl   meaning
     step                      optimizer steps so far, over all stages
@@ -151,7 +151,7 @@ class TrainConfig:
 
     recipe: str = option("frozen", "stages, and what each trains", RECIPES, "optimisation")
     epochs: int = option(1, "passes over the data of each stage", group="optimisation")
-    max_steps: int | None = option(None, "stop each stage after so many", group="optimisation")
+    max_steps: int | None = option(None, "stop each stage after this many", group="optimisation")
     learning_rate: tuple[float, ...] = option(
         (2e-5,), "peak, one for all stages or one each", group="optimisation"
     )
@@ -810,7 +810,7 @@ def rows_of(dataset: ConcatDataset, order: list[list[int]], first: int, count: i
 
 
 def speed(model: MERV, counts: Counts, waited: float, seconds: float) -> dict[str, float | None]:
-    """Metrics of time and memory for one step that took so many seconds.
+    """Metrics of time and memory for one step. seconds: how long it took.
 
     waited: how many of these seconds the step waited for data; more --workers shorten them.
     """
@@ -830,7 +830,7 @@ def stop(number: int) -> None:
 
 
 def due(number: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps (None: never) happens after this one."""
+    """Whether something that happens every `every` steps (None: never) happens after this one."""
     return every is not None and number % every == 0
 
 
@@ -838,7 +838,7 @@ def due(number: int, every: int | None) -> bool:
 
 
 def begin(config: TrainConfig, device: torch.device) -> Run:
-    """Make the miniature's data if it is asked for; open the run's folder on every process."""
+    """Make the miniature's data if --data names it; open the run's folder on every process."""
     opened: list[Run | UserError | None] = [None]
     if config.data is None:
         why = f"the model {config.model} comes without data."
