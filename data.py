@@ -565,7 +565,7 @@ class DataOptions:
     folders: tuple[str, ...] = option((), "folders, as for train.py --data", positional=True)
     check: bool = option(False, "list the rows that cannot be used")
     show: int = option(0, "number of rows of each file to print, with tokens and labels")
-    tokenizer: str = option("tokenizer.model", "LLaMA-2's, for --show; --check uses it if there")
+    tokenizer: str = option("tokenizer.model", "LLaMA-2's, for --show; --check uses it if present")
     workers: int = option(2, "processes that decode videos, for --check")
     allow_outside: bool = option(False, "follow paths and links that leave the folder")
 
