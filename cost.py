@@ -53,12 +53,12 @@ class PlanConfig:
     pooled_side: int = option(8, "side of a pooled frame in tokens, table 2b", None, "model")
     llm: str = option("llama2-7b", "as in train.py", None, "model")
 
-    recipe: str = option("frozen", "which stages, which parts", train.RECIPES, "training")
+    recipe: str = option("frozen", "stages, and what each trains", train.RECIPES, "training")
     lora: int | None = option(None, "rank of adapters; none: no LoRA", None, "training")
     optimizer: str = option("adamw", "as in train.py", train.OPTIMIZERS, "training")
     micro_batch: int = option(4, "rows that a process runs at once", None, "training")
     text_tokens: int = option(512, "of each row, half of them answers", None, "training")
-    cached_features: bool = option(False, "no encoder runs", None, "training")
+    cached_features: bool = option(False, "without running encoders", None, "training")
     activation_checkpointing: bool = option(True, "recompute LLM layers", None, "training")
     replicas: int = option(1, "copies of the model, each on its GPUs", None, "training")
     place_encoders: str = option("shard", "as in train.py", train.PLACES, "training")
@@ -66,7 +66,7 @@ class PlanConfig:
 
     gpus: int = option(8, "number of GPUs", None, "machine")
     gpu_memory: float = option(48.0, "GB of each GPU", None, "machine")
-    tflops: float = option(60.0, "10^12 operations that a GPU does in a second", None, "machine")
+    tflops: float = option(60.0, "10^12 operations a second that a GPU achieves", None, "machine")
 
 
 def read_options(arguments: list[str] | None = None) -> PlanConfig:
@@ -120,7 +120,7 @@ def simulated_processes(count: int) -> Iterator[None]:
 
 
 def build(config: MERVConfig) -> MERV:
-    """A model without weights, of the kind of tensor that the surrounding context makes."""
+    """A model on the tensors of the surrounding context: the meta device, or fake tensors."""
     encoders = [FAMILIES[e.family](e) for e in config.encoders]
     return MERV(config, encoders, Llama(config.llm), None)
 
@@ -167,7 +167,7 @@ def simulate_step(
             lora.add_adapters(model.llm, config.lora, alpha)
         model.llm.activation_checkpointing = config.activation_checkpointing
         train.shard(model, mesh, place, getattr(torch, config.dtype))
-        # Any learning rate will do: only whether there is one decides who owns a parameter.
+        # Any learning rate will do: with one, Muon has its matrices; with None, AdamW has all.
         muon = 0.01 if config.optimizer == "muon" else None
         optimizers = train.make_optimizers(model, stage, muon)
         batch = make_batch(config, model, still)
@@ -219,7 +219,7 @@ def optimizer_state(optimizers: list[torch.optim.Optimizer]) -> int:
 
 
 def step_memory(what: MERVConfig, rows: int, text_tokens: int) -> float:
-    """The peak of one GPU that trains the model `what` by the recipe "frozen" with AdamW: GB."""
+    """Peak memory, in GB, of one GPU that trains `what` by the recipe "frozen" with AdamW."""
     config = PlanConfig(micro_batch=rows, text_tokens=text_tokens, gpus=1)
     stage = train.RECIPES["frozen"][0]
     with simulated_processes(1):

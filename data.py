@@ -61,7 +61,7 @@ def preprocess(frames: Tensor, config: EncoderConfig) -> Tensor:
 
 
 def step_of(num_frames: int, config: EncoderConfig) -> int:
-    """How far apart the frames are that one encoder takes from a clip. DataError if none fits."""
+    """The step between the frames that one encoder takes from a clip; DataError if not whole."""
     wanted = config.num_frames
     if num_frames == 1:
         return 1
@@ -146,7 +146,7 @@ def load_pixels(
 IGNORE = -100  # the label of a position without a loss; torch's cross_entropy skips it by default
 
 
-# A template turns questions into prompts: (for the first question, for each later question).
+# A template is a pair of prompts: one for the first question, one for each later question.
 BASE = "In: {question}\nOut:"
 TEMPLATES: dict[str, tuple[str, str]] = {
     "base": (BASE, BASE),
@@ -252,7 +252,7 @@ class Example:
 
 
 ROW = '{"id", "image" | "video" | neither, "conversations": [{"from", "value"}, ...]}'
-TRIES = 8  # read at most so many rows to find a usable one; neighbours often share a broken clip
+TRIES = 8  # rows to try; the others are drawn at random, as neighbours may share a broken clip
 MALFORMED = (KeyError, TypeError, AttributeError, UnicodeEncodeError)  # raised by malformed rows
 
 
@@ -260,7 +260,7 @@ MALFORMED = (KeyError, TypeError, AttributeError, UnicodeEncodeError)  # raised 
 class ConversationDataset(Dataset):
     """Read rows of a JSON file in Video-LLaVA's layout: a list of ROW.
 
-    Paths are relative to the JSON file and stay in its folder (support/rows.py says how). Raises
+    Paths are relative to the JSON file and must stay in its folder (support/rows.py). Raises
     DataError if the file cannot be read; a malformed row is found only when it is used.
     """
 
@@ -276,7 +276,7 @@ class ConversationDataset(Dataset):
         file = Path(self.file)
         try:
             if file.exists() and not file.is_file():
-                raise ValueError("it is no file.")
+                raise ValueError("it is not a file.")
             rows = json.loads(file.read_bytes())
             if not isinstance(rows, list):
                 raise ValueError("it holds no list.")
@@ -305,7 +305,7 @@ class ConversationDataset(Dataset):
         return (modality_of(row), path) if path else ("text", None)
 
     def approximate_length(self, row: dict) -> int:
-        """Approximate the length by the number of words, good enough to group similar lengths."""
+        """Approximate the number of tokens by that of words, which is enough to group rows."""
         try:
             return sum(len(turn["value"].split()) for turn in row["conversations"])
         except MALFORMED:
@@ -380,9 +380,9 @@ class ConversationDataset(Dataset):
     def find_fault(self, index: int) -> dict | None:
         """Describe what is wrong with row `index`, or return None.
 
-        Decodes four frames of the video, including the first and the last. Training accepts a row
-        without a label, but learns nothing from it. That an answer lies beyond max_length is found
-        only if the data set has a tokenizer.
+        Decodes four frames of the video, including the first and the last. A row without a label
+        is a fault too, although training accepts it: nothing is learned from it. An answer beyond
+        max_length is noticed only with a tokenizer.
         """
         try:
             turns, path = self.parse(index)
@@ -490,8 +490,8 @@ def stack(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 class GroupedBatchSampler(Sampler[list[int]]):
     """The micro-batches of one epoch for one rank, grouped by modality and by length.
 
-    Grouping saves padding, and a batch of text runs no encoder. By example, five videos and four
-    texts with global_batch=2:
+    Grouping saves padding, and a batch of text runs no encoder. For example, with five videos,
+    four texts and global_batch=2:
 
         shuffle each modality         video 3 0 8 5 6     text 7 1 4 2
         cut whole batches             [3 0] [8 5]         [7 1] [4 2]
@@ -565,7 +565,7 @@ class DataOptions:
     folders: tuple[str, ...] = option((), "folders, as for train.py --data", positional=True)
     check: bool = option(False, "list the rows that cannot be used")
     show: int = option(0, "number of rows of each file to print, with tokens and labels")
-    tokenizer: str = option("tokenizer.model", "LLaMA-2's tokenizer; --show needs it, --check may")
+    tokenizer: str = option("tokenizer.model", "LLaMA-2's, for --show; --check uses it if present")
     workers: int = option(2, "processes that decode videos, for --check")
     allow_outside: bool = option(False, "follow paths and links that leave the folder")
 

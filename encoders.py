@@ -1,7 +1,7 @@
 """The four frozen vision encoders: pixels in, a grid of patch features out (paper 3.1, table 4).
 
     class          encoder          what it adds to a plain Vision Transformer (ViT)
-    ViT            DINOv2, SigLIP   nothing over time: it encodes each frame by itself
+    ViT            DINOv2, SigLIP   nothing: it encodes each frame separately, without time
     LanguageBind   LanguageBind     attention over time in every block, in windows of 8 frames
     ViViT          ViViT            patches of 2 frames, all of which attend to each other
 
@@ -12,12 +12,12 @@ A ViT cuts an image into square patches, turns each into a vector (a *token*), a
 for its position and applies blocks in which the tokens attend to each other. A *class token*, which
 has no patch, collects a summary of the image.
 
-MERV never trains the encoders. It takes features before the last block of most of them; blocks
-after that are not built, loaded or run.
+MERV never trains the encoders. From three of them it takes the features before the last block, so
+this block is not built, loaded or run.
 
-To add an encoder, add an entry to ENCODERS; if no class fits, also a subclass of `Encoder`. Other
-sizes of DINOv2, with or without registers, of SigLIP and of SigLIP 2 with a fixed resolution need
-an entry alone; their weights may have the names of timm or of Hugging Face.
+To add an encoder, add an entry to ENCODERS; if no class fits, also a subclass of `Encoder`. An
+entry is enough for other sizes of DINOv2 (with or without registers), of SigLIP, and of SigLIP 2
+with a fixed resolution; their weights may have the names of timm or of Hugging Face.
 Read next: llama.py, data.py.
 
 Sources: ViT https://arxiv.org/abs/2010.11929, DINOv2 https://arxiv.org/abs/2304.07193 with
@@ -190,7 +190,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two Linear layers with an activation between them; the inner width is mostly 4 d_e."""
+    """Two Linear layers with an activation between them; the inner width is usually 4 d_e."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -313,13 +313,13 @@ class Encoder(nn.Module):
 
     @classmethod
     def read_config(cls, config: EncoderConfig, tensors: dict, source) -> EncoderConfig:
-        """Complete the configuration with what only the checkpoint states; here nothing."""
+        """Fill in the settings that only the checkpoint knows; here there are none."""
         return config
 
     @classmethod
     def convert(cls, config: EncoderConfig, tensors: dict, names: Names) -> dict[str, Tensor]:
-        """Convert the checkpoint's tensors, which have these names, to the shapes of this
-        configuration; here unchanged."""
+        """Convert a checkpoint's tensors to the shapes of this configuration; here unchanged.
+        names: the naming scheme of the checkpoint."""
         return tensors
 
 
@@ -363,7 +363,7 @@ class ViT(Encoder, family="vit"):
 
 
 class LanguageBindBlock(Block):
-    """A block of CLIP's image encoder, after attention over time at each position of the image."""
+    """A block of CLIP's image encoder, with attention over time before it at each position."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__(config)
@@ -457,7 +457,7 @@ def load_encoder(config_or_name, source=None, dtype=torch.float32, device="cpu")
 
     config_or_name: an EncoderConfig, or a key of ENCODERS.
     source: a file, a folder or a hub id ("owner/name[@revision]") of weights in the released
-    format; without one the weights are random. Raises CheckpointError if they do not fit.
+    format; without one the weights are random. Raises CheckpointError if the weights do not fit.
     dtype None: that of the file, whose tensors stay mapped into memory (weights.assign_weights).
     """
     config = ENCODERS[config_or_name] if isinstance(config_or_name, str) else config_or_name

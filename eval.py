@@ -148,7 +148,7 @@ def evaluate(
     for number in range(rank, len(clips.groups), num_processes):
         if unanswered(clips.groups[number], done):
             mine.append(number)
-    # WHY sorted: in a batch, a clip with fewer questions than another repeats one (MERV.reply).
+    # WHY sorted: MERV.reply pads clips with fewer questions, so a batch should have equally many.
     mine.sort(key=lambda number: len(clips.groups[number]))
     size = config.batch_videos
     if size is None:
@@ -209,8 +209,8 @@ def clips_at_once(
 ) -> int:
     """How many clips to answer together: up to 16, as long as the KV cache stays below 4 GB.
 
-    Small models gain most, because a batch of one keeps them waiting for small operations. With 7B
-    and 5 questions a clip, the cache of one clip takes 0.8 GB.
+    Small models gain most, because single rows leave the processor idle between small operations.
+    With 7B and 5 questions about a clip, the cache of one clip takes 0.8 GB.
     """
     llm = model.config.llm
     element = model.llm.embed_tokens.weight.element_size()
@@ -352,7 +352,7 @@ def summarise(questions: list[Question], by: str = "kind") -> dict[str, Row]:
     by: the attribute of Question that is the kind, such as "first_word".
 
     Answers without a readable verdict of the judge do not count towards the accuracy, which is None
-    if the judge's replies were all unreadable.
+    if no reply of the judge was readable.
     """
     groups: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
@@ -375,7 +375,7 @@ def summarise(questions: list[Question], by: str = "kind") -> dict[str, Row]:
 
 
 def baseline_hits(groups: dict[str, list[Question]]) -> dict[str, int]:
-    """How many answers of each kind are right if all are the most common right answer of that kind.
+    """How many questions of each kind its most common right answer would answer correctly.
 
     The most common answer is counted on the asked questions themselves; for multiple choice it is a
     letter. If the kinds are the answers, as in ssv2-open, it is the most common one of all kinds.
@@ -457,13 +457,13 @@ class EvalConfig:
     tokenizer: str | None = option(None, "tokenizer.model, if it has none", group="model")
     device: str = option("auto", "auto, cuda, mps or cpu", group="model")
     dtype: str = option(
-        "auto", "to compute in; auto: bfloat16 on CUDA, else float32", DTYPES, group="model"
+        "auto", "to compute in; auto: 16 bits on CUDA, else float32", DTYPES, group="model"
     )
     # How, and where the results go: by default to eval/ in the run, or to runs/NAME/eval.
     max_new_tokens: int = option(64, "longest answer, in tokens", group="answers")
     mcq_rule: str = option("parse", "how a reply becomes a letter", MCQ_RULES, group="answers")
     batch_videos: int | None = option(
-        None, "clips answered together; none: up to 16, as 4 GB of KV cache hold", group="answers"
+        None, "clips at once; none: what 4 GB of KV cache hold, up to 16", group="answers"
     )
     workers: int = option(2, "processes that decode videos ahead of the model", group="answers")
     output: str | None = option(None, "folder for results; else eval/ in the run", group="answers")
@@ -477,7 +477,7 @@ class EvalConfig:
 
 
 def read_options(arguments: list[str] | None = None) -> EvalConfig:
-    """Parse the command line; an option that has moved names the new command."""
+    """Read the command line; for an option that has moved, the error names the new command."""
     moved = {"--table": "python cost.py table"}
     return parse_options(EvalConfig, arguments, "Evaluate a trained MERV.", moved=moved)
 

@@ -3,9 +3,9 @@
 In:   token ids (b, s), or embeddings (b, s, d): MERV passes its visual tokens as embeddings
 Out:  logits (b, s, vocab), or generated answers as lists of token ids
 
-b is the number of sequences (rows) in a batch, s of tokens in each, and d the width of a token.
-Shorter rows are padded on the right. Attention is causal, so no token attends to the padding on its
-right, and no padding mask is needed.
+b is the number of sequences (rows) in a batch, s the number of tokens in each, d the width of a
+token. Shorter rows are padded on the right. Attention is causal, so no token attends to the padding
+on its right, and no padding mask is needed.
 
 Papers: LLaMA (arXiv:2302.13971), LLaMA-2 (arXiv:2307.09288).
 Read before: encoders.py. Read next: data.py.
@@ -160,7 +160,7 @@ class SelfAttention(nn.Module):
         q = self.split_heads(self.q_proj(x))  # (b, heads, s, head_dim)
         k = self.split_heads(self.k_proj(x))  # (b, kv_heads, s, head_dim)
         v = self.split_heads(self.v_proj(x))
-        # WHY: decoding speed is limited by the number of kernels, so q and k share those of rotate.
+        # WHY together: the number of GPU kernels limits the speed of decoding.
         rotated = rotate(torch.cat([q, k], dim=1), rotary)
         q, k = rotated.split([q.shape[1], k.shape[1]], dim=1)
         if cache is None:
@@ -199,7 +199,7 @@ class DecoderLayer(nn.Module):
         """x (b, s, d) -> (b, s, d), or (k, d) at the k positions `keep` = (rows, places)."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         if keep is not None:
-            x = x[keep]  # tokens meet in attention only, so from here each is computed by itself
+            x = x[keep]  # only attention mixes tokens; from here on, each is independent
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -210,7 +210,7 @@ class Llama(nn.Module):
         super().__init__()
         self.config = config
         self.activation_checkpointing = False  # recompute each layer in the backward pass
-        self.cuda_graph = False  # decode with a CUDA graph: faster on a GPU, the same answers
+        self.cuda_graph = False  # decode with a CUDA graph: faster, same answers up to rounding
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -226,10 +226,10 @@ class Llama(nn.Module):
     ) -> Tensor:
         """The output of the final norm (b, s, d) for ids (b, s) or embeddings (b, s, d).
 
-        cache: a KVCache with the tokens before these; it is extended by these.
+        cache: a KVCache of the tokens before these, which are added to it.
         lengths (b,): the number of real tokens in each row, the rest being padding (default: s).
-        keep: the rows (k,) and places (k,) of the only positions that are wanted; the result is
-        (k, d), and the last layer leaves out the MLP of all other positions.
+        keep: the only positions that are needed, as their rows (k,) and places (k,). The result is
+        then (k, d), and the last layer runs its MLP on these positions only.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         s = x.shape[1]
@@ -279,8 +279,8 @@ class Llama(nn.Module):
         input_ids (b, s) or inputs_embeds (b, s, d), padded on the right; lengths (b,): the number
         of real tokens in each row; prefix: the cache of the tokens before the rows. Temperature 0
         decodes greedily; otherwise ids are drawn with `generator`, see `sample`.
-        cache: one that the rows continue and extend, instead of a new one. on_ids: called at each
-        step with the newest id of every row.
+        cache: a cache of earlier tokens, to which the rows are added, instead of a new one.
+        on_ids: called at each step with the newest id of every row.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         b, s, _ = x.shape
@@ -374,7 +374,7 @@ class KVCache:
     def use_all_slots(self) -> None:
         """Attend to every slot from now on, also to empty ones, which the mask hides.
 
-        All shapes then stay the same from step to step, as a CUDA graph needs it.
+        All shapes then stay the same from step to step, as a CUDA graph requires.
         """
         self.used = self.keys.shape[3]
 
@@ -392,8 +392,8 @@ class KVCache:
         return self.attend_with_prefix(layer, q, k, v)
 
     def attend_with_prefix(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """One softmax over the keys of a row's prefix (c, kv_heads, prefix, head_dim), of which
-        there are c, and over the row's own keys k (b, kv_heads, used, head_dim)."""
+        """Attend with one softmax to a row's own keys k (b, kv_heads, used, head_dim) and to those
+        of its prefix. The c prefixes have keys (c, kv_heads, prefix, head_dim)."""
         b, _, s, head_dim = q.shape
         kv_heads = k.shape[1]
         prefix_k = self.prefix.keys[layer, :, :, : self.prefix_length]
@@ -487,8 +487,8 @@ def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, devic
 def read_config(source: str | Path) -> LlamaConfig:
     """Read the configuration of a folder or hub id from its config.json, or Meta's params.json.
 
-    Neither file has the prompt template. It is that of the preset with the same name, here or on
-    the hub: that of vicuna-7b for lmsys/vicuna-7b-v1.5 and for any folder vicuna-7b-v1.5.
+    Neither file states the prompt template, so it is that of the preset with this name, or with
+    this name on the hub: lmsys/vicuna-7b-v1.5 and any folder vicuna-7b-v1.5 get that of vicuna-7b.
     """
     hub_id = str(source).partition("@")[0]  # without the revision of "owner/name@revision"
     like = LlamaConfig(Path(source).name)
@@ -517,9 +517,9 @@ class Tokenizer:
             if min(self.pieces.bos_id(), self.pieces.eos_id()) < 0:
                 raise ValueError("it has no <s> or no </s>")
         except (OSError, RuntimeError, ValueError) as error:
-            what = f"{self.path} is no tokenizer of LLaMA 1 or 2."
+            what = f"{self.path} is not a tokenizer of LLaMA 1 or 2."
             fix = "take tokenizer.model, not tokenizer.json or tiktoken's, from LLaMA's repository."
-            raise CheckpointError(what, f"it is no SentencePiece model: {error}.", fix) from error
+            raise CheckpointError(what, f"it is not a SentencePiece file: {error}.", fix) from error
         self.bos_id = self.pieces.bos_id()
         self.eos_id = self.pieces.eos_id()
         self.vocab_size = self.pieces.vocab_size()

@@ -2,12 +2,12 @@
 
     python merv.py --trace                              print the shape of every stage
     python merv.py VIDEO "question" ["question" ...]    ask the checkpoint trained last
-    python merv.py [VIDEO]                              talk with it; a question is a line of input
+    python merv.py [VIDEO]                              chat with it; each line of input is a turn
 
 "MERV: Multi-Encoder Representation of Videos" (ICML 2025), https://arxiv.org/abs/2501.01426.
 Section, equation and table numbers in the code are those of this paper.
 
-Shape letters, also used as suffixes of names, so x_bend is (b, e, n, d); sizes in full size:
+Shape letters, also used as suffixes of names, so x_bend is (b, e, n, d); full-size values:
     b  batch            t, h, w  aligned grid: time steps, rows, columns (16, 8, 8)
     e  encoders (4)     n        visual tokens, n = t * h * w (1024)
     d  width of the LLM (4096)   d_e  width of one encoder (768 or 1024)
@@ -53,7 +53,7 @@ from support.weights import assign_weights, initialise
 
 
 def pooling_matrix(size: int, side: int, device: torch.device) -> Tensor:
-    """The matrix (side, size) that averages `size` neighbours down to `side`, row i over window i:
+    """The matrix (side, size) that averages `size` values down to `side`. Row i averages window i,
     floor(i * size / side) up to ceil((i + 1) * size / side). From 14 to 8, windows overlap."""
     window = torch.arange(side, device=device)[:, None]
     first = window * size // side
@@ -67,11 +67,11 @@ def project(v_bthwd: Tensor, linear: nn.Module, side: int) -> Tensor:
     """Equation 1: x_e = P(v_e) W_e, for one encoder: (b, t, h_e, w_e, d_e) -> (b, n, d).
 
     P averages each frame's grid to side x side, so all encoders get the same grid; W_e, a Linear,
-    brings them to the width of the LLM. P leaves features that are already pooled as they are.
+    brings them to the width of the LLM. P does not change features that are already pooled.
     """
-    # WHY matrices: they give what F.adaptive_avg_pool2d gives, also on Apple's MPS, where that
-    # cannot pool 14 to 8, and their backward pass is deterministic on CUDA.
-    # WHY pool first: both are linear, so P(v) W = P(v W), and the Linear does 4 times less work.
+    # WHY matrices: they equal F.adaptive_avg_pool2d, but they can also pool 14 to 8 on Apple's MPS,
+    # and their backward pass is deterministic on CUDA.
+    # WHY pool first: both are linear, so P(v) W = P(v W), and the Linear does 3 to 4 times less.
     _, _, h, w, d_e = v_bthwd.shape
     rows = pooling_matrix(h, side, v_bthwd.device)
     columns = pooling_matrix(w, side, v_bthwd.device)
@@ -212,8 +212,8 @@ MERVS["miniature"] = MERVConfig(
 def choose_encoders(config: MERVConfig, names: str) -> tuple[EncoderConfig, ...]:
     """Look up encoders by a comma-separated list such as "siglip,dinov2".
 
-    A name is a label among the model's own encoders, else a key of ENCODERS. So "siglip" means
-    miniature-siglip in the miniature. Copies of one encoder get a number each.
+    A name is a label of the model's own encoders, else a key of ENCODERS. So "siglip" means
+    miniature-siglip in the miniature. If a name appears twice, all get numbers: siglip-1, siglip-2.
     """
     own = {encoder.label: encoder for encoder in config.encoders}
     known = ENCODERS | own
@@ -266,7 +266,7 @@ class MERV(nn.Module):
 
     @torch.no_grad()
     def pooled_features(self, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run the frozen part: encoder -> (v, T_e, 3, H, W) to encoder -> (v, t, h, w, d_e)."""
+        """Run the frozen part: {encoder: (v, T_e, 3, H, W)} -> {encoder: (v, t, h, w, d_e)}."""
         if self.encoder_streams:
             return self.pooled_features_in_streams(pixels)
         return {name: self.pooled_features_of(name, pixels[name]) for name in self.encoders}
@@ -277,7 +277,7 @@ class MERV(nn.Module):
         here = device.current_stream()
         if not self.streams:
             # WHY once: the memory allocator keeps free blocks per stream, and torch has 32 streams.
-            # New ones at every call would in time hold 32 times the encoders' activations.
+            # New streams at every call would in the end hold the activations 32 times.
             self.streams = {name: device.Stream() for name in self.encoders}
         pooled = {}
         for name, stream in self.streams.items():
@@ -300,7 +300,7 @@ class MERV(nn.Module):
         # FIX: a still is a clip of identical frames. An encoder of single frames encodes it once,
         # not 16 times, and rows of text alone run no encoder (ledger F8).
         features = encoder(frames, projector.class_token)
-        features = features.expand(-1, encoder.config.grid[0], -1, -1, -1)  # a still's to t steps
+        features = features.expand(-1, encoder.config.grid[0], -1, -1, -1)  # a still: t steps
         return projector.pool(features)
 
     def encode(
@@ -308,8 +308,8 @@ class MERV(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Turn clips into visual tokens (b, n, d) and mixing weights (b, e).
 
-        videos: encoder -> preprocessed clips (b, T_e, 3, H, W). pooled: the `pooled_features` of
-        clips for which these are known. The tokens of these come first.
+        videos: encoder -> preprocessed clips (b, T_e, 3, H, W). pooled: `pooled_features` of other
+        clips, which were computed earlier; the tokens of these clips come first.
         """
         known = pooled or {}
         if not known or videos:
@@ -334,9 +334,9 @@ class MERV(nn.Module):
             visual, mixing_weights = self.encode(batch.pixels, batch.pooled)
         embeds = self.interleave(batch, visual)
         if visual is None:
-            # WHY: every process needs a gradient, here of zeros, for every trained parameter, and
-            # its backward pass must go through the same layers, though the LLM's embeddings may be
-            # frozen. Otherwise one with text only would miss the reductions, and all would wait.
+            # WHY: all processes gather layers and reduce gradients together. So with text only, the
+            # backward pass must go through the same layers, even if the LLM is frozen, and give all
+            # trained parameters a gradient, here of zeros. Otherwise the others would wait for it.
             for parameter in [*self.projectors.parameters(), *self.mixer.parameters()]:
                 embeds = embeds + parameter.sum() * 0.0
         # The hidden state of one token predicts the next token. Visual tokens come after [BOS], so
@@ -356,14 +356,14 @@ class MERV(nn.Module):
         return loss, mixing_weights.detach()
 
     def run_encoders_on_nothing(self) -> None:
-        """Run every encoder on a black still: all processes gather sharded encoders together."""
+        """Run every encoder on a blank still: all processes gather sharded encoders together."""
         sides = {e.name: e.image_size for e in self.config.encoders}
         self.pooled_features({name: torch.zeros(1, 1, 3, s, s) for name, s in sides.items()})
 
     def interleave(self, batch: Batch, visual: Tensor | None) -> Tensor:
         """Embed each row as [BOS] + visual tokens + text, padded on the right: (b, s, d).
 
-        visual (v, n, d): those of the rows with a video or image, in order; the others have none.
+        visual (v, n, d): tokens of the rows with a video or image, in the order of visual_rows.
         """
         texts = self.llm.embed_tokens(batch.input_ids)  # (b, s, d)
         clips = {}
@@ -417,10 +417,10 @@ class MERV(nn.Module):
         are drawn with `generator` (Llama.generate).
 
         video may also be a list of videos, and questions a list with the questions of each. The
-        answers are then a list for each video. This is faster: all rows run through the model
-        together.
+        result is then a list of answers for each video. This is faster, because all rows run
+        through the model together.
 
-        stream: called with each new piece of the text, if there is a single question.
+        stream: a function that gets each new piece of the text; only for a single question.
         """
         sampling = {"temperature": temperature, "top_p": top_p, "generator": generator}
         if isinstance(video, list):
@@ -448,7 +448,7 @@ class MERV(nn.Module):
         clips = [self.pixels(video) for video in videos]
         asked = [[each] if isinstance(each, str) else each for each in questions]
         answers: list[list[Answer]] = [[] for _ in videos]
-        # Visual tokens make a prefix longer, so clips and text alone run one after the other.
+        # Prefixes must be equally long, so clips and text alone run one after the other.
         for has_video in (True, False):
             numbers = []
             for number, clip in enumerate(clips):
@@ -470,7 +470,7 @@ class MERV(nn.Module):
 
         visual: whether the prefix has visual tokens.
         """
-        # A cache wants equally many rows after each prefix, so a short list repeats its last one:
+        # The cache needs equally many rows after each prefix, so a short list repeats its last:
         #     [[a b c] [d]]  ->  rows a b c d d d
         most = max(map(len, asked))
         rows = []
@@ -541,8 +541,8 @@ class MERV(nn.Module):
 
         Encoders and LLM are loaded from their sources, or random where the source is "".
         tokenizer: a Tokenizer, a path to tokenizer.model, or None for a model without one.
-        dtype: None keeps that of the files and leaves their tensors mapped, so that a process holds
-        only what it uses: train.shard casts a part when it takes its share of it.
+        dtype: None keeps the dtype of the files and leaves their tensors mapped, so that a process
+        holds only what it uses; train.shard casts each part when it shards it.
         """
         if isinstance(tokenizer, str | Path):
             tokenizer = Tokenizer(tokenizer)
@@ -552,7 +552,7 @@ class MERV(nn.Module):
             encoders.load_encoder(e, e.source or None, dtype, device) for e in config.encoders
         ]
         # A video may need more than half of LLaMA-2's 4096 positions. RoPE can be computed for any
-        # position, so such a model is trained on as many as it needs.
+        # position, so the limit is raised, to leave as many positions for text as for the video.
         max_positions = max(config.llm.max_positions, 2 * config.num_visual)
         llm_config = replace(config.llm, max_positions=max_positions)
         llm = load_llama(llm_config, llm_config.source or None, dtype, device)
@@ -566,15 +566,15 @@ class MERV(nn.Module):
             untrained.append(llm)
         generator = torch.Generator().manual_seed(seed)
         for part in untrained:
-            # WHY: 1 / sqrt(d) keeps the size of activations: 0.016 at width 4096, 0.09 at 128.
+            # WHY: 1 / sqrt(d) keeps the size of activations: 0.016 at width 4096, 0.06 at 256.
             initialise(part, generator, std=config.llm.hidden_size**-0.5)
         return model
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
         """Write config.json, model.safetensors and tokenizer.model for `from_pretrained`.
 
-        Encoders of the hub stay references; others are copied. The folder gets its name only when
-        it is complete. state: the full state_dict, if this process holds only a shard of the model.
+        Encoders from the hub are stored as references, others are copied. The folder is written
+        atomically. state: the full state_dict, if this process holds only a shard of the model.
         """
         partial = Path(f"{Path(folder)}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -587,8 +587,8 @@ class MERV(nn.Module):
         for e in self.config.encoders:
             if not e.source or Path(e.source).exists():  # not of the hub
                 if e.source:
-                    # WHY read again: in training frozen encoders may be in bfloat16, and what a
-                    # file holds should not depend on the machine that wrote it.
+                    # WHY read again: training may hold frozen encoders in bfloat16, and a saved
+                    # file should not depend on the machine that wrote it.
                     frozen = encoders.load_encoder(e, e.source).state_dict()
                 else:
                     prefix = f"encoders.{e.name}."
@@ -622,10 +622,10 @@ class MERV(nn.Module):
         return model.to(device).eval()
 
     def fingerprints(self) -> dict[str, str]:
-        """Hash all that determines the pooled features of each encoder: weights, settings, grid."""
+        """Hash what determines each encoder's pooled features: weights, settings and pooling."""
         fingerprints = {}
         for name, encoder in self.encoders.items():
-            # Names and places do not matter. The keys of older caches lack these two settings.
+            # Name and source change no feature. Older caches were hashed without the other two.
             settings = asdict(replace(encoder.config, name="", source="", label=""))
             del settings["label"]
             if settings["mlp_size"] is None:
@@ -803,7 +803,7 @@ class AskConfig:
     """The command line of merv.py."""
 
     ask: tuple[str, ...] = option(
-        (), "a video, GIF, image or folder of images, then questions; none: talk", positional=True
+        (), "a video, GIF, image or folder of images, then questions; none: chat", positional=True
     )
     trace: bool = option(False, "print the shape of every stage and stop")
     checkpoint: str | None = option(
@@ -812,12 +812,12 @@ class AskConfig:
     tokenizer: str | None = option(
         None, "tokenizer.model, if the checkpoint has none", group="model"
     )
-    start: float | None = option(None, "first second of the clip; none: its start", group="video")
-    end: float | None = option(None, "last second of the clip; none: its end", group="video")
+    start: float | None = option(None, "second to start at; none: the first frame", group="video")
+    end: float | None = option(None, "second to end at; none: the last frame", group="video")
     max_new_tokens: int = option(256, "longest answer, in tokens", group="answer")
     device: str = option("auto", "auto, cuda, mps or cpu", group="machine")
     dtype: str = option(
-        "auto", "to compute in; auto: bfloat16 on CUDA, else float32", DTYPES, group="machine"
+        "auto", "to compute in; auto: 16 bits on CUDA, else float32", DTYPES, group="machine"
     )
 
 
@@ -827,7 +827,7 @@ def read_options(arguments: list[str] | None = None) -> AskConfig:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """`merv.py`: answer questions about a video, or talk about it."""
+    """`merv.py`: answer questions about a video, or chat about it."""
     options = read_options(arguments)
     if options.trace:
         trace()
@@ -845,7 +845,7 @@ def main(arguments: list[str] | None = None) -> None:
 def answer_questions(options: AskConfig) -> int:
     """Load the checkpoint and print an answer to each question, then the mixing weights.
 
-    Without a question, start a conversation about the video, or without one about text alone.
+    Without a question, start a conversation about the video; without a video, one of text alone.
     Returns the exit status.
     """
     checkpoint = options.checkpoint or latest_run()

@@ -6,12 +6,12 @@
     python train.py --help --model merv                   every option, with the paper's values
 
 One loop, any number of processes: FSDP2 shards every parameter over them, so several GPUs can hold
-a model that one cannot. Losses are sums over tokens divided by the tokens of the whole step, so one
-process with a batch of 128 and eight with micro-batches of 4 take the same steps.
+a model that one cannot. The loss is a sum over tokens, divided by the tokens of the whole step. So
+one process with a batch of 128 and eight with micro-batches of 4 take the same steps.
 
-Leaves runs/NAME/ with config.json, metrics.jsonl, loss.svg, saves/ to resume from, and checkpoint/
+Writes runs/NAME/ with config.json, metrics.jsonl, loss.svg, saves/ to resume from, and checkpoint/
 (for merv.py and eval.py). The command that began a run also resumes it: on a CPU bit for bit, on
-GPUs to rounding or, with --deterministic, bit for bit too.
+GPUs up to rounding or, with --deterministic, bit for bit too.
 
     metric in metrics.jsonl   meaning
     step                      optimizer steps so far, over all stages
@@ -23,8 +23,8 @@ GPUs to rounding or, with --deterministic, bit for bit too.
     gradient_norm             before clipping
     tokens_per_second         text and visual tokens, over all processes
     data_wait                 fraction of the step spent waiting for data
-    memory_gb                 most memory held at once by the first process (GPU, else CPU)
-    mixing_weights            mean of equation 2's weights over the first process's clips
+    memory_gb                 peak memory of the first process (of its GPU, else main memory)
+    mixing_weights            mean mixing weights (equation 2) of the first process's clips
 
 Read before: merv.py, eval.py. Read next: miniature/.
 """
@@ -77,7 +77,7 @@ class Stage:
     optimizer state, which for the 7B saves 12 of 16 bytes a parameter.
     """
 
-    files: tuple[tuple[str, str | None], ...]  # in the data folder, with its key of data.TEMPLATES
+    files: tuple[tuple[str, str | None], ...]  # name in the data folder, key of data.TEMPLATES
     trained: tuple[str, ...]  # parts of the model; encoders are always frozen
     learning_rate: float  # peak
     global_batch: int
@@ -89,8 +89,8 @@ CONVERSATIONS = ("stage2.json", None)  # None: the template of the LLM
 ALIGNING_PARTS = ("projectors", "mixer")
 TRAINABLE_PARTS = ("projectors", "mixer", "llm")
 
-# Stage 1 learns from captions what visual tokens mean: only projectors and mixer, or the LLM too.
-# Stage 2 learns to answer questions. Rates and batch sizes are the paper's (appendix B).
+# Stage 1 aligns visual tokens with text, on captions: it trains projectors and mixer, or all parts.
+# Stage 2 trains on questions. Learning rates and batch sizes are the paper's (appendix B).
 ALIGN = Stage((CAPTIONS,), ALIGNING_PARTS, learning_rate=1e-3, global_batch=256, weight_decay=0.0)
 ALIGN_ALL = Stage((CAPTIONS,), TRAINABLE_PARTS, learning_rate=1e-4, global_batch=256)
 INSTRUCT = Stage((CONVERSATIONS,), TRAINABLE_PARTS, learning_rate=2e-5, global_batch=128)
@@ -105,14 +105,14 @@ RECIPES: dict[str, tuple[Stage, ...]] = {
 DTYPES = ("auto", "float32", "bfloat16")
 PLACES = ("shard", "copy", "streams")
 OPTIMIZERS = ("adamw", "muon")
-HELD_OUT_ROWS = 64  # few, because they are evaluated while all processes wait
+HELD_OUT_ROWS = 64  # few, because training waits while they are evaluated
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """The options of train.py. The defaults are the paper's; `preset` has those of each model.
 
-    This dataclass is the command line: an option --global-batch for the field global_batch, and so
+    This dataclass is the command line: the field global_batch is the option --global-batch, and so
     on. `none` on the command line is None here. The options of a run are in its config.json.
     """
 
@@ -149,9 +149,9 @@ class TrainConfig:
         0.01, "stop if 10 rows and more than this fraction cannot be used", group="data"
     )
 
-    recipe: str = option("frozen", "which stages, which parts", RECIPES, "optimisation")
+    recipe: str = option("frozen", "stages, and what each trains", RECIPES, "optimisation")
     epochs: int = option(1, "passes over the data of each stage", group="optimisation")
-    max_steps: int | None = option(None, "most steps of each stage", group="optimisation")
+    max_steps: int | None = option(None, "stop each stage after this many", group="optimisation")
     learning_rate: tuple[float, ...] = option(
         (2e-5,), "peak, one for all stages or one each", group="optimisation"
     )
@@ -161,7 +161,7 @@ class TrainConfig:
     lora: int | None = option(
         None, "rank of adapters; none: the LLM itself is trained", group="optimisation"
     )
-    lora_alpha: float = option(16.0, "adapters count alpha / rank times", group="optimisation")
+    lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank", group="optimisation")
     optimizer: str = option(
         "adamw", "muon: Muon for matrices of --muon-parts", OPTIMIZERS, "optimisation"
     )
@@ -172,16 +172,16 @@ class TrainConfig:
     warmup: float = option(
         0.03, "fraction of the steps in which the learning rate rises", group="optimisation"
     )
-    clip: float = option(1.0, "largest gradient norm", group="optimisation")
+    clip: float = option(1.0, "gradients are clipped to this norm", group="optimisation")
     seed: int = option(0, "of new weights and of the order of the data", group="optimisation")
 
-    micro_batch: int = option(4, "most rows that a process runs at once", group="machine")
-    device: str = option("auto", "auto: cuda if there is one", ("auto", "cuda", "cpu"), "machine")
+    micro_batch: int = option(4, "maximum rows that a process runs at once", group="machine")
+    device: str = option("auto", "auto: CUDA, if available", ("auto", "cuda", "cpu"), "machine")
     dtype: str = option(
         "auto", "to compute in; auto: bfloat16 on CUDA, else float32", DTYPES, "machine"
     )
     deterministic: bool = option(
-        False, "the same bits in every run on a GPU too, but slower", group="machine"
+        False, "make runs on a GPU bit-identical too, but slower", group="machine"
     )
     activation_checkpointing: bool = option(
         True, "recompute LLM layers: less memory, more work", group="machine"
@@ -190,7 +190,7 @@ class TrainConfig:
         1, "copies of the model, each sharded over its share of the GPUs", group="machine"
     )
     place_encoders: str = option(
-        "shard", "over all GPUs; copy: whole on each; streams: and in parallel", PLACES, "machine"
+        "shard", "shard, copy (whole on each GPU), streams (a copy, in parallel)", PLACES, "machine"
     )
 
     name: str = option("merv-frozen", "the run is runs/NAME, or NAME-2 ...", group="run")
@@ -212,7 +212,7 @@ MOVED |= {"--lr": "use --learning-rate", "--muon-lr": "use --muon-learning-rate 
 
 
 def preset(model: str, recipe: str) -> TrainConfig:
-    """The options with which a model is trained by a recipe, unless the command line changes them.
+    """The default options for training a model by a recipe; the command line overrides them.
 
     A preset has a value for every option, so nothing about a run is decided anywhere else.
     """
@@ -229,7 +229,7 @@ def preset(model: str, recipe: str) -> TrainConfig:
         global_batch=tuple(stage.global_batch for stage in RECIPES[recipe]),
     )
     if model == "miniature":
-        # Stage 1 alone learns as in the recipe that it is the first stage of.
+        # "align" is the first stage of "video-llava", with the same learning rate.
         rates = {"align": small.LEARNING_RATES["video-llava"][:1], **small.LEARNING_RATES}
         config = replace(config, **small.SETTINGS, learning_rate=rates[recipe])
     return config
@@ -238,7 +238,7 @@ def preset(model: str, recipe: str) -> TrainConfig:
 def preset_with_llm(model: str, recipe: str, name: str | None) -> TrainConfig:
     """A preset with another LLM (None: its own), that LLM's template, and its tokenizer."""
     began = preset(model, recipe)
-    # Ids of one tokenizer mean other text in another, so a new LLM brings its own.
+    # In another tokenizer, the same ids mean other text, so a new LLM brings its own.
     if name in (None, began.llm):
         return began
     return replace(began, llm=name, template=llm_config(name, model).template, tokenizer=None)
@@ -247,8 +247,8 @@ def preset_with_llm(model: str, recipe: str, name: str | None) -> TrainConfig:
 def preset_from(checkpoint: str, recipe: str, llm: str | None) -> TrainConfig:
     """The options with which the model of a checkpoint is trained further.
 
-    They are those of the model in MERVS with the same name, else of "merv"; what describes the
-    model is the checkpoint's. llm: another name for its LLM, such as the folder it came from.
+    Options that describe the model are the checkpoint's; the others are those of the preset of that
+    name, else of "merv". llm: another name for its LLM, such as the folder it came from.
     """
     found = merv.Checkpoint(checkpoint).build_skeleton().config
     model = "merv"
@@ -269,8 +269,8 @@ def preset_from(checkpoint: str, recipe: str, llm: str | None) -> TrainConfig:
 
 
 def read_options(arguments: list[str] | None = None) -> TrainConfig:
-    """Read the command line: --model, --recipe and --llm, or --from, choose a preset, and --resume
-    the options of a run; all other options change fields of it."""
+    """Read the command line. --model, --recipe and --llm, or --from, choose a preset, and --resume
+    the options of a run. All other options override single values of these."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default="miniature", choices=list(MERVS))
     first.add_argument("--recipe", default="frozen", choices=list(RECIPES))
@@ -296,7 +296,7 @@ def read_options(arguments: list[str] | None = None) -> TrainConfig:
 def stages_of(config: TrainConfig) -> list[Stage]:
     """The stages of the recipe, with the learning rates and batch sizes of the options.
 
-    With --lora, what a stage would train of the LLM is its adapters.
+    With --lora, stages train adapters instead of the LLM itself.
     """
     recipe = RECIPES[config.recipe]
     rates, sizes = config.learning_rate, config.global_batch
@@ -322,7 +322,7 @@ def stages_of(config: TrainConfig) -> list[Stage]:
 def model_config(config: TrainConfig) -> merv.MERVConfig:
     """The new model that the options describe.
 
-    Its projectors and mixer are as wide as the LLM, whichever that is. UserError: a name is wrong.
+    Its projectors and mixer are as wide as its LLM. Raises UserError if a name is wrong.
     """
     model = MERVS[config.model]
     encoders = list(merv.choose_encoders(model, config.encoders))
@@ -438,7 +438,7 @@ def cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype, device: str = "
 
 
 def cast_trained(parameters: Iterable[nn.Parameter], frozen_dtype: torch.dtype) -> None:
-    """Change parameters to float32, those that no stage trains to `frozen_dtype`."""
+    """Change parameters to float32, and those that no stage trains to `frozen_dtype`."""
     for parameter in parameters:
         cast([parameter], torch.float32 if parameter.requires_grad else frozen_dtype)
 
@@ -449,8 +449,8 @@ def cast_trained(parameters: Iterable[nn.Parameter], frozen_dtype: torch.dtype) 
 def make_datasets(model: MERV, stage: Stage, config: TrainConfig, cache) -> ConcatDataset:
     """The files of a stage as one dataset.
 
-    With a cache, every clip that it lacks is encoded now. The encoders are frozen, so what they see
-    in a clip is the same in every epoch and for every projector, mixer and LLM.
+    With a cache, every clip that it lacks is encoded now. The encoders are frozen, so the pooled
+    features of a clip are the same in every epoch, and for every mixer and LLM.
     """
     datasets = []
     for file, template in stage.files:
@@ -545,7 +545,7 @@ def order_data(dataset: ConcatDataset, stage: Stage, config: TrainConfig) -> tup
 
 
 def read_held_out(model: MERV, config: TrainConfig, cache) -> HeldOut | None:
-    """The held-out rows that the options name; without its file the loss on them is not logged."""
+    """The rows of --held-out; None if there is no such file, and then no loss on it is logged."""
     if config.held_out is None:
         return None
     file = Path(config.held_out)
@@ -574,14 +574,14 @@ def read_held_out(model: MERV, config: TrainConfig, cache) -> HeldOut | None:
 def make_optimizers(
     model: MERV, stage: Stage, muon_learning_rate: float | None = None, muon_parts: str = "llm"
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for all that the stage trains or, given a learning rate for it, Muon for the matrices
-    of LLM layers (and of projectors, if named), and AdamW for the rest.
+    """AdamW for everything that the stage trains. Given a learning rate for Muon, Muon instead for
+    the matrices of LLM layers (and of projectors, if named).
 
-    Other parameters are frozen: they need neither gradient nor optimizer. Matrices decay, vectors
-    (norms, biases, the query) do not.
+    All other parameters are frozen: they need neither gradient nor optimizer. Weight decay applies
+    to matrices, but not to vectors (norms, biases, the query).
     FIX: the authors configured decay too, but grouped parameters after sharding had flattened them
     all to vectors, so none ever decayed (ledger K8).
-    WHY: a small LLM that starts from random weights learns more in a step of Muon (docs/train.md).
+    WHY: a small LLM that starts from random weights learns more per step with Muon (docs/train.md).
     """
     muon, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
@@ -643,10 +643,10 @@ def refresh_dtypes(model: MERV) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """The learning rate of a step: a linear rise, then half a cosine down to 0 (appendix B).
+    """The learning rate of a step: linear warm-up, then half a cosine down to 0 (appendix B).
 
     With 100 steps and warmup 0.03: steps 0, 1, 2 have 1/3, 2/3 and 3/3 of the peak, step 51 about
-    half of it, step 99 almost nothing. The rise gives AdamW time to estimate its moments.
+    half of it, step 99 almost nothing. The warm-up gives AdamW time to estimate its moments.
     """
     rising = max(1, round(warmup * steps))
     if step < rising:
@@ -658,7 +658,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 class Counts:
     """What the processes tell each other before a step, summed over all of them.
 
-    Every process then takes the same decisions: what to divide the loss by, whether to stop, and
+    Every process then makes the same decisions: what to divide the loss by, whether to stop, and
     for which micro-batches the encoders run.
     """
 
@@ -666,8 +666,8 @@ class Counts:
     text_tokens: int
     bad: int  # rows that could not be used
     stop: int  # processes that have received SIGTERM
-    visual_rows: list[int]  # rows with a picture, for each micro-batch
-    encoded: list[int]  # rows whose picture must be encoded, for each micro-batch
+    visual_rows: list[int]  # rows with a video or image, for each micro-batch
+    encoded: list[int]  # of these, the rows without cached features, for each micro-batch
 
 
 def count_over_processes(batches: list[data.Batch], stop: bool) -> Counts:
@@ -740,7 +740,7 @@ def train_stage(model: MERV, stage: Stage, dataset, held_out, run: Run, steps_do
     """
     config, rank = run.config, dist.get_rank()
 
-    # 1. Choose what is trained, and how. Optimizers are new: moments of another stage do not fit.
+    # 1. Choose what is trained, and how. Each stage has new optimizers, without old moments.
     optimizers = make_optimizers(model, stage, muon_rate(config), config.muon_parts)
     refresh_dtypes(model)
     model.train()
@@ -810,9 +810,9 @@ def rows_of(dataset: ConcatDataset, order: list[list[int]], first: int, count: i
 
 
 def speed(model: MERV, counts: Counts, waited: float, seconds: float) -> dict[str, float | None]:
-    """Metrics of time and memory for one step that took so many seconds.
+    """Metrics of time and memory for one step. seconds: how long it took.
 
-    waited: seconds of these in which the step had no data; more --workers shorten them.
+    waited: how many of these seconds the step waited for data; more --workers shorten them.
     """
     tokens = counts.text_tokens + sum(counts.visual_rows) * model.config.num_visual
     return {
@@ -830,7 +830,7 @@ def stop(number: int) -> None:
 
 
 def due(number: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps (None: never) happens after this one."""
+    """Whether something that happens every `every` steps (None: never) happens after this one."""
     return every is not None and number % every == 0
 
 
@@ -838,7 +838,7 @@ def due(number: int, every: int | None) -> bool:
 
 
 def begin(config: TrainConfig, device: torch.device) -> Run:
-    """Make the miniature's data if it is asked for; open the run's folder on every process."""
+    """Make the miniature's data if --data names it; open the run's folder on every process."""
     opened: list[Run | UserError | None] = [None]
     if config.data is None:
         why = f"the model {config.model} comes without data."
@@ -881,7 +881,7 @@ def train(config: TrainConfig) -> Run:
         return run
     if dist.get_rank() == 0:
         runs.open_board(run)
-    # Told to stop, finish the step, save, and leave; the handler itself only remembers it.
+    # On SIGTERM, finish the step, save and stop; the handler itself only sets a flag.
     signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))
 
     # The model, mapped from its files; pooled features of all clips, if they are to be cached.
@@ -910,7 +910,7 @@ def train(config: TrainConfig) -> Run:
     state = distributed_state.get_model_state_dict(model, options=whole)
     if dist.get_rank() == 0:
         runs.draw_loss(run.folder)
-        # A plain checkpoint needs no LoRA to be read, so the adapters are added to their matrices.
+        # The adapters are added to their matrices, so the checkpoint can be read without LoRA.
         if config.lora is not None:
             adapters = {name: state[name] for name in state if lora.is_adapter(name)}
             weights.save_tensors(adapters, run.folder / "adapters.safetensors")
@@ -922,7 +922,7 @@ def train(config: TrainConfig) -> Run:
 
 
 def evaluate(run: Run) -> bool:
-    """Score the miniature's test clips, where it was trained but in float32; print a table and
+    """Score the miniature's test clips in float32, on the device of the run; print a table and
     write the report.
 
     Returns True on the process that has written the report, the last to finish its share.
