@@ -441,7 +441,7 @@ class SaveUnpickler(pickle._Unpickler):
             allowed = True
         if allowed:
             return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a save")
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong in a save")
 
 
 class SafeReader(dcp.FileSystemReader):
@@ -532,7 +532,7 @@ def report_bad(batches: list, total: int, run: Run, step: int) -> None:
     run.bad += total
     if run.bad >= 10 and run.bad > run.config.max_bad * run.seen:
         what = f"{run.bad} of the {run.seen} rows so far could not be used."
-        why = f"that is more than --max-bad {run.config.max_bad}, so the data set is not as meant."
+        why = f"that is more than --max-bad {run.config.max_bad}, so the dataset is not as intended."
         raise UserError(what, why, f"repair the rows that {file} lists.")
 
 

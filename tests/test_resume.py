@@ -239,7 +239,7 @@ def test_code_in_the_index_of_a_save_never_runs(saved):
     model, optimizer, run_ = saved
     index = runs.save_folder(run_, 2) / ".metadata"
     index.write_bytes(pickle.dumps(Dangerous(run_.folder / "owned")))
-    with pytest.raises(CheckpointError, match=r"open does not belong into a save"):
+    with pytest.raises(CheckpointError, match=r"open does not belong in a save"):
         runs.load_state(model, [optimizer], run_)
     assert not (run_.folder / "owned").exists()
 
