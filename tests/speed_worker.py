@@ -17,7 +17,9 @@ import sys
 import time
 from contextlib import redirect_stdout
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
@@ -56,11 +58,12 @@ class Clock:
         """What a progress bar would show beside its numbers."""
 
     def milliseconds(self) -> float:
-        """The mean time of a round, from the start of the third to that of the last.
+        """The median time of a round, from its start to the start of the next one.
 
-        The first two warm up. The last one would include what comes after the loop.
+        The first two rounds warm up and are left out.
         """
-        return 1000 * (self.times[-1] - self.times[2]) / (len(self.times) - 3)
+        rounds = [end - begin for begin, end in pairwise(self.times[2:])]
+        return 1000 * median(rounds)
 
 
 def milliseconds_since(started: float) -> float:
@@ -97,7 +100,7 @@ def prepare(folder: Path) -> None:
         encoder = specialists.Pupil(name, seed=0).encoder
         encoders.save_encoder(encoder, folder / "encoders-0" / f"{name}.safetensors")
     training.MINIATURE = folder  # where it looks for the encoders
-    training.train(replace(options(folder), epochs=12))
+    training.train(replace(options(folder), epochs=8))
 
 
 def load(folder: Path, cache: Path) -> tuple[MERV, data.ConversationDataset]:
