@@ -232,7 +232,7 @@ RECIPES = {
     "siglip": Recipe(matching_loss, 720, 256, 1, 0.04),
     "languagebind": Recipe(matching_loss, 240, 64, 4, 0.02),
     "dinov2": Recipe(masked_patch_loss, 280, 96, 2, 0.04),
-    "vivit": Recipe(change_loss, 540, 64, 8, 0.04),
+    "vivit": Recipe(change_loss, 700, 64, 8, 0.04),
 }
 
 

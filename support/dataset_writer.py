@@ -53,8 +53,7 @@ class Fact:
 def write_video(frames: np.ndarray, fps: int, file: Path) -> None:
     """Write frames, uint8 (T, 3, H, W), as an H.264 file."""
     with av.open(file, "w", options={"fflags": "+bitexact"}) as container:
-        # WHY: mbtree reads uninitialised memory if the picture is very small. Faster presets cost
-        # five points of accuracy.
+        # WHY: mbtree reads uninitialised memory if the picture is very small.
         options = {"crf": "16", "preset": "fast", "mbtree": "0"}
         stream = container.add_stream("libx264", fps, options=options)
         stream.height, stream.width = frames.shape[2:]
