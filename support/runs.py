@@ -532,7 +532,7 @@ def report_bad(batches: list, total: int, run: Run, step: int) -> None:
     run.bad += total
     if run.bad >= 10 and run.bad > run.config.max_bad * run.seen:
         what = f"{run.bad} of the {run.seen} rows so far could not be used."
-        why = f"that is more than --max-bad {run.config.max_bad}, so the dataset is not as intended."
+        why = f"that is more than --max-bad {run.config.max_bad}, so the dataset is not as meant."
         raise UserError(what, why, f"repair the rows that {file} lists.")
 
 

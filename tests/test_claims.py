@@ -269,7 +269,7 @@ def test_the_real_scripts_train_and_evaluate_a_row(place):
     write_world(place / "data/miniature/shuffled", SMALL, "shuffled")
     for name in ("MERV", "shuffled-clips"):
         options = RUNS["main"][name]
-        questions = claims.run(name, f"{options} --max-steps 2", 0)
+        questions = claims.run(name, f"{options} --epochs 2 --max-steps 2", 0)
         assert len(questions) > 16 and not any(question.failure for question in questions)
         (folder,) = (place / "runs/claims").glob(f"{name}-0-*")
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2

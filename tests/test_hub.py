@@ -129,7 +129,10 @@ def encoder_file(
     return (folder / file).read_bytes()
 
 
-TINY_LLAMA = replace(LLAMAS["miniature"], name="tiny", vocab_size=97, hidden_size=32, num_heads=4)
+TINY_LLAMA = replace(
+    LLAMAS["miniature"], name="tiny", vocab_size=97, hidden_size=32, intermediate_size=256,
+    num_heads=4, num_kv_heads=4,
+)  # fmt: skip
 
 
 def sharded_llama(seed: int = 0) -> dict[str, bytes]:
