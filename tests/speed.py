@@ -1,6 +1,6 @@
 """Compare the speed of this code with that of commit 07e06b2, side by side in one run.
 
-    python -m tests.speed [TURNS]     about four minutes on two cores
+    python -m tests.speed [TURNS]     some minutes on two cores
 
 It measures a training step, the evaluation of test clips, and the other stages of the first
 command: drawing a clip, a pre-training step of each encoder, and encoding a clip. It prints the
