@@ -73,7 +73,7 @@ FOREIGN = {
     "empty": (b"", "the file is empty"),
     "tokenizer.json": (b'{"version": "1.0", "model": {"type": "BPE"}}', "not tokenizer.json"),
     "tiktoken": (b"IQ== 0\nIg== 1\nIw== 2\n", "not tokenizer.json or tiktoken's"),
-    "noise": (bytes(range(256)) * 8, "no tokenizer of LLaMA"),
+    "noise": (bytes(range(256)) * 8, "not a tokenizer of LLaMA"),
 }
 
 
