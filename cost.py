@@ -50,23 +50,27 @@ class PlanConfig:
     encoders: str = option(",".join(FOUR), "names, separated by commas", None, "model")
     projector: str = option("avg2d", "a row of table 2a", PROJECTORS, "model")
     mixer: str = option("cross_attention", "a row of table 2c", MIXERS, "model")
-    pooled_side: int = option(8, "side of a pooled frame in tokens, table 2b", None, "model")
+    pooled_side: int = option(
+        8, "side of a pooled frame in tokens, table 2b", None, "model", least=1
+    )
     llm: str = option("llama2-7b", "as in train.py", None, "model")
 
     recipe: str = option("frozen", "stages, and what each trains", train.RECIPES, "training")
-    lora: int | None = option(None, "rank of adapters; none: no LoRA", None, "training")
+    lora: int | None = option(None, "rank of adapters; none: no LoRA", None, "training", least=1)
     optimizer: str = option("adamw", "as in train.py", train.OPTIMIZERS, "training")
-    micro_batch: int = option(4, "rows that a process runs at once", None, "training")
-    text_tokens: int = option(512, "of each row, half of them answers", None, "training")
+    micro_batch: int = option(4, "rows that a process runs at once", None, "training", least=1)
+    text_tokens: int = option(512, "of each row, half of them answers", None, "training", least=1)
     cached_features: bool = option(False, "without running encoders", None, "training")
     activation_checkpointing: bool = option(True, "recompute LLM layers", None, "training")
-    replicas: int = option(1, "copies of the model, each on its GPUs", None, "training")
+    replicas: int = option(1, "copies of the model, each on its GPUs", None, "training", least=1)
     place_encoders: str = option("shard", "as in train.py", train.PLACES, "training")
     dtype: str = option("bfloat16", "to compute in", ("bfloat16", "float32"), "training")
 
-    gpus: int = option(8, "number of GPUs", None, "machine")
-    gpu_memory: float = option(48.0, "GB of each GPU", None, "machine")
-    tflops: float = option(60.0, "10^12 operations a second that a GPU achieves", None, "machine")
+    gpus: int = option(8, "number of GPUs", None, "machine", least=1)
+    gpu_memory: float = option(48.0, "GB of each GPU", None, "machine", least=1)
+    tflops: float = option(
+        60.0, "10^12 operations a second that a GPU achieves", None, "machine", least=1
+    )
 
 
 def read_options(arguments: list[str] | None = None) -> PlanConfig:

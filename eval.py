@@ -460,10 +460,10 @@ class EvalConfig:
         "auto", "to compute in; auto: 16 bits on CUDA, else float32", DTYPES, group="model"
     )
     # How, and where the results go: by default to eval/ in the run, or to runs/NAME/eval.
-    max_new_tokens: int = option(64, "longest answer, in tokens", group="answers")
+    max_new_tokens: int = option(64, "longest answer, in tokens", group="answers", least=1)
     mcq_rule: str = option("parse", "how a reply becomes a letter", MCQ_RULES, group="answers")
     batch_videos: int | None = option(
-        None, "clips at once; none: what 4 GB of KV cache hold, up to 16", group="answers"
+        None, "clips at once; none: what 4 GB of KV cache hold, up to 16", group="answers", least=1
     )
     workers: int = option(2, "processes that decode videos ahead of the model", group="answers")
     output: str | None = option(None, "folder for results; else eval/ in the run", group="answers")
@@ -472,7 +472,7 @@ class EvalConfig:
     report: str | None = option(None, "write RUNS to this HTML page", group="stored results")
     judge: str | None = option(None, "base URL of an LLM that judges RUNS", group="stored results")
     judge_model: str | None = option(None, "name of the judging model", group="stored results")
-    judge_parallel: int = option(8, "requests at once", group="stored results")
+    judge_parallel: int = option(8, "requests at once", group="stored results", least=1)
     judge_retries: int = option(6, "attempts after a failed request", group="stored results")
 
 
@@ -517,9 +517,6 @@ def run_command(config: EvalConfig) -> None:
 
 def evaluate_checkpoint(config: EvalConfig, checkpoint: str) -> None:
     """Load a checkpoint, answer the benchmark's questions and print the table."""
-    if config.batch_videos is not None and config.batch_videos < 1:
-        what = f"--batch-videos {config.batch_videos} answers nothing."
-        raise UserError(what, "it is a number of clips.", "use 1 or more, or none.")
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     model = MERV.from_pretrained(checkpoint, dtype, device, config.tokenizer)

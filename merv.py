@@ -814,7 +814,7 @@ class AskConfig:
     )
     start: float | None = option(None, "second to start at; none: the first frame", group="video")
     end: float | None = option(None, "second to end at; none: the last frame", group="video")
-    max_new_tokens: int = option(256, "longest answer, in tokens", group="answer")
+    max_new_tokens: int = option(256, "longest answer, in tokens", group="answer", least=1)
     device: str = option("auto", "auto, cuda, mps or cpu", group="machine")
     dtype: str = option(
         "auto", "to compute in; auto: 16 bits on CUDA, else float32", DTYPES, group="machine"

@@ -126,7 +126,9 @@ class TrainConfig:
     encoder_seed: int = option(0, "replaces {encoder_seed} in --encoder-files", group="model")
     projector: str = option("avg2d", "a row of table 2a", PROJECTORS, "model")
     mixer: str = option("cross_attention", "a row of table 2c", MIXERS, "model")
-    pooled_side: int = option(8, "side of a pooled frame in tokens, table 2b", group="model")
+    pooled_side: int = option(
+        8, "side of a pooled frame in tokens, table 2b", group="model", least=1
+    )
     llm: str = option("llama2-7b", f"{', '.join(LLAMAS)}, a folder or a hub id", group="model")
     template: str = option("base", "prompt format of the LLM", data.TEMPLATES, "model")
     from_: str | None = option(
@@ -150,16 +152,21 @@ class TrainConfig:
     )
 
     recipe: str = option("frozen", "stages, and what each trains", RECIPES, "optimisation")
-    epochs: int = option(1, "passes over the data of each stage", group="optimisation")
-    max_steps: int | None = option(None, "stop each stage after this many", group="optimisation")
+    epochs: int = option(1, "passes over the data of each stage", group="optimisation", least=1)
+    max_steps: int | None = option(
+        None, "stop each stage after this many", group="optimisation", least=1
+    )
     learning_rate: tuple[float, ...] = option(
         (2e-5,), "peak, one for all stages or one each", group="optimisation"
     )
     global_batch: tuple[int, ...] = option(
-        (128,), "rows of a step, one number for all stages or one each", group="optimisation"
+        (128,),
+        "rows of a step, one number for all stages or one each",
+        group="optimisation",
+        least=1,
     )
     lora: int | None = option(
-        None, "rank of adapters; none: the LLM itself is trained", group="optimisation"
+        None, "rank of adapters; none: the LLM itself is trained", group="optimisation", least=1
     )
     lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank", group="optimisation")
     optimizer: str = option(
@@ -175,7 +182,9 @@ class TrainConfig:
     clip: float = option(1.0, "gradients are clipped to this norm", group="optimisation")
     seed: int = option(0, "of new weights and of the order of the data", group="optimisation")
 
-    micro_batch: int = option(4, "maximum rows that a process runs at once", group="machine")
+    micro_batch: int = option(
+        4, "maximum rows that a process runs at once", group="machine", least=1
+    )
     device: str = option("auto", "auto: CUDA, if available", ("auto", "cuda", "cpu"), "machine")
     dtype: str = option(
         "auto", "to compute in; auto: bfloat16 on CUDA, else float32", DTYPES, "machine"
@@ -187,7 +196,7 @@ class TrainConfig:
         True, "recompute LLM layers: less memory, more work", group="machine"
     )
     replicas: int = option(
-        1, "copies of the model, each sharded over its share of the GPUs", group="machine"
+        1, "copies of the model, each sharded over its share of the GPUs", group="machine", least=1
     )
     place_encoders: str = option(
         "shard", "shard, copy (whole on each GPU), streams (a copy, in parallel)", PLACES, "machine"
@@ -196,11 +205,11 @@ class TrainConfig:
     name: str = option("merv-frozen", "the run is runs/NAME, or NAME-2 ...", group="run")
     resume: str | None = option(None, "resume this run, such as runs/NAME", group="run")
     save_every: int | None = option(
-        500, "steps between saves; none: only at the end of a stage", group="run"
+        500, "steps between saves; none: only at the end of a stage", group="run", least=1
     )
-    keep: int | None = option(2, "how many saves to keep; none: all", group="run")
+    keep: int | None = option(2, "how many saves to keep; none: all", group="run", least=1)
     held_out_every: int | None = option(
-        100, "steps between evaluations of the held-out rows", group="run"
+        100, "steps between evaluations of the held-out rows", group="run", least=1
     )
     evaluate: bool = option(False, "afterwards, score the miniature's test clips", group="run")
 

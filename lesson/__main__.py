@@ -39,7 +39,7 @@ class LessonConfig:
     )
     data: str | None = option("data/miniature/test", "folder of a benchmark, or none", group="clip")
     benchmark: str = option("miniature-open", "the benchmark", group="clip")
-    clips: int = option(60, "clips of the benchmark, for figures 5 and 6", group="clip")
+    clips: int = option(60, "clips of the benchmark, for figures 5 and 6", group="clip", least=1)
     claims: str = option("runs/claims", "runs of `python -m miniature claims`, for figures 6, 10")
     output: str | None = option(None, "folder of the figures or file of the page")
     device: str = option("auto", "auto, cuda, mps or cpu", group="machine")

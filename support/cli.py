@@ -40,15 +40,17 @@ def option(
     choices: Iterable[str] | None = None,
     group: str = "options",
     positional: bool = False,
+    least: int = 0,
 ):
     """Declare a command-line option as a field of a dataclass.
 
     text: what `--help` says. choices: the values that are allowed. group: its heading in `--help`.
-    positional: for a tuple that collects the arguments without a name.
+    positional: for a tuple that collects the arguments without a name. least: the smallest number
+    that is allowed.
     """
     positional = positional or default == ()
     about = {"help": text, "choices": choices, "group": group, "positional": positional}
-    return field(default=default, metadata=about)
+    return field(default=default, metadata=about | {"least": least})
 
 
 def parse_options(
@@ -103,7 +105,7 @@ def make_parser(cls: type, description: str, preset: object) -> argparse.Argumen
             how["action"] = argparse.BooleanOptionalAction
         else:
             how["metavar"] = f.name.rstrip("_").upper()
-            how |= value_reader(hints[f.name], f.metadata["choices"])
+            how |= value_reader(hints[f.name], f.metadata["choices"], f.metadata["least"])
         groups[title].add_argument(option_name(f.name), dest=f.name, **how)
     return parser
 
@@ -119,8 +121,8 @@ def option_name(field_name: str) -> str:
 def allows(option_field, value: object) -> bool:
     """Whether a field of a dataclass of options may have this value, which a file holds.
 
-    `float | None` allows 0.5, 2 and None; `tuple[int, ...]` allows (1, 2) and not (). Numbers are
-    not negative, and a choice is one of its choices.
+    `float | None` allows 0.5, 2 and None; `tuple[int, ...]` allows (1, 2) and not (). A number is
+    not below the option's least one, and a choice is one of its choices.
     """
     # The annotation is text, because of `from __future__ import annotations`.
     kind, _, optional = option_field.type.partition(" | ")
@@ -135,15 +137,23 @@ def allows(option_field, value: object) -> bool:
         accepted = {"int": int, "float": int | float, "bool": bool, "str": str}[element]
         if not isinstance(each, accepted) or isinstance(each, bool) != (element == "bool"):
             return False
-        if element != "str" and not 0 <= each < 2**63:  # NaN is not, either
+        if element != "str" and not in_range(each, option_field.metadata["least"]):
             return False
         if choices is not None and each not in choices:
             return False
     return True
 
 
-def value_reader(hint: object, choices: Iterable[str] | None) -> dict:
-    """How argparse reads values of a type: `int`, `float | None`, `tuple[float, ...]` and so on."""
+def in_range(number: float, least: int) -> bool:
+    """Whether a number is finite and at least `least`. NaN is neither."""
+    return least <= number < 2**63
+
+
+def value_reader(hint: object, choices: Iterable[str] | None, least: int) -> dict:
+    """How argparse reads values of a type: `int`, `float | None`, `tuple[float, ...]` and so on.
+
+    Numbers below `least` are refused, and so are NaN and infinity.
+    """
     how: dict = {}
     kind = hint
     optional = False
@@ -155,7 +165,12 @@ def value_reader(hint: object, choices: Iterable[str] | None) -> dict:
         how["nargs"] = "+"
 
     def read(word: str):
-        return None if optional and word == "none" else kind(word)
+        if optional and word == "none":
+            return None
+        value = kind(word)
+        if kind is not str and not in_range(value, least):
+            raise argparse.ArgumentTypeError(f"must be a number of at least {least}, not {word}")
+        return value
 
     read.__name__ = kind.__name__  # argparse names it in "invalid float value"
     how["type"] = read

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import jinja2
+import numpy as np
 import torch
 from PIL import Image
 
@@ -18,7 +19,7 @@ from support.benchmarks import FPS, LETTERS, TEMPORAL, Question, list_videos
 from support.errors import UserError, VideoError
 from support.files import write_file
 from support.records import as_record, read_object
-from support.video import load_video
+from support.video import load_frames
 
 MOST_BARS = 16  # with more answers than this, a chart by answer is too long to read
 
@@ -113,12 +114,23 @@ def film_strip(question: Question, settings: dict, data: Path | None, num_frames
     if not same_folder(settings["data"], data):
         return ""
     videos = list_videos(data / "videos")
+
+    def scale_down(frame: np.ndarray, places: list[int]) -> Image.Image:
+        """WHY while the video is read: whole frames of a large one take gigabytes."""
+        picture = Image.fromarray(frame)
+        picture.thumbnail((160, 120))
+        return picture
+
     try:
-        frames = load_video(videos.find(question.video), num_frames, *question.cut, FPS)
+        path = videos.find(question.video)
+        pictures = load_frames(path, num_frames, scale_down, *question.cut, fps=FPS)
     except VideoError:
         return ""
-    strip = Image.fromarray(torch.cat(list(frames), dim=2).permute(1, 2, 0).numpy())
-    strip.thumbnail((num_frames * 160, 120))
+    width, height = pictures[0].size
+    strip = Image.new("RGB", (width * num_frames, height))
+    for place in range(num_frames):
+        # A still picture has one frame, which stands in all places.
+        strip.paste(pictures[place % len(pictures)], (place * width, 0))
     file = io.BytesIO()
     strip.save(file, "JPEG", quality=85)
     return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()

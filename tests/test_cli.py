@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+import cost
 import eval
 import merv
 import train
@@ -47,13 +48,33 @@ def test_every_type_of_field_is_read_from_the_command_line():
         (["--stps", "3"], "did you mean --steps?"),
         (["--steps", "many"], "invalid int value: 'many'"),
         (["--pace", "3"], "--pace has moved: use --steps"),
+        (["--limit", "nan"], "--limit: must be a number of at least 0, not nan"),
+        (["--rates", "0.1", "-1"], "--rates: must be a number of at least 0, not -1"),
     ],
 )
 def test_a_wrong_option_is_explained(capsys, words, wanted):
-    """Misspelled, of the wrong type, or moved."""
+    """Misspelled, of the wrong type, not a number, negative, or moved."""
     with pytest.raises(SystemExit):
         parse(*words, moved={"--pace": "use --steps"})
     assert wanted in capsys.readouterr().err
+
+
+COUNTS = {
+    train: ("micro-batch", "global-batch", "epochs", "max-steps", "lora", "replicas", "keep"),
+    eval: ("batch-videos", "max-new-tokens", "judge-parallel"),
+    merv: ("max-new-tokens",),
+    cost: ("gpus", "gpu-memory", "tflops", "micro-batch", "text-tokens"),
+}
+
+
+@pytest.mark.parametrize("program", COUNTS, ids=lambda program: program.__name__)
+def test_a_number_that_must_be_positive_is_refused_otherwise(program, capsys):
+    """None of these options could do anything with 0."""
+    for name in COUNTS[program]:
+        for number in ("0", "-3"):
+            with pytest.raises(SystemExit):
+                program.main([f"--{name}", number])
+            assert f"--{name}: must be a number of at least 1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

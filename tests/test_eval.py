@@ -379,13 +379,6 @@ def test_large_models_answer_fewer_clips_at_once(model):
     assert eval.clips_at_once(large, [question] * 6000, 100, config) == 1
 
 
-@pytest.mark.parametrize("size", ["0", "-3"])
-def test_a_batch_of_no_video_is_refused(size, capsys):
-    with pytest.raises(SystemExit) as caught:
-        eval.main(["--batch-videos", size, "--checkpoint", "nobody/nothing"])
-    assert f"--batch-videos {size}" in str(caught.value.code)
-
-
 def test_a_journal_of_an_older_version_continues(tmp_path, monkeypatch):
     """Commit 07e06b2 called the mixing weights "weights": its answers are not asked for again."""
     with tarfile.open(ROOT / "tests/legacy/07e06b2.tar.gz") as archive:
