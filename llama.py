@@ -536,5 +536,5 @@ class Tokenizer:
         return self.pieces.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text."""
-        return self.pieces.decode(ids)
+        """Ids -> text. An LLM may have more ids than its tokenizer has pieces: they are no text."""
+        return self.pieces.decode([token for token in ids if token < self.vocab_size])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from support.errors import CheckpointError
 from support.files import write_file
 from support.weights import save_tensors
 
@@ -42,23 +44,26 @@ class FeatureCache:
         work. Its hash is kept in folder/hashes, for as long as its files keep path, size and time
         of the last change.
         """
-        parts = [clip]
-        if clip.is_dir():
-            parts = sorted(part for part in clip.iterdir() if part.is_file())
+        memory = self.memory_of(clip)
+        if memory.is_file():
+            stored = memory.read_text(errors="replace")
+            if re.fullmatch(r"[0-9a-f]{64}", stored):
+                return stored
+        content = hashlib.sha256()
+        for part in parts_of(clip):
+            content.update(part.read_bytes())
+        write_file(memory, content.hexdigest())
+        return content.hexdigest()
+
+    def memory_of(self, clip: Path) -> Path:
+        """The file that keeps the hash of a clip in its present state."""
         known_by = hashlib.sha256()
-        for part in parts:
+        for part in parts_of(clip):
             about = part.stat()
             state = (os.path.abspath(part), about.st_size, about.st_mtime_ns)
             known_by.update(repr(state).encode(errors="surrogateescape"))
         key = known_by.hexdigest()
-        memory = Path(self.folder, "hashes", key[:2], key)
-        if memory.is_file():
-            return memory.read_text()
-        content = hashlib.sha256()
-        for part in parts:
-            content.update(part.read_bytes())
-        write_file(memory, content.hexdigest())
-        return content.hexdigest()
+        return Path(self.folder, "hashes", key[:2], key)
 
     def has(self, file: Path) -> bool:
         """Whether all encoders have features of a clip."""
@@ -68,16 +73,13 @@ class FeatureCache:
         return all(path.exists() for path in self.paths(file).values())
 
     def get(self, file: Path) -> dict[str, Tensor] | None:
-        """Load encoder -> (t, h, w, d_e), or None unless all encoders have features of the clip."""
+        """Load encoder -> (t, h, w, d_e), or None unless all encoders have features of the clip.
+
+        Raises CheckpointError if a file of them is damaged.
+        """
         if not self.has(file):
             return None
-        pooled = {}
-        for encoder, path in self.paths(file).items():
-            stored = load_file(path)
-            pooled[encoder] = stored["features"]
-            if "steps" in stored:  # absent from older files
-                pooled[encoder] = stored["features"].expand(int(stored["steps"]), -1, -1, -1)
-        return pooled
+        return {encoder: read_features(path) for encoder, path in self.paths(file).items()}
 
     def put(self, file: Path, pooled: dict[str, Tensor]) -> None:
         """Save encoder -> (t, h, w, d_e) in bfloat16, the dtype in which encoders run on a GPU.
@@ -91,3 +93,26 @@ class FeatureCache:
                 tensor = tensor[:1]
             features = tensor.bfloat16().cpu().contiguous()
             save_tensors({"features": features, "steps": steps}, paths[encoder])
+
+
+def parts_of(clip: Path) -> list[Path]:
+    """The files that a clip consists of: itself, or all files of a folder of pictures."""
+    if not clip.is_dir():
+        return [clip]
+    return sorted(part for part in clip.iterdir() if part.is_file())
+
+
+def read_features(path: Path) -> Tensor:
+    """Read the pooled features (t, h, w, d_e) that `FeatureCache.put` wrote for one encoder."""
+    try:
+        stored = load_file(path)
+        features = stored["features"]
+        if features.ndim != 4 or not features.is_floating_point() or not features.isfinite().all():
+            raise ValueError(f"it holds {features.dtype} {list(features.shape)}, or not numbers")
+        if "steps" in stored:  # absent from older files
+            features = features.expand(int(stored["steps"]), -1, -1, -1)
+    except Exception as error:  # safetensors and torch have errors of their own
+        what = f"Cannot read the cached features in {path}."
+        fix = "delete this file, and they are computed again."
+        raise CheckpointError(what, f"{type(error).__name__}: {error}", fix) from error
+    return features

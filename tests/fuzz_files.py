@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -27,15 +28,17 @@ from torch import nn
 import eval
 import train
 from data import TEMPLATES, ConversationDataset, load_pixels
-from encoders import load_encoder, save_encoder
+from encoders import ENCODERS, load_encoder, save_encoder
 from llama import LLAMAS, Tokenizer, load_llama
-from merv import MERV, MERVS
+from merv import FOUR, MERV, MERVS
 from support import report, runs, weights
 from support.benchmarks import load_questions
 from support.errors import DataError, UserError
+from support.features import FeatureCache
 from support.files import Journal
 from support.judge import read_reply
-from support.released import LLAMA_HF_SETTINGS
+from support.released import AUTHORS_ENCODERS, LLAMA_HF_SETTINGS
+from tests.foreign_files import TINY_LLAMA, llama_of_meta, write_checkpoint
 from tests.helpers import SMALL, numbered_frames, talk, train_tokenizer, write_video
 
 CASES = Path(__file__).parent / "cases"
@@ -438,16 +441,25 @@ TINY = replace(
     encoders=tuple(replace(e, hidden_size=16, num_heads=2, num_layers=1, released_layers=1)
                    for e in MERVS["miniature"].encoders),
 )  # fmt: skip
+AUTHORS_LLM = replace(LLM, name="llama2-7b", vocab_size=32064)
 
 
 def make_mervs(folder: Path) -> None:
     folder.mkdir()
-    tokenizer = train_tokenizer(folder.parent / "tokenizer.model")
+    tokenizer = Tokenizer(train_tokenizer(folder.parent / "tokenizer.model"))
     MERV.create(TINY, tokenizer).save_pretrained(folder / "model")
+    write_checkpoint(folder / "authors", AUTHORS_LLM, list(AUTHORS_ENCODERS))
+    shutil.copy(tokenizer.path, folder / "authors")
 
 
 def read_mervs(place: Path, file: Path, rng: random.Random) -> None:
-    model = MERV.from_pretrained(place)
+    """Load a model and ask it. Where the authors' format means full sizes, it gets small ones."""
+    small = {name: replace(ENCODERS[f"miniature-{name}"], name=name) for name in FOUR}
+    sources = {}
+    if place.name == "authors":
+        sources = {name: place / f"{name}.safetensors" for name in FOUR}
+    with mock.patch.dict(LLAMAS, {AUTHORS_LLM.name: AUTHORS_LLM}), mock.patch.dict(ENCODERS, small):
+        model = MERV.from_pretrained(place, sources=sources)
     model.answer(torch.zeros(32, 3, 32, 48, dtype=torch.uint8), "what", max_new_tokens=2)
 
 
@@ -467,6 +479,10 @@ def make_llamas(folder: Path) -> None:
         save_file(part, folder / "mapped" / file)
     index = folder / "mapped" / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": where}))
+    (folder / "meta").mkdir()
+    for name, content in llama_of_meta(load_llama(replace(TINY_LLAMA, vocab_size=320))).items():
+        (folder / "meta" / name).write_bytes(content)
+    shutil.copy(folder.parent / "tokenizer.model", folder / "meta")
 
 
 def read_llamas(place: Path, file: Path, rng: random.Random) -> None:
@@ -489,6 +505,34 @@ def read_encoders(place: Path, file: Path, rng: random.Random) -> None:
     (config,) = [config for config in TINY.encoders if config.name == place.name]
     encoder = load_encoder(config, place)
     encoder(torch.zeros(1, config.num_frames, 3, config.image_size, config.image_size))
+
+
+def make_features(folder: Path) -> None:
+    """Pooled features of a clip and of a still, each with the hash of the clip's bytes."""
+    for name, features in {
+        "clip": torch.randn(4, 2, 2, 8),
+        "still": torch.ones(4, 2, 2, 8),
+    }.items():
+        unit = folder / name
+        write_unit(unit, {"clip.bin": name})
+        cache = FeatureCache(unit, {"a": "a"})
+        cache.put(unit / "clip.bin", {"a": features})
+        shutil.copy(cache.memory_of(unit / "clip.bin"), unit / "clip.hash")
+        cache.paths(unit / "clip.bin")["a"].rename(unit / "clip.safetensors")
+        shutil.rmtree(unit / "hashes")
+        shutil.rmtree(unit / "a")
+
+
+def read_features(place: Path, file: Path, rng: random.Random) -> None:
+    """Put the two files where the cache looks for them, and look for them."""
+    cache = FeatureCache(place, {"a": "a"})
+    clip = place / "clip.bin"
+    stored = cache.paths(clip)["a"]
+    stored.parent.mkdir(parents=True)
+    shutil.copy(place / "clip.safetensors", stored)
+    shutil.copy(place / "clip.hash", cache.memory_of(clip))
+    found = cache.get(clip)
+    assert found is None or (found["a"].ndim == 4 and found["a"].isfinite().all())
 
 
 @dataclass(frozen=True)
@@ -514,6 +558,7 @@ KINDS = {
     "merv": Kind(1, make_mervs, read_mervs),
     "llama": Kind(1, make_llamas, read_llamas),
     "encoder": Kind(1, make_encoders, read_encoders),
+    "features": Kind(1, make_features, read_features),
 }
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from helpers import SMALL, write_images
 from PIL import Image
+from safetensors.torch import save_file
 
 from data import TEMPLATES, ConversationDataset, collate
+from support.errors import CheckpointError
 from support.features import FeatureCache
 
 
@@ -112,3 +115,42 @@ def test_a_folder_of_frames_may_contain_folders(tmp_path):
     cache = FeatureCache(tmp_path / "cache", {"a": "print"})
     cache.put(folder, {"a": torch.ones(1, 1, 1, 4)})
     assert cache.get(folder) is not None
+
+
+@pytest.mark.parametrize(
+    "content", ["cut", "empty", "whole numbers", "nothing finite", "three axes", "no clip"]
+)
+def test_a_damaged_entry_is_named_with_its_remedy(content, tmp_path):
+    """A cut file, or one of another program, must neither train nor end in a traceback."""
+    clip = tmp_path / "a.mp4"
+    clip.write_bytes(b"a clip")
+    cache = FeatureCache(tmp_path / "cache", {"a": "print"})
+    cache.put(clip, {"a": torch.randn(4, 2, 2, 8)})
+    path = cache.paths(clip)["a"]
+    tensors = {
+        "whole numbers": {"features": torch.ones(4, 2, 2, 8, dtype=torch.int32)},
+        "nothing finite": {"features": torch.full((4, 2, 2, 8), torch.nan)},
+        "three axes": {"features": torch.ones(4, 2, 8)},
+        "no clip": {"steps": torch.tensor(4)},
+    }
+    if content in tensors:
+        save_file(tensors[content], path)
+    else:
+        path.write_bytes(path.read_bytes()[:50] if content == "cut" else b"")
+    with pytest.raises(CheckpointError, match="delete this file") as caught:
+        cache.get(clip)
+    assert str(path) in str(caught.value)
+    path.unlink()
+    assert cache.get(clip) is None
+
+
+def test_a_damaged_hash_is_computed_again(tmp_path):
+    """What a file of hashes says becomes part of a path, so only a hash may stand there."""
+    clip = tmp_path / "a.mp4"
+    clip.write_bytes(b"a clip")
+    cache = FeatureCache(tmp_path / "cache", {"a": "print"})
+    name = cache.hash_of(clip)
+    for content in ("", "../../elsewhere", name[:-1]):
+        cache.memory_of(clip).write_text(content)
+        assert cache.hash_of(clip) == name
+        assert cache.memory_of(clip).read_text() == name

@@ -7,7 +7,6 @@ does not answer. They share one cache; every test has its own repositories.
 
 from __future__ import annotations
 
-import io
 import json
 import multiprocessing
 import shutil
@@ -25,9 +24,10 @@ from safetensors.torch import load_file, save
 from torch import nn
 
 from encoders import ENCODERS, EncoderConfig, load_encoder, save_encoder
-from llama import LLAMAS, load_llama
+from llama import load_llama
 from support.errors import CheckpointError
 from support.weights import FILES
+from tests.foreign_files import TINY_LLAMA, llama_of_meta
 
 pytestmark = pytest.mark.slow
 
@@ -129,15 +129,13 @@ def encoder_file(
     return (folder / file).read_bytes()
 
 
-TINY_LLAMA = replace(
-    LLAMAS["miniature"], name="tiny", vocab_size=97, hidden_size=32, intermediate_size=256,
-    num_heads=4, num_kv_heads=4,
-)  # fmt: skip
+def scaled_llama(seed: int = 0) -> nn.Module:
+    return unit_scale(load_llama(TINY_LLAMA), seed)
 
 
 def sharded_llama(seed: int = 0) -> dict[str, bytes]:
     """The files of a repository such as meta-llama/Llama-2-7b-hf: config, index and two shards."""
-    model = unit_scale(load_llama(TINY_LLAMA), seed)
+    model = scaled_llama(seed)
     tensors = {
         name if name.startswith("lm_head") else f"model.{name}": x
         for name, x in model.state_dict().items()
@@ -154,38 +152,6 @@ def sharded_llama(seed: int = 0) -> dict[str, bytes]:
         "model.safetensors.index.json": json.dumps({"weight_map": where}).encode(),
         **{s: save({n: x for n, x in tensors.items() if where[n] == s}) for s in shards},
     }
-
-
-META = {  # our name -> Meta's, and the dimension along which Meta splits it over files
-    "embed_tokens": ("tok_embeddings", 1), "norm": ("norm", None), "lm_head": ("output", 0),
-    "input_layernorm": ("attention_norm", None), "post_attention_layernorm": ("ffn_norm", None),
-    "self_attn.q_proj": ("attention.wq", 0), "self_attn.k_proj": ("attention.wk", 0),
-    "self_attn.v_proj": ("attention.wv", 0), "self_attn.o_proj": ("attention.wo", 1),
-    "mlp.gate_proj": ("feed_forward.w1", 0), "mlp.up_proj": ("feed_forward.w3", 0),
-    "mlp.down_proj": ("feed_forward.w2", 1),
-}  # fmt: skip
-
-
-def llama_of_meta(seed: int = 0) -> dict[str, bytes]:
-    """The files of a repository such as meta-llama/Llama-2-13b: params.json, two .pth files."""
-    shards: list[dict[str, torch.Tensor]] = [{}, {}]
-    for name, x in unit_scale(load_llama(TINY_LLAMA), seed).state_dict().items():
-        head, module = "", name.removesuffix(".weight")
-        if module.startswith("layers."):
-            _, index, module = module.split(".", 2)
-            head = f"layers.{index}."
-        theirs, dim = META[module]
-        if theirs.endswith(("wq", "wk")):  # Meta rotates neighbours: [r0 r2 r1 r3] -> [r0 r1 r2 r3]
-            x = x.unflatten(0, (4, 2, 4)).transpose(1, 2).flatten(0, 2)
-        for shard, part in zip(shards, [x, x] if dim is None else x.chunk(2, dim), strict=True):
-            shard[f"{head}{theirs}.weight"] = part.clone()
-    params = {"dim": 32, "n_layers": 2, "n_heads": 4, "norm_eps": 1e-5, "vocab_size": -1}
-    files = {"params.json": json.dumps(params).encode()}
-    for i, shard in enumerate(shards):
-        buffer = io.BytesIO()
-        torch.save(shard, buffer)
-        files[f"consolidated.0{i}.pth"] = buffer.getvalue()
-    return files
 
 
 # ------------------------------------------------------------------------------- download and cache
@@ -246,7 +212,7 @@ def as_the_hub_has_it(kind: str, folder: Path) -> tuple[dict[str, bytes], tuple]
     if kind == "llama":
         return sharded_llama(), (load_llama,)
     if kind == "llama of Meta":
-        return llama_of_meta(), (load_llama,)
+        return llama_of_meta(scaled_llama()), (load_llama,)
     config = ENCODERS[f"miniature-{kind}"]
     file = "model.safetensors" if kind in ("siglip", "dinov2") else "pytorch_model.bin"
     files = {file: encoder_file(folder, config, file=file)}
@@ -432,23 +398,23 @@ def test_a_sharded_llama_loads_by_its_hub_id(hub, online):
     hub.publish("owner/sharded", sharded_llama())
     config, weights = online.load(load_llama, "owner/sharded")
     assert config == replace(TINY_LLAMA, name="sharded", source="owner/sharded")
-    assert_same(weights, tensors_of(unit_scale(load_llama(TINY_LLAMA))))
+    assert_same(weights, tensors_of(scaled_llama()))
 
 
 def test_a_llama_as_meta_ships_it_loads_by_its_hub_id(hub, online):
     """It has params.json and two consolidated.*.pth, as meta-llama/Llama-2-13b; both are read."""
-    hub.publish("owner/meta", llama_of_meta())
+    hub.publish("owner/meta", llama_of_meta(scaled_llama()))
     config, weights = online.load(load_llama, "owner/meta")
     assert (config.name, config.source) == ("meta", "owner/meta")
     assert (config.intermediate_size, config.vocab_size) == (256, 97)
-    assert_same(weights, tensors_of(unit_scale(load_llama(TINY_LLAMA))))
+    assert_same(weights, tensors_of(scaled_llama()))
 
 
 def test_only_one_of_two_formats_is_downloaded(hub, online):
     """Of a repository in both Hugging Face's and Meta's format we read one: 13 GB instead of 26."""
-    hub.publish("owner/both", sharded_llama(seed=1) | llama_of_meta(seed=2))
+    hub.publish("owner/both", sharded_llama(seed=1) | llama_of_meta(scaled_llama(seed=2)))
     _, weights = online.load(load_llama, "owner/both")
-    assert_same(weights, tensors_of(unit_scale(load_llama(TINY_LLAMA), seed=1)))
+    assert_same(weights, tensors_of(scaled_llama(seed=1)))
     assert len([1 for method, path, _ in hub.asked("owner/both") if "/cdn/" in path]) == 2
 
 

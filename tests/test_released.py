@@ -10,31 +10,15 @@ import torch
 from torch import nn
 
 import merv
-from encoders import load_encoder, save_encoder
+from encoders import load_encoder
 from llama import LLAMAS, Llama, load_llama
 from merv import FOUR, MERV, CrossAttentionMixer
 from support import released, weights
 from support.errors import CheckpointError
 from support.released import AUTHORS_ENCODERS, fold_query
+from tests.foreign_files import INNER, fusion_weights, random, write_checkpoint
 
-D, INNER, LAYERS = 64, 48, 2
-
-
-def random(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def fusion_weights(d: int, inner: int) -> dict[str, torch.Tensor]:
-    """Random weights under the names of manifests/merv.json."""
-    return {
-        "Q": random(1, inner),
-        "attention.q_proj_weight": random(inner, inner) / inner**0.5,
-        "attention.k_proj_weight": random(inner, d) / d**0.5,
-        "attention.v_proj_weight": random(inner, d) / d**0.5,
-        "attention.in_proj_bias": random(3 * inner),
-        "attention.out_proj.weight": random(inner, inner) / inner**0.5,
-        "attention.out_proj.bias": random(inner),
-    }
+D, LAYERS = 64, 2
 
 
 def test_the_authors_fusion_is_one_query():
@@ -67,35 +51,6 @@ def small(monkeypatch):
         tiny = replace(merv.ENCODERS[f"miniature-{name}"], name=name)
         monkeypatch.setitem(merv.ENCODERS, name, tiny)
     return llama
-
-
-def write_checkpoint(folder, llama, backbones, old_names=False):
-    """Write a folder laid out like tyleryzhu/merv; return its parts and a file per encoder."""
-    torch.manual_seed(0)
-    language = {f"llm.model.{k}": v for k, v in Llama(llama).state_dict().items()}
-    language["llm.lm_head.weight"] = language.pop("llm.model.lm_head.weight")
-    projectors = {}
-    for index in range(len(backbones)):
-        number = "" if old_names else f"{index}."
-        projectors[f"{number}projector.projector.weight"] = random(D, 96) + index
-        projectors[f"{number}projector.projector.bias"] = random(D) + index
-    model = {"projectors": projectors, "llm_backbone": language}
-    if old_names:
-        model["projector"] = model.pop("projectors")
-    else:
-        model["feature_fusion"] = fusion_weights(D, INNER)
-    (folder / "checkpoints").mkdir(parents=True)
-    torch.save(
-        {"model": model, "optimizer": {"state": {}, "param_groups": []}},
-        folder / "checkpoints" / "latest-checkpoint.pt",
-    )
-    settings = {"video_backbone_ids": backbones, "projector_token_length": 4}
-    (folder / "config.json").write_text(json.dumps({"model": settings}))
-    sources = {}
-    for name in FOUR:
-        sources[name] = folder / f"{name}.safetensors"
-        save_encoder(load_encoder(f"miniature-{name}"), sources[name])
-    return model, sources
 
 
 def test_an_authors_checkpoint_loads_exactly(small, tmp_path, shared_folder):

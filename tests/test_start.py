@@ -17,7 +17,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_llama_weights import released, write
-from test_released import write_checkpoint
 from test_resume import assert_same_run, curve, output_of, ranks, start, wait_for_steps
 from test_train import ADAMW, ROOT, losses, run, workplace  # noqa: F401
 from tiny_llama import build
@@ -32,6 +31,7 @@ from merv import MERV
 from support import lora
 from support.errors import CheckpointError, UserError
 from support.released import AUTHORS_ENCODERS
+from tests.foreign_files import write_checkpoint
 
 STEPS = ("--global-batch", "4", "--epochs", "1", "--cache-features", "none", *ADAMW)
 

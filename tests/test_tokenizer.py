@@ -60,6 +60,13 @@ def test_bos_and_eos_decode_to_nothing(tokenizer):
     assert tokenizer.decode([1, 15043, 2]) == "Hello"
 
 
+def test_an_id_without_a_piece_is_no_text(tokenizer):
+    """The released MERV has 64 ids more than its tokenizer (ledger K9), and may generate them."""
+    beyond = [tokenizer.vocab_size, 32063]
+    assert tokenizer.decode([1, 15043, *beyond, 2]) == "Hello"
+    assert tokenizer.decode(beyond) == ""
+
+
 def test_the_error_for_a_missing_tokenizer_names_the_file(tmp_path):
     with pytest.raises(CheckpointError, match=r"no tokenizer\.model at .*tokenizer\.model"):
         Tokenizer(tmp_path / "tokenizer.model")
