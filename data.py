@@ -38,7 +38,7 @@ from support.cli import option, parse_options, progress
 from support.errors import DataError, UserError
 from support.features import FeatureCache
 from support.records import clean
-from support.rows import Rows, find_media, modality_of, require_no_placeholder, tidy
+from support.rows import Rows, find_media, modality_of, require_text, tidy
 from support.video import is_still, load_frames, load_video
 
 # --------------------------------------------------------------------------------- frames -> pixels
@@ -319,7 +319,7 @@ class ConversationDataset(Dataset):
             path = find_media(row, Path(self.file).parent, self.allow_outside)
             turns = render_prompt(row["conversations"], self.template, visual=path is not None)
             if path is None:
-                require_no_placeholder(row["conversations"][0]["value"])
+                require_text(row)
             for text, _ in turns:
                 text.encode()  # rejects unpaired surrogates, which the tokenizer cannot read
             return turns, path

@@ -16,6 +16,10 @@ from support.errors import DataError
 from support.records import clean, is_missing
 
 MEDIA = ("video", "image")  # the keys under which a row may name a file
+OTHER_KEYS = "(?i)(image|video)s?(_?(path|file|name|url)s?)?"  # under which other data sets do
+NAME_ONE = 'name one file under "video" or "image"; other keys, such as "images", are not read.'
+# Words that make "<video>" before them a word: "<video> is a tag", "<video> and <image>"
+TAG_WORDS = r"(?:(?:is|are|was|has|does|can|should|must|will|and|or|in|tags?|elements?)\b)"
 
 # ----------------------------------------------------------------------------------------- one row
 
@@ -83,22 +87,29 @@ def find_media(row: dict, folder: Path, allow_outside: bool) -> Path | None:
     return path
 
 
-def require_no_placeholder(question: str) -> None:
-    r"""Raise DataError if the first question of a row without a file asks about one.
+def require_text(row: dict) -> None:
+    r"""Raise DataError if a row without a file asks about one, or has one under another key.
 
-    It then begins or ends with <image> or <video>, outside a sentence. Without this check, a row
-    with its file under another key would be trained on as text.
+    The question of a human turn asks about one if it begins or ends with <image> or <video>, and
+    that is not a word of a sentence. Without this check, the row would be trained on as text.
 
-        <image>\nwhat is it?     <image> What is it?     What is it?\n<video>       an error
+        <image>\nwhat is it?     <image> what is it?     What is it?\n<video>       an error
         What is the <video> tag?     <video> is a tag.     <video>\n</video>      text, here HTML
     """
     marks = r"(?:<(?:image|video)>\s*)+"
-    begins = re.match(rf"\s*{marks}(?:$|(?<=\n)|(?![a-z])[\w\"(])", question)
-    ends = re.search(rf"[\n.?!]\s*{marks}$", question)
-    if (begins or ends) and not re.search("</(image|video)>", question):
-        what = "its question has a placeholder, but it names no video or image."
-        fix = 'name one file under "video" or "image"; other keys, such as "images", are not read.'
-        raise DataError(what, "visual tokens take the place of <image> and <video>.", fix)
+    for turn in row["conversations"][::2]:
+        question = turn["value"]
+        begins = re.match(rf"\s*{marks}(?:$|(?<=[\n>])[\w\"(]|(?!{TAG_WORDS})[\w\"(])", question)
+        ends = re.search(rf"[\n.?!]\s*{marks}$", question)
+        if (begins or ends) and not re.search("</(image|video)>", question):
+            what = "its question has a placeholder, but it names no video or image."
+            why = "visual tokens take the place of <image> and <video>."
+            raise DataError(what, why, NAME_ONE)
+    for key, value in row.items():
+        if re.fullmatch(OTHER_KEYS, key) and names_of(row, key):
+            what = f"its {clean(reprlib.repr(key))} is {clean(reprlib.repr(value))}."
+            why = "that key is not read, so the row would be trained on as text."
+            raise DataError(what, why, NAME_ONE)
 
 
 def check_place(path: Path, folder: Path, allow_outside: bool) -> None:

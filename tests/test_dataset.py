@@ -155,14 +155,27 @@ def test_media_that_cannot_be_meant_make_a_bad_row(mixed_folder, tiny_tokenizer,
 @pytest.mark.parametrize(
     "question",
     ["<image>\nwhat is it?", "<image> What is it?", "What?\n<video>", "What is it? <video>",
-     "<video>", "<image>\n<image>\nwhich", "<image><image> Which?"],
+     "<video>", "<image>\n<image>\nwhich", "<image><image> Which?", "<image> describe the picture",
+     "<video>what happens?"],
 )  # fmt: skip
 def test_a_placeholder_without_a_file_makes_a_bad_row(tmp_path, tiny_tokenizer, question):
-    data = dataset_of(
-        tmp_path, tiny_tokenizer, json.dumps([{"conversations": talk(question, "a")}])
-    )
-    with pytest.raises(DataError, match="placeholder"):
-        data.read(0)
+    """In the first question or a later one."""
+    turns = talk(question, "a")
+    rows = [{"conversations": turns}, {"conversations": talk("Hi", "Hello") + turns}]
+    data = dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows))
+    for row in (0, 1):
+        with pytest.raises(DataError, match="placeholder"):
+            data.read(row)
+
+
+@pytest.mark.parametrize("key", ["images", "videos", "image_path", "Video"])
+def test_a_file_under_another_key_makes_a_bad_row(tmp_path, tiny_tokenizer, key):
+    """Without a placeholder it was trained on as text. An empty key is nothing."""
+    talking = talk("what is it?", "a cat")
+    rows = [{key: name, "conversations": talking} for name in (["a.png"], "a.png", [], None, "")]
+    data = dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows))
+    assert [data.find_fault(row) is None for row in range(5)] == [False, False, True, True, True]
+    assert f"its '{key}' is ['a.png']" in data.find_fault(0)["reason"]
 
 
 @pytest.mark.parametrize(
