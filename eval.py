@@ -289,8 +289,9 @@ def parse_letter(reply: str, options: tuple[str, ...]) -> str:
         "blue"  "Blue."                                           B     the words of one option
         "A cat"  "a cat"                                          D     (the article is no letter)
         "b"  "E"  "Both"  "A man opens a door"  "I think a"  ""   none  no letter that is meant
-        "A or B"  "B, C"  "(A) or (B)"  "Options A and B"         none  two letters
-        "A. red\nB. blue"  "The answer is A. Answer: B"           none  two letters
+        "B is on the board"  "C major is played"                  none  a word of a sentence
+        "A or B"  "B; C"  "(A) or maybe (B)"  "Options A and B"   none  two letters
+        "A. red B. blue"  "The answer is A. Answer: B"            none  two letters
 
     FIX: the released code takes the first character: "Both" is B, "The answer is B" is T (ledger
     F9). `--mcq-rule released` does the same.

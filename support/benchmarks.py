@@ -55,8 +55,9 @@ def mcq_prompt(question: str, options: list[str]) -> str:
 
 # Words that cannot follow an article: "A is right" and "A because" name option A, "A man" does not.
 NO_NOUN = (
-    r"(?:and|as|at|based|because|but|by|due|for|from|given|if|in|is|of|on|or|since|so|that|then|to"
-    r"|was|which|with)\b"
+    r"(?:and|as|at|based|because|but|by|due|for|from|given|if|in|of|on|or|since|so|that|then|to"
+    r"|which|with|(?:is|was|seems|looks|(?:would|must)\s+be)\s+(?:\w+ly\s+)?"
+    r"(?:the|my|right|correct|true|best|most))\b"
 )
 
 
@@ -68,10 +69,14 @@ def named_letters(reply: str, options: tuple[str, ...]) -> list[set[str]]:
     """
     letters = LETTERS[: len(options)]
     reply = unicodedata.normalize("NFKC", reply)
-    reply = re.sub(r"[*`\"“”$]|__|(?<!\w)'|'(?!\w)", "", reply)  # **B** or "B" -> B
+    reply = re.sub(r"[*_`\"“”$]|(?<!\w)'|'(?!\w)", "", reply)  # **B** or "B" -> B
     reply = re.sub(r"[\[{<]", "(", re.sub(r"[\]}>]", ")", reply)).strip()
     for letter, option in zip(letters, options, strict=False):  # "A red" -> "A: red"
-        reply = re.sub(rf"\b{letter} (?={re.escape(option)}\W*$)", f"{letter}: ", reply)
+        words = re.escape(option)
+        reply = re.sub(rf"\b{letter} (?={words}\W*$)", f"{letter}: ", reply)
+        reply = re.sub(rf"(\b{letter}[.:)])\s*{words}(?!\w)", r"\1", reply)  # "A. red" -> "A."
+    if re.fullmatch(rf"(?:\W*\b[{letters}]\b){{2,}}\W*", reply):  # "A; B" or "A B C D"
+        return [set(re.findall(r"\w", reply))]
 
     # A letter that stands by itself, is not said to be wrong and is no article or pronoun ("A man",
     # "I think"). In lower case, "a" and "i" must also end a phrase.
@@ -81,13 +86,16 @@ def named_letters(reply: str, options: tuple[str, ...]) -> list[set[str]]:
     small = rf"{right}[{letters.lower()}](?![\w'’-])"
     lower = rf"{small}(?:(?<![ai])|(?=\s*(?:[).,:;!]|$|{NO_NOUN})))"
     letter = rf"\(?({upper}|{lower})"
-    # "B.", "(b) blue", "B blue" at the start of a line
-    label = rf"^(?:\(?({upper})(?:[.:),;!。]|\s|$)|\(?({small})[.:)](?:\s|$))"
+    # "B.", "(b) blue", "B because" at the start of a line, but not "B movies"
+    alone = rf"\s(?!\s*(?!{NO_NOUN})[a-z])"
+    label = rf"^(?:\(?({upper})(?:[.:),;!。]|{alone}|$)|\(?({small})[.:)](?:\s|$))"
     # " is option ", ": ", " would be " between the word "answer" and the letter
     link = r"(?:\s+(?:is|was|(?:would|should|must)\s+be))?"
     link += r"(?:\s+(?:the\s+)?(?:correct\s+)?(?:letter|option|choice|answer))?[\s:=(–-]+"
-    # ", " or " or option " between two letters
-    joined = rf"[.)]?\s*(?:,|/|&|\bor\b|\band\b)\s*(?:(?:option|choice)\s+)?{letter}"
+    # ", " or " or maybe option " between two letters, or one label after another: "(A) (B)"
+    word = r"\b(?i:or|and|as\s+well\s+as)\b"
+    perhaps = r"(?:(?:maybe|perhaps|possibly|option|choice)\s+)*"
+    joined = rf"[.:)]?\s*(?:[,;/&]?\s*{word}|[,;/&]|(?=\(?[{LETTERS}][.:)]))\s*{perhaps}{letter}"
     affirmed = r"(?<![Nn]ot )(?<!n't )"
 
     def find(pattern: str, text: str = reply) -> set[str]:
