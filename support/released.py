@@ -304,7 +304,7 @@ for _ours in LLAMA_META:
 LLAMA_HF["lm_head"] = "lm_head"
 
 LLAMA_SKIP = {  # pattern of names not read -> why
-    "*rotary_emb.inv_freq": "llama.rope computes these frequencies",  # of a layer or of the model
+    "*inv_freq": "llama.rope computes these frequencies",  # of a layer or of the model
     "rope.freqs": "llama.rope computes these frequencies",
 }
 
@@ -327,6 +327,7 @@ LLAMA_DEFAULTS = {"max_positions": 2048, "norm_eps": 1e-6}  # of Hugging Face, i
 
 LLAMA_REQUIRED = {  # keys of config.json and the only value that llama.py computes
     "model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+    "partial_rotary_factor": 1,
 }  # fmt: skip
 
 
@@ -382,9 +383,12 @@ def require_plain_llama(source: str | Path, stated: dict) -> None:
             different.append(f"{key} = {value!r}")
     for key in ("rope_scaling", "rope_parameters"):
         scaling = as_object(source, key, stated.get(key))
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        unscaled = kind in ("linear", "dynamic") and scaling.get("factor") == 1
-        if kind != "default" and not unscaled:
+        kind = scaling.get("rope_type") or scaling.get("type")
+        if kind == "default" or (kind is None and scaling.get("factor") is None):
+            continue
+        # With factor 1, and no attention_factor, the formulas of these types change nothing.
+        scaled = scaling.get("factor") != 1 or "attention_factor" in scaling
+        if scaled or kind not in (None, "linear", "dynamic", "llama3", "yarn"):
             different.append(f"{key} = {scaling}")
     if different:
         what = f"{source} is no plain LLaMA: {', '.join(different)}."

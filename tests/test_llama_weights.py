@@ -153,6 +153,9 @@ def test_the_error_for_a_damaged_config_names_it(tmp_path):
         ({"mlp_bias": True}, "mlp_bias"),
         ({"hidden_act": "gelu"}, "hidden_act"),
         ({"model_type": "mistral"}, "mistral"),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "yarn", "factor": 1.0, "attention_factor": 2.0}}, "yarn"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ],
 )
 def test_other_architectures_are_rejected_with_the_field_that_differs(change, named, tmp_path):
@@ -170,20 +173,22 @@ def test_other_architectures_are_rejected_with_the_field_that_differs(change, na
         {"rope_scaling": {"rope_type": "default"}},
         {"rope_scaling": {"type": "linear", "factor": 1.0}},
         {"rope_scaling": {"type": "dynamic", "factor": 1}},
+        {"rope_scaling": {"rope_type": None, "type": "llama3", "factor": 1.0}},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
         {"rope_parameters": None, "attention_bias": None, "mlp_bias": None, "hidden_act": None},
         {"head_dim": 8},
     ],
 )
 def test_plain_variants_of_a_config_load(change, tmp_path):
-    """Converters write the same architecture in many ways; the first five were refused."""
+    """Converters write the same architecture in many ways; the first six were refused."""
     (tmp_path / "config.json").write_text(json.dumps(hf_config(**change)))
     assert read_config(tmp_path) == replace(GROUPED, name=tmp_path.name, source=str(tmp_path))
 
 
-def test_one_rotary_table_at_the_top_of_a_file_is_skipped(tmp_path):
-    """Where transformers 4.39 to 4.47 kept it."""
-    tensors = released(build()) | {"model.rotary_emb.inv_freq": torch.ones(4)}
+@pytest.mark.parametrize("name", ["model.rotary_emb.inv_freq", "model.inv_freq", "inv_freq"])
+def test_one_rotary_table_at_the_top_of_a_file_is_skipped(name, tmp_path):
+    """Where transformers 4.39 to 4.47 kept it, and converters do."""
+    tensors = released(build()) | {name: torch.ones(4)}
     write(tmp_path, tensors, "safetensors")
     assert load_llama(tmp_path).config.num_layers == 3
 
