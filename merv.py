@@ -670,7 +670,7 @@ class Checkpoint:
             raw = weights.read_json(path)
             self.is_ours = "merv" in raw
             if self.is_ours:
-                weights.check_fields(raw["merv"], str(path), CHOICES)
+                self.check_config(raw["merv"], str(path))
                 config = MERVConfig.from_dict(raw["merv"])
             else:
                 config = authors_config(self.folder.name, raw)
@@ -682,6 +682,14 @@ class Checkpoint:
             why = "it belongs to another model or version, or to a run that has not ended."
             fix = "name another checkpoint, or train this one again."
             raise CheckpointError(what, why, fix) from error
+
+    def check_config(self, stated: dict, place: str) -> None:
+        """Raise CheckpointError if a field of our config.json is missing or impossible."""
+        weights.require_fields(stated, MERVConfig, place)
+        weights.require_fields(stated["llm"], LlamaConfig, place)
+        for settings in stated["encoders"]:
+            weights.require_fields(settings, EncoderConfig, place)
+        weights.check_fields(stated, place, CHOICES)
 
     def read_weights(self, model: MERV) -> tuple[dict[str, Tensor], dict | None]:
         """All tensors but the encoders', and a table of names if they differ from ours."""

@@ -14,6 +14,7 @@ import re
 import reprlib
 import zipfile
 from contextlib import nullcontext
+from dataclasses import fields
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -187,6 +188,19 @@ def check_fields(
             wanted = f"a multiple of {names.get(part, part)}, which is {second},"
             raise field_error(place, names.get(whole, whole), first, wanted)
     check_clips(values.get("encoders"), place)
+
+
+ADDED_LATER = ("label", "mlp_size")  # fields that older versions did not write
+
+
+def require_fields(values: dict, config: type, place: str) -> None:
+    """Raise CheckpointError unless each field of a dataclass is stated, ADDED_LATER excepted.
+
+    WHY: a default such as the interpolation of another encoder would give other answers unnoticed.
+    """
+    for field in fields(config):
+        if field.name not in values and field.name not in ADDED_LATER:
+            raise field_error(place, field.name, None, "the value of this model")
 
 
 def check_clips(encoders: object, place: str) -> None:

@@ -165,6 +165,21 @@ def test_a_wrong_field_in_the_config_of_a_merv_is_named(change, wanted, tmp_path
     assert wanted in str(caught.value)
 
 
+@pytest.mark.parametrize("part", ["", "llm", "encoders"])
+def test_a_field_that_is_missing_in_the_config_of_a_merv_is_named(part, tmp_path):
+    """pooled_side 8 was taken for the miniature's 3, gelu for ViViT's activation."""
+    whole = asdict(MERVS["miniature"])
+    names = set({"": whole, "llm": whole["llm"], "encoders": whole["encoders"][0]}[part])
+    for name in names - {"label", "mlp_size"}:  # which older versions did not write
+        config = json.loads(json.dumps(whole))
+        inside = config[part] if part else config
+        del (inside[2] if part == "encoders" else inside)[name]
+        (tmp_path / "config.json").write_text(json.dumps({"merv": config}))
+        with pytest.raises(CheckpointError, match=rf"config\.json: {name} is None") as caught:
+            Checkpoint(tmp_path).build_skeleton()
+        assert "\nFix: " in str(caught.value)
+
+
 def test_code_inside_a_pickle_never_runs(tmp_path):
     torch.save({"x": Dangerous(tmp_path / "owned")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError):
