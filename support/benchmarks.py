@@ -439,13 +439,15 @@ class Videos(dict):
         """The videos that a name in an annotation may mean; [] if there are none.
 
         A name may have a suffix or folders in front, which choose between several videos, and
-        ActivityNet's prefix: "v1", "v1.mp4", "test/v1", "v_v1".
+        ActivityNet's prefix: "v1", "v1.mp4", "test/v1", "v_v1". Tables with gaps turn 7 into "7.0".
         """
         parts = tuple(name.replace("\\", "/").split("/"))
         stem = parts[-1]
         if Path(stem).suffix.lower() in VIDEO_SUFFIXES | IMAGE_SUFFIXES:
             stem = Path(stem).stem
-        for known_as in (name, parts[-1], stem, f"v_{stem}", stem.removeprefix("v_")):
+        whole_number = re.sub(r"^(\d+)\.0$", r"\1", stem)
+        bare_names = (stem, f"v_{stem}", stem.removeprefix("v_"), whole_number)
+        for known_as in (name, parts[-1], *bare_names):
             if known_as in self:
                 paths = self.rivals.get(known_as, [self[known_as]])
                 length = len(parts)

@@ -561,6 +561,7 @@ def test_what_is_no_video_does_not_answer_alone_either(name, tmp_path):
         ("v1.5.mp4", "v1.5"),
         ("v1/00001.jpg", "v1"),
         ("74225", "74225"),
+        ("74225.mp4", "74225.0"),
         ("a/b/v1.webm", "b/v1"),
     ],
 )

@@ -354,6 +354,19 @@ def test_a_refused_question_is_marked_and_the_others_are_judged(refusal, endpoin
     assert journal.count("refusal") == 1
 
 
+def test_a_filter_may_refuse_the_first_question(endpoint, tmp_path):
+    """Nothing has been accepted yet, so only the words tell it from a wrong model or key."""
+
+    def reply(answer, nth):
+        refusal = (400, "Input data may contain inappropriate content.")
+        return refusal if answer == "blood" else (200, '{"pred": "yes", "score": 4}')
+
+    path = result_file(tmp_path, ["blood", "red"])
+    eval.judge_results(path, judging.Judge(endpoint(reply).url, "grader", parallel=1))
+    verdicts = [question["verdict"] for question in json.loads(path.read_text())["questions"]]
+    assert verdicts[:2] == ["refused", "yes"]
+
+
 @pytest.mark.parametrize(
     ("base", "path"),
     [
