@@ -75,7 +75,10 @@ def parse_options(
     if unknown:
         known = list(parser._option_string_actions)
         nearest = difflib.get_close_matches(unknown[0], known, 1) or ["--help"]
-        parser.error(f"unknown option {unknown[0]}; did you mean {nearest[0]}?")
+        what = f"unknown option {unknown[0]}; did you mean {nearest[0]}?"
+        if not unknown[0].startswith("--") or os.path.exists(unknown[0]):
+            what += f" If it is a file, write ./{unknown[0]}."
+        parser.error(what)
     settings = vars(values)
     for name, value in settings.items():
         if value == [None]:  # the word `none`

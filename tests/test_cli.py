@@ -46,6 +46,7 @@ def test_every_type_of_field_is_read_from_the_command_line():
     ("words", "wanted"),
     [
         (["--stps", "3"], "did you mean --steps?"),
+        (["-i.mp4", "What?"], "If it is a file, write ./-i.mp4."),
         (["--steps", "many"], "invalid int value: 'many'"),
         (["--pace", "3"], "--pace has moved: use --steps"),
         (["--limit", "nan"], "--limit: must be a number of at least 0, not nan"),
