@@ -15,7 +15,7 @@ from pathlib import Path
 from support.cli import choose
 from support.errors import DataError, VideoError
 from support.records import Record, as_records, read_csv, read_lines, read_object, read_rows
-from support.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES
+from support.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_visible
 
 LETTERS = "ABCDEFGHIJ"  # of the options of a multiple-choice question
 
@@ -483,12 +483,12 @@ def list_videos(folder: Path) -> Videos:
     ranked: dict[str, list[tuple[int, Path]]] = {}
     seen = set()
     for place, subfolders, files in os.walk(folder, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        subfolders[:] = sorted(filter(is_visible, subfolders))
         if os.path.realpath(place) in seen:  # reached through a link as well
             subfolders.clear()
             continue
         seen.add(os.path.realpath(place))
-        paths = [Path(place, name) for name in sorted(files) if not name.startswith(".")]
+        paths = [Path(place, name) for name in sorted(filter(is_visible, files))]
         suffixes = {path.suffix.lower() for path in paths}
         pictures = bool(suffixes & IMAGE_SUFFIXES) and not suffixes & VIDEO_SUFFIXES
         if pictures and Path(place) != folder:

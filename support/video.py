@@ -236,12 +236,12 @@ def files_in_order(folder: Path, suffixes: Iterable[str]) -> list[Path]:
     """
     files = []
     for file in folder.iterdir():
-        if _is_visible(file.name) and file.suffix.lower() in suffixes and not file.is_dir():
+        if is_visible(file.name) and file.suffix.lower() in suffixes and not file.is_dir():
             files.append(file)
     return sorted(files, key=_natural_key)
 
 
-def _is_visible(name: str) -> bool:
+def is_visible(name: str) -> bool:
     """Return whether a file or folder was put there by the user, and not by a program."""
     return not name.startswith(".") and name not in ("__MACOSX", "@eaDir")
 

@@ -584,6 +584,13 @@ def test_two_videos_of_one_name_are_refused_unless_the_name_chooses(second, tmp_
     assert found.find("v2") == tmp_path / "v2.mp4"
 
 
+def test_the_thumbnails_of_a_file_server_are_no_videos(tmp_path):
+    """Synology keeps those of v1.mp4 in @eaDir/v1.mp4, and that folder once answered."""
+    found = touch(tmp_path, "v1.mp4", "@eaDir/v1.mp4/thumb_1.jpg", "__MACOSX/v2/1.jpg")
+    assert found.find("v1.mp4") == tmp_path / "v1.mp4"
+    assert list(found) == ["v1"]
+
+
 def test_a_link_is_not_a_second_video(tmp_path):
     """Neither a link to the file nor one to the folder, even in a circle."""
     touch(tmp_path, "a/v1.mp4")
