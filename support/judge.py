@@ -46,7 +46,7 @@ PARAMETERS = {"max_tokens": 1024, "temperature": 0}
 FILTER_WORDS = (  # endpoints say in these words that they will not read a certain text
     "content_filter", "content filter", "content_policy", "content policy", "content management",
     "responsibleai", "moderation", "flagged", "safety system", "safety policy", "safety filter",
-    "inappropriate", "prohibited", "exists risk", "sensitive",
+    "inappropriate", "prohibited_content", "exists risk",
 )  # fmt: skip
 
 
