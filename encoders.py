@@ -358,8 +358,10 @@ class ViT(Encoder, family="vit"):
         """Bring position embeddings to our form: (1, h*w, d_e), none for the class token."""
         # timm's files with registers have no position for the class token, all others do.
         has_class_position = config.class_token and not (names is TIMM and config.num_registers)
-        _, h, w = config.grid
-        return convert_positions(tensors, names.table, has_class_position, h, w)
+        # timm always antialiases; Hugging Face and Meta do so only for DINOv2 with registers.
+        antialias = names is TIMM or config.num_registers > 0
+        size = config.grid[1:]
+        return convert_positions(tensors, names.table, has_class_position, size, antialias)
 
 
 class LanguageBindBlock(Block):

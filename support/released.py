@@ -228,12 +228,17 @@ def choose_names(
 
 
 def convert_positions(
-    tensors: dict[str, Tensor], table: Table, has_class_position: bool, h: int, w: int
+    tensors: dict[str, Tensor],
+    table: Table,
+    has_class_position: bool,
+    size: tuple[int, int],
+    antialias: bool,
 ) -> dict[str, Tensor]:
     """The tensors of a ViT with its position embeddings in our form: (1, h*w, d_e).
 
-    has_class_position: whether the first position may be that of the class token, (1, 1, d_e), to
-    which it is then added. Hugging Face's SigLIP has positions (h*w, d_e).
+    size: (h, w). antialias: as in `resize_positions`. has_class_position: whether the first
+    position may be that of the class token, (1, 1, d_e), to which it is then added. Hugging Face's
+    SigLIP has positions (h*w, d_e).
     """
     (position,) = released_names("position_embedding", table)
     (class_token,) = released_names("class_token", table)
@@ -246,7 +251,7 @@ def convert_positions(
     if has_class_position and class_token in tensors:
         folded = fold_class_position(positions, tensors[class_token])
         positions, converted[class_token] = folded
-    converted[position] = resize_positions(positions, h, w)
+    converted[position] = resize_positions(positions, *size, antialias)
     return converted
 
 
@@ -265,11 +270,12 @@ def fold_class_position(positions: Tensor, class_token: Tensor) -> tuple[Tensor,
     return positions[:, 1:], class_token + positions[:, :1]
 
 
-def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
+def resize_positions(positions: Tensor, h: int, w: int, antialias: bool = True) -> Tensor:
     """Resize position embeddings of a square grid: (1, side*side, d_e) -> (1, h*w, d_e).
 
-    DINOv2 is released for 518 pixels, so 37x37 positions become 16x16. Bicubic with antialiasing,
-    in float32, as timm does. Any other shape is returned as it is; `assign_weights` reports it.
+    DINOv2 is released for 518 pixels, so 37x37 positions become 16x16. Bicubic, in float32,
+    with antialiasing as in timm, or without. Any other shape is returned as it is;
+    `assign_weights` reports it.
     """
     if positions.ndim != 3:
         return positions
@@ -277,7 +283,7 @@ def resize_positions(positions: Tensor, h: int, w: int) -> Tensor:
     if side == 0 or side * side != positions.shape[1] or (side, side) == (h, w):
         return positions
     grid = positions.float().unflatten(1, (side, side)).permute(0, 3, 1, 2)  # (1, d_e, side, side)
-    grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=True, align_corners=False)
+    grid = F.interpolate(grid, (h, w), mode="bicubic", antialias=antialias)
     return grid.flatten(2).mT
 
 

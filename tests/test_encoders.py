@@ -494,11 +494,11 @@ def dinov2_of_transformers(registers: int, swiglu: bool) -> nn.Module:
     return unit_scale(getattr(transformers, f"{kind}Model")(config).eval())
 
 
-def dinov2_config(registers: int, swiglu: bool) -> EncoderConfig:
+def dinov2_config(registers: int, swiglu: bool, image_size: int = 20) -> EncoderConfig:
     """The same model of ours, by an EncoderConfig alone. The gated MLP is 2/3 as wide, rounded up
     to a multiple of 8."""
     return tiny(
-        "dinov2", image_size=20, num_frames=3, num_registers=registers,
+        "dinov2", image_size=image_size, num_frames=3, num_registers=registers,
         activation="swiglu" if swiglu else "gelu", mlp_size=88 if swiglu else None,
     )  # fmt: skip
 
@@ -552,6 +552,16 @@ def test_dinov2_with_registers_in_hugging_faces_format_equals_transformers(tmp_p
 
 @pytest.mark.parametrize("registers", [0, 4])
 @torch.no_grad()
+def test_positions_are_resized_as_transformers_does(registers, tmp_path):
+    """MERV's 224 pixels are fewer than DINOv2's 518: without registers, positions used to be
+    smoothed here as in timm, and by Hugging Face and Meta not."""
+    theirs = dinov2_of_transformers(registers, swiglu=False)
+    config = dinov2_config(registers, swiglu=False, image_size=12)
+    check_dinov2(theirs, config, as_released(theirs, tmp_path), tmp_path)
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@torch.no_grad()
 def test_the_giant_dinov2_with_a_gated_mlp_equals_transformers(registers, tmp_path):
     theirs = dinov2_of_transformers(registers, swiglu=True)
     tensors = as_released(theirs, tmp_path)
@@ -592,7 +602,7 @@ def check_dinov2(theirs: nn.Module, config: EncoderConfig, tensors: dict, folder
     encoder = load_encoder(config, folder)
     frames = clip(config, dtype=torch.float32)
     hidden = theirs(frames.flatten(0, 1), output_hidden_states=True).hidden_states[-2]
-    patches = hidden[:, 1 + config.num_registers :].view(2, 3, 5, 5, 32)
+    patches = hidden[:, 1 + config.num_registers :].view(2, *config.grid, 32)
     assert_close(encoder(frames), patches, 1e-4)
     assert_close(encoder(frames, class_token=True).view(6, 32), hidden[:, 0], 1e-4)
     save_encoder(encoder, folder / "ours.safetensors")
