@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 import sentencepiece
@@ -74,6 +75,12 @@ _PRESETS = [  # the sizes are those of config.json in each repository
     ),
 ]  # fmt: skip
 LLAMAS: dict[str, LlamaConfig] = {config.name: config for config in _PRESETS}
+
+TEMPLATES_BY_NAME = {  # name of a folder or hub id in lower case -> template; others: "base"
+    "vicuna-*b": "vicuna",  # as our presets are called
+    "vicuna-*-v1.[1-5]*": "vicuna",  # version 1.0 had other prompts
+    "llama*2-*b-chat*": "llama2_chat",  # all sizes, of Hugging Face and of Meta
+}
 
 
 # -------------------------------------------------------------------------------------------- model
@@ -487,17 +494,23 @@ def load_llama(config_or_name_or_folder, source=None, dtype=torch.float32, devic
 def read_config(source: str | Path) -> LlamaConfig:
     """Read the configuration of a folder or hub id from its config.json, or Meta's params.json.
 
-    Neither file states the prompt template, so it is that of the preset with this name, or with
-    this name on the hub: lmsys/vicuna-7b-v1.5 and any folder vicuna-7b-v1.5 get that of vicuna-7b.
+    A preset's source, or a folder of that name, is called like the preset: lmsys/vicuna-7b-v1.5 and
+    any folder vicuna-7b-v1.5 become vicuna-7b. Neither file states the prompt template, so it
+    follows from the name of the folder or hub id by TEMPLATES_BY_NAME.
     """
-    hub_id = str(source).partition("@")[0]  # without the revision of "owner/name@revision"
-    like = LlamaConfig(Path(source).name)
+    # Without the revision of "owner/name@revision".
+    place = source if Path(source).is_dir() else str(source).partition("@")[0]
+    own_name = Path(place).name
+    name = Path(source).name
     for preset in LLAMAS.values():
-        if Path(hub_id).name in (preset.name, Path(preset.source).name or None):
-            like = preset
+        if own_name in (preset.name, Path(preset.source).name or None):
+            name = preset.name
             break
-    settings = released.llama_settings(source)
-    return LlamaConfig(like.name, str(source), template=like.template, **settings)
+    template = LlamaConfig.template
+    for pattern, its_template in TEMPLATES_BY_NAME.items():
+        if fnmatch(own_name.lower(), pattern):
+            template = its_template
+    return LlamaConfig(name, str(source), template=template, **released.llama_settings(source))
 
 
 # ---------------------------------------------------------------------------------------- tokenizer
