@@ -416,19 +416,22 @@ class MERV(nn.Module):
         end with a human turn (data.render_prompt). Temperature 0 decodes greedily; otherwise tokens
         are drawn with `generator` (Llama.generate).
 
-        video may also be a list of videos, and questions a list with the questions of each. The
-        result is then a list of answers for each video. This is faster, because all rows run
-        through the model together.
+        video may also be a list of videos, and questions a list with the questions of each, or a
+        string to ask about all. The result is then a list of answers for each video. This is
+        faster, because all rows run through the model together.
 
         stream: a function that gets each new piece of the text; only for a single question.
         """
         sampling = {"temperature": temperature, "top_p": top_p, "generator": generator}
-        if isinstance(video, list):
-            videos, asked = video, questions
+        videos = video if isinstance(video, list) else [video]
+        if isinstance(questions, str):
+            asked = [[questions] for _ in videos]
+        elif isinstance(video, list):
+            asked = [[each] if isinstance(each, str) else each for each in questions]
         else:
-            videos, asked = [video], [[questions] if isinstance(questions, str) else questions]
+            asked = [questions]
         if stream is not None:
-            if len(videos) != 1 or len(asked[0]) != 1 or isinstance(asked[0], str):
+            if [len(each) for each in asked] != [1]:
                 why = "the pieces of several answers would be mixed up."
                 fix = "ask one question at a time, or leave out `stream`."
                 raise UserError("Only a single question can be streamed.", why, fix)
@@ -446,18 +449,17 @@ class MERV(nn.Module):
             fix = "give a list of questions for each video, such as [[...], [...]]."
             raise UserError(what, "each video is asked its own questions.", fix)
         clips = [self.pixels(video) for video in videos]
-        asked = [[each] if isinstance(each, str) else each for each in questions]
         answers: list[list[Answer]] = [[] for _ in videos]
         # Prefixes must be equally long, so clips and text alone run one after the other.
         for has_video in (True, False):
             numbers = []
             for number, clip in enumerate(clips):
-                if asked[number] and bool(clip) == has_video:
+                if questions[number] and bool(clip) == has_video:
                     numbers.append(number)
             if not numbers:
                 continue
             prefix, mixing_weights = self.prefill_clips([clips[number] for number in numbers])
-            texts_asked = [asked[number] for number in numbers]
+            texts_asked = [questions[number] for number in numbers]
             replies = self.reply(prefix, texts_asked, has_video, max_new_tokens, **sampling)
             for number, texts, mixture in zip(numbers, replies, mixing_weights, strict=True):
                 answers[number] = [Answer(text, mixture) for text in texts]

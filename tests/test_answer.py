@@ -132,6 +132,14 @@ def test_videos_without_a_list_of_questions_each_are_an_error(model):
     assert "\nFix: " in str(error.value)
 
 
+def test_one_question_may_be_asked_about_all_videos(model):
+    """A string used to count as a list of its letters, each a question about one video."""
+    videos = [random_pixels(1), random_pixels(2)]
+    together, one_by_one = model.answer(videos, "ab", 4), model.answer(videos, [["ab"], "ab"], 4)
+    for (answer,), (expected,) in zip(together, one_by_one, strict=True):
+        assert answer.text == expected.text
+
+
 def test_the_pieces_of_a_streamed_answer_are_its_text(model, short_clip):
     """They arrive while the answer is being generated, and joined they are what is returned."""
     pieces = []
@@ -139,7 +147,7 @@ def test_the_pieces_of_a_streamed_answer_are_its_text(model, short_clip):
     assert answer.text == model.answer(short_clip, "what moves", 40)[0].text
     assert "".join(pieces) == answer.text
     assert len(pieces) > 2
-    ((again,),) = model.answer([short_clip], [["what moves"]], 40, stream=lambda piece: None)
+    ((again,),) = model.answer([short_clip], ["what moves"], 40, stream=lambda piece: None)
     assert again.text == answer.text
 
 
