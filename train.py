@@ -297,8 +297,7 @@ def read_options(arguments: list[str] | None = None) -> TrainConfig:
     if config.resume:
         runs.check_resumed(config, began)
     elif config.from_:
-        own_tokenizer = merv.Checkpoint(config.from_).folder / "tokenizer.model"
-        runs.check_from(config, began, own_tokenizer)
+        runs.check_from(config, began, merv.Checkpoint(config.from_).folder)
     return config
 
 

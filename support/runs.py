@@ -30,6 +30,7 @@ from support import files
 from support.cli import allows, option_name
 from support.errors import CheckpointError, DataError, UserError
 from support.records import Record, as_record, clean, parse_json, read_object
+from support.weights import find_file
 
 ROOT = Path(__file__).parents[1]
 
@@ -337,21 +338,29 @@ def check_resumed(config, began) -> None:
             raise UserError(what, why, f"leave {option} out; these may change: {allowed}.")
 
 
-def check_from(config, began, own_tokenizer: Path) -> None:
+def check_from(config, began, folder: Path) -> None:
     """UserError if the command line changes the model of the checkpoint that --from names.
 
-    began: the options that describe the checkpoint. own_tokenizer: its file, if it has one.
+    began: the options that describe the checkpoint. folder: its folder, which may hold encoders and
+    a tokenizer.
     """
-    for name in FIXED_BY_FROM:
+    fixed = FIXED_BY_FROM
+    if (folder / "encoders").is_dir():
+        fixed += ("encoder_files", "encoder_seed")
+    for name in fixed:
         value = getattr(config, name)
         if value != getattr(began, name):
             option = option_name(name)
             what = f"{option} {value} contradicts --from {config.from_}."
             why = f"that model has {getattr(began, name)}, and its weights fit nothing else."
+            if name not in FIXED_BY_FROM:
+                why = "that model comes with its encoders, and was trained on their features."
             raise UserError(what, why, f"leave {option} out.")
+    own_tokenizer = folder / "tokenizer.model"
     if config.tokenizer is None or not own_tokenizer.is_file():
         return
-    if Path(config.tokenizer).read_bytes() != own_tokenizer.read_bytes():
+    named = find_file(config.tokenizer, ("tokenizer.model",))
+    if named.read_bytes() != own_tokenizer.read_bytes():
         what = f"--tokenizer {config.tokenizer} contradicts --from {config.from_}."
         why = f"that model was trained with {own_tokenizer}, in which other ids stand for a text."
         raise UserError(what, why, "leave --tokenizer out.")

@@ -137,6 +137,8 @@ def test_a_run_from_a_checkpoint_resumes_bit_for_bit(aligned):
         (["--model", "merv"], "--model merv contradicts"),
         (["--llm", "vicuna-7b"], "--llm vicuna-7b contradicts"),
         (["--template", "vicuna"], "--template vicuna contradicts"),
+        (["--encoder-files", "mine"], r"--encoder-files mine (?s:.*)comes with its encoders"),
+        (["--encoder-seed", "1"], "--encoder-seed 1 contradicts"),
     ],
 )
 def test_an_option_that_contradicts_the_checkpoint_is_named(aligned, options, named):
@@ -153,6 +155,8 @@ def test_options_that_agree_with_the_checkpoint_are_welcome(aligned):
     words = ["--from", folder, "--encoders", "dinov2,vivit", "--projector", "attn2d"]
     words += ["--model", "miniature", "--tokenizer", tokenizer, "--pooled-side", "3"]
     assert train.read_options(words).projector == "attn2d"
+    by_folder = ["--from", folder, "--tokenizer", str(Path(tokenizer).parent)]
+    assert train.read_options(by_folder).projector == "attn2d"
     assert train.read_options(["--from", folder]).projector == "attn2d"
     assert train.read_options(["--from", "none"]).projector == "avg2d"
 
@@ -161,6 +165,9 @@ def test_another_tokenizer_is_refused(aligned, tiny_tokenizer):
     """It would give ids that the checkpoint has learned to mean other text."""
     words = ["--from", str(aligned / "runs" / "aligned"), "--tokenizer", str(tiny_tokenizer.path)]
     with pytest.raises(UserError, match=r"--tokenizer .* contradicts --from"):
+        train.read_options(words)
+    words[-1] = str(tiny_tokenizer.path.parent / "missing.model")
+    with pytest.raises(CheckpointError, match=r"Found no .* at .*missing\.model"):
         train.read_options(words)
 
 
@@ -255,6 +262,22 @@ def test_a_folder_with_the_name_of_its_repository_has_the_template_of_the_preset
     options = train.read_options(["--llm", str(folder)])
     assert options.template == LLAMAS[name].template and options.tokenizer is None
     assert train.read_options(["--llm", str(folder), "--template", "base"]).template == "base"
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        ("Llama-2-13b-chat-hf", "llama2_chat"), ("llama-2-70b-chat", "llama2_chat"),
+        ("Llama-2-13b-hf", "base"), ("vicuna-7b-v1.3", "vicuna"), ("vicuna-13b", "vicuna"),
+        ("me@home/vicuna-7b-v1.5", "vicuna"), ("TinyLlama-1.1B-step-50K-105b", "base"),
+    ],
+)  # fmt: skip
+def test_other_sizes_and_versions_of_a_family_have_its_template(name, template, tmp_path):
+    """They used to get the base model's prompts, without a word."""
+    folder = tmp_path / name
+    folder.mkdir(parents=True)
+    write(folder, {}, "safetensors")
+    assert read_config(folder).template == template
 
 
 def test_a_preset_of_another_llm_is_planned_with_its_widths():
@@ -360,8 +383,8 @@ def test_the_page_about_fine_tuning_does_what_it_says(workplace, clip, tmp_path,
     assert page.count("\n") <= 40
     (tmp_path / "mydata" / "videos").mkdir(parents=True)
     (tmp_path / "mydata" / "videos" / "a.mp4").write_bytes(clip.read_bytes())
-    table = "video,question,answer\na.mp4,What moves?,a bar\n"
-    (tmp_path / "mydata" / "questions.csv").write_text(table)
+    table = "\ufeffvideo,question,answer\na.mp4,What moves?,a bar\n"  # as Excel writes UTF-8
+    (tmp_path / "mydata" / "questions.csv").write_text(table, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     exec(re.search(r"```python\n(.*?)```", page, re.DOTALL)[1], {})
     checkpoint = str(workplace / "runs" / "adapted" / "checkpoint")
