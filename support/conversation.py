@@ -180,7 +180,10 @@ def respond(conversation: Conversation, line: str, load, max_new_tokens: int) ->
     model = conversation.model
     command, _, argument = line.partition(" ")
     argument = argument.strip().strip("\"'")
-    if command == "/video" and argument:
+    if command == "/video":
+        if not argument:
+            what = "/video needs the path of a video."
+            raise UserError(what, "it looks at another one.", "type it behind, as in /video b.mp4.")
         return Conversation(model, load(str(Path(argument).expanduser())))
     if command == "/text":
         return Conversation(model, {})

@@ -211,6 +211,7 @@ def test_an_error_in_a_pipe_is_told_and_the_next_line_is_answered(model, saved, 
     is_command = line.startswith(b"/")
     assert found.returncode == is_command
     assert (b"Fix: " in found.stderr) == is_command
+    assert (b"There is no command" in found.stderr) == (line == b"/nope")  # /video is one
     assert b"Traceback" not in found.stderr
     if is_command:
         assert found.stdout.decode() == model.answer(None, "what", 5)[0].text + "\n"
