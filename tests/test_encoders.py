@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -465,6 +465,14 @@ DINOV2_SHAPE = {
     "patch_size": 4, "hidden_act": "gelu", "layer_norm_eps": 1e-6,
 }  # fmt: skip
 SIGLIP_SHAPE = SHAPE | {"patch_size": 4, "layer_norm_eps": 1e-6}
+DINOV2_SMALL = {  # facebook/dinov2-small, also -with-registers-small
+    "hidden_size": 384, "num_attention_heads": 6, "num_hidden_layers": 12, "image_size": 518,
+    "patch_size": 14,
+}  # fmt: skip
+SIGLIP2_BASE = {  # google/siglip2-base-patch16-256
+    "hidden_size": 768, "num_attention_heads": 12, "num_hidden_layers": 12, "image_size": 256,
+    "patch_size": 16, "intermediate_size": 3072,
+}  # fmt: skip
 TIMM_NAMES = {  # Hugging Face's name of a DINOv2 tensor -> timm's
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
@@ -483,13 +491,13 @@ META_NAMES = {  # likewise; the rest of Meta's names are timm's
 }
 
 
-def dinov2_of_transformers(registers: int, swiglu: bool) -> nn.Module:
+def dinov2_of_transformers(registers: int, swiglu: bool, **shape) -> nn.Module:
     """Their DINOv2 with random weights: positions of 5x5 patches and one for the class token."""
     kind, more = "Dinov2", {}
     if registers:
         kind, more = "Dinov2WithRegisters", {"num_register_tokens": registers}
     config = getattr(transformers, f"{kind}Config")(
-        **DINOV2_SHAPE, use_swiglu_ffn=swiglu, mlp_ratio=4, **more
+        **(DINOV2_SHAPE | shape), use_swiglu_ffn=swiglu, mlp_ratio=4, **more
     )
     return unit_scale(getattr(transformers, f"{kind}Model")(config).eval())
 
@@ -602,9 +610,10 @@ def check_dinov2(theirs: nn.Module, config: EncoderConfig, tensors: dict, folder
     encoder = load_encoder(config, folder)
     frames = clip(config, dtype=torch.float32)
     hidden = theirs(frames.flatten(0, 1), output_hidden_states=True).hidden_states[-2]
-    patches = hidden[:, 1 + config.num_registers :].view(2, *config.grid, 32)
+    patches = hidden[:, 1 + config.num_registers :].view(2, *config.grid, -1)
     assert_close(encoder(frames), patches, 1e-4)
-    assert_close(encoder(frames, class_token=True).view(6, 32), hidden[:, 0], 1e-4)
+    class_tokens = encoder(frames, class_token=True)
+    assert_close(class_tokens.flatten(0, 3), hidden[:, 0], 1e-4)
     save_encoder(encoder, folder / "ours.safetensors")
     again = load_encoder(config, folder / "ours.safetensors")
     assert torch.equal(again(frames), encoder(frames))
@@ -615,17 +624,43 @@ def check_dinov2(theirs: nn.Module, config: EncoderConfig, tensors: dict, folder
 def test_siglip_in_hugging_faces_format_equals_transformers(prefix, inner, tmp_path):
     """SigLIP and SigLIP 2: a text tower beside it, positions (h*w, d_e), and an MLP of any width,
     as in so400m. The tanh approximation of GELU is what their config.json asks for."""
-    shape = SIGLIP_SHAPE | {"intermediate_size": inner, "hidden_act": "gelu_pytorch_tanh"}
+    shape = SIGLIP_SHAPE | {"intermediate_size": inner}
+    config = tiny("siglip", num_frames=3, activation="gelu_tanh", mlp_size=inner)
+    check_siglip(shape, config, prefix, tmp_path)
+
+
+def check_siglip(shape: dict, config: EncoderConfig, prefix: str, folder: Path) -> None:
+    """Features equal those of their SigLIP of this shape; prefix: of the names in its file."""
+    shape = shape | {"hidden_act": "gelu_pytorch_tanh"}
     theirs = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**shape)).eval()
     unit_scale(theirs)
-    tensors = as_released(theirs, tmp_path, prefix)
+    tensors = as_released(theirs, folder, prefix)
     tensors |= {"text_model.head.weight": torch.ones(2, 2), "logit_scale": torch.ones(1)}
     assert prefix + "head.probe" in tensors, "the head that pools should be in the file"
-    save_file(tensors, tmp_path / "model.safetensors")
-    config = tiny("siglip", num_frames=3, activation="gelu_tanh", mlp_size=inner)
-    encoder, frames = load_encoder(config, tmp_path), clip(config, dtype=torch.float32)
+    save_file(tensors, folder / "model.safetensors")
+    encoder, frames = load_encoder(config, folder), clip(config, dtype=torch.float32)
     expected = theirs(frames.flatten(0, 1), output_hidden_states=True).hidden_states[-2]
-    assert_close(encoder(frames), expected.view(2, 3, 3, 3, 32), 1e-4)
+    assert_close(encoder(frames), expected.view(2, *config.grid, -1), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("registers", [0, 4])
+@torch.no_grad()
+def test_a_dinov2_of_published_size_equals_transformers(registers, tmp_path):
+    """Its file is for 518 pixels, and MERV's clips have 224."""
+    theirs = dinov2_of_transformers(registers, swiglu=False, **DINOV2_SMALL)
+    config = replace(
+        ENCODERS["dinov2"], hidden_size=384, num_heads=6, released_layers=12, num_layers=11,
+        num_frames=1, num_registers=registers,
+    )  # fmt: skip
+    check_dinov2(theirs, config, as_released(theirs, tmp_path), tmp_path)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_siglip_2_of_published_size_equals_transformers(tmp_path):
+    config = replace(ENCODERS["siglip"], image_size=256, activation="gelu_tanh", num_frames=1)
+    check_siglip(SIGLIP_SHAPE | SIGLIP2_BASE, config, "vision_model.", tmp_path)
 
 
 def test_another_size_is_a_configuration_alone(monkeypatch):
