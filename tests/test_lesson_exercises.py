@@ -50,7 +50,11 @@ def only_known_encoders():
 
 
 def close(found, expected, why: str) -> None:
-    """Fail with both shapes and the largest difference, and why it may be."""
+    """Fail with both types or shapes, or with the largest difference and why it may be."""
+    kind = type(found).__name__
+    assert kind in ("Tensor", "Parameter"), f"your function must return a tensor, not {kind}"
+    shape, wanted = tuple(found.shape), tuple(expected.shape)
+    assert shape == wanted, f"your result has shape {shape}, not {wanted}"
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{why}\n{m}")
 
 
@@ -279,6 +283,22 @@ def test_the_command_says_what_is_not_done_and_why():
     assert "one key for each encoder" in done.stdout
     assert "test_2_permuting_encoders_permutes_their_weights" in done.stdout
     assert "[solutions]" not in done.stdout and "2 failed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (None, r"must return a tensor, not NoneType"),
+        (torch.zeros(4, 6), r"has shape \(4, 6\), not \(2, 2, 6\)"),
+        (torch.ones(2, 2, 6), r"Is it 0\?"),
+    ],
+)
+def test_a_wrong_result_is_named_before_a_reason_is_guessed(found, said):
+    """A forgotten `return` once printed the whole expected tensor, under a hint about windows."""
+    with pytest.raises(AssertionError, match=said) as failure:
+        close(found, torch.zeros(2, 2, 6), "Is it 0?")
+    assert "tensor(" not in str(failure.value)
+    assert ("Is it 0?" in str(failure.value)) == ("Is it" in said)
 
 
 @pytest.mark.parametrize("number", ["0", "9", "two", "1 or True"])
