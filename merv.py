@@ -44,7 +44,7 @@ from support import cli, variants, weights
 from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype
 from support.conversation import TextStream, converse
 from support.errors import CheckpointError, UserError
-from support.released import AUTHORS, LLAMA_SKIP, authors_settings, authors_tensors
+from support.released import AUTHORS, LLAMA_SKIP, authors_settings, authors_tensors, explained
 from support.runs import latest_run
 from support.video import load_video
 from support.weights import assign_weights, initialise
@@ -675,7 +675,10 @@ class Checkpoint:
                 self.check_config(raw["merv"], str(path))
                 config = MERVConfig.from_dict(raw["merv"])
             else:
-                config = authors_config(self.folder.name, raw)
+                config = authors_config(self.folder.name, raw, str(path))
+            if config.num_visual >= config.llm.max_positions:
+                wanted = f"fewer visual tokens than {config.llm.name} can read"
+                raise weights.field_error(str(path), "pooled_side", config.pooled_side, wanted)
             with torch.device("meta"):
                 placeholders = [nn.Module() for _ in config.encoders]
                 return MERV(config, placeholders, Llama(config.llm), None)
@@ -698,9 +701,10 @@ class Checkpoint:
         if self.is_ours:
             return weights.read_tensors(self.place, ("model.safetensors",)), None
         file = self.prefix + "checkpoints/latest-checkpoint.pt"
-        parts = weights.read_tensors(self.place, (file,))["model"]
+        tensors = weights.read_tensors(self.place, (file,))
         d = model.config.llm.hidden_size
-        return authors_tensors(list(model.projectors), d, parts)
+        with explained(f"{self.place}/{file}"):
+            return authors_tensors(list(model.projectors), d, tensors["model"])
 
     def load_tokenizer(self, config: MERVConfig, path: str | Path | None) -> Tokenizer:
         """The tokenizer at `path`, else the checkpoint's own, else the LLM's."""
@@ -732,9 +736,9 @@ class Checkpoint:
         model.config = replace(model.config, encoders=tuple(loaded_configs))
 
 
-def authors_config(name: str, raw: dict) -> MERVConfig:
-    """Our configuration for the authors' config.json."""
-    settings = authors_settings(raw)
+def authors_config(name: str, raw: dict, place: str = "config.json") -> MERVConfig:
+    """Our configuration for the authors' config.json. place: the file, for errors."""
+    settings = authors_settings(raw, place)
     encoder_configs = tuple(ENCODERS[encoder] for encoder in settings["encoders"])
     # QUIRK: 32064 rows of embeddings; 64 are for a <PAD> token, which we do not need (ledger K9).
     llm = replace(LLAMAS["llama2-7b"], vocab_size=32064, rope_bf16=True)
@@ -745,7 +749,7 @@ def authors_config(name: str, raw: dict) -> MERVConfig:
         if tokens in (None, math.prod(config.grid)):
             return config
     names = ", ".join(settings["encoders"])
-    what = f"{name}/config.json asks for {tokens} visual tokens from {names}."
+    what = f"{place} asks for {tokens} visual tokens from {names}."
     why = "only pooled grids and all patches are implemented for the authors' checkpoints."
     raise CheckpointError(what, why, "name a run of train.py or another released MERV.")
 

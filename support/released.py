@@ -13,6 +13,7 @@ A name covers its weight and bias. `weights.released_names` applies a table, and
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -415,13 +416,15 @@ def meta_sizes(source: str | Path, hidden_size: int) -> dict[str, object]:
 
 @contextmanager
 def explained(source: str | Path) -> Iterator[None]:
-    """Turn the errors that wrong tensors raise in Meta's format into a CheckpointError."""
+    """Turn the errors that wrong tensors of Meta or the authors raise into a CheckpointError."""
     try:
         yield
-    except (KeyError, IndexError, RuntimeError, TypeError, ZeroDivisionError) as error:
-        what = f"The shards of Meta's format at {source} do not fit together."
-        why = f"a tensor is missing or has another shape: {error!r}."
-        raise CheckpointError(what, why, "download all of its files again.") from error
+    except CheckpointError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        what = f"The tensors of {source} do not fit together."
+        why = f"one is missing or has another shape: {e!r}."
+        raise CheckpointError(what, why, "download all of its files again.") from e
 
 
 def read_meta(source: str | Path, hidden_size: int, head_dim: int) -> dict[str, Tensor]:
@@ -466,22 +469,22 @@ AUTHORS_ENCODERS = {  # their name of an encoder -> ours
 }
 
 
-def authors_settings(raw: dict) -> dict[str, object]:
+def authors_settings(raw: dict, place: str) -> dict[str, object]:
     """The settings in the authors' config.json: encoders, pooled_side and visual_tokens.
 
     encoders: our names, in order; visual_tokens: per clip, None if the file does not say.
-    Raises CheckpointError for an encoder that we do not have.
+    place: the file, for errors. Raises CheckpointError for an encoder that we do not have.
     """
     model = raw["model"]
     theirs = model["video_backbone_ids"]
     unknown = [name for name in theirs if name not in AUTHORS_ENCODERS]
     if unknown:
-        what = f"This checkpoint needs {', '.join(unknown)}, which is not implemented."
+        what = f"{place} needs {reprlib.repr(unknown)}, which is not implemented."
         why = f"of the authors' encoders there are {', '.join(AUTHORS_ENCODERS)}."
         raise CheckpointError(what, why, f"choose one of {', '.join(AUTHORS)}.")
     tokens = model.get("projector_token_length", 64)  # of one frame
     if type(tokens) is not int or not 1 <= tokens <= 10**6:
-        raise field_error("config.json", "projector_token_length", tokens, "a number of tokens")
+        raise field_error(place, "projector_token_length", tokens, "a number of tokens")
     return {
         "encoders": tuple(AUTHORS_ENCODERS[name] for name in theirs),
         "pooled_side": math.isqrt(tokens),
