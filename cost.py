@@ -67,9 +67,9 @@ class PlanConfig:
     dtype: str = option("bfloat16", "to compute in", ("bfloat16", "float32"), "training")
 
     gpus: int = option(8, "number of GPUs", None, "machine", least=1)
-    gpu_memory: float = option(48.0, "GB of each GPU", None, "machine", least=1)
+    gpu_memory: float = option(48.0, "GB of each GPU", None, "machine", least=0.001)
     tflops: float = option(
-        60.0, "10^12 operations a second that a GPU achieves", None, "machine", least=1
+        60.0, "10^12 operations a second that a GPU achieves", None, "machine", least=0.001
     )
 
 

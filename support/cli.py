@@ -40,7 +40,7 @@ def option(
     choices: Iterable[str] | None = None,
     group: str = "options",
     positional: bool = False,
-    least: int = 0,
+    least: float = 0,
 ):
     """Declare a command-line option as a field of a dataclass.
 
@@ -147,12 +147,12 @@ def allows(option_field, value: object) -> bool:
     return True
 
 
-def in_range(number: float, least: int) -> bool:
+def in_range(number: float, least: float) -> bool:
     """Whether a number is finite and at least `least`. NaN is neither."""
     return least <= number < 2**63
 
 
-def value_reader(hint: object, choices: Iterable[str] | None, least: int) -> dict:
+def value_reader(hint: object, choices: Iterable[str] | None, least: float) -> dict:
     """How argparse reads values of a type: `int`, `float | None`, `tuple[float, ...]` and so on.
 
     Numbers below `least` are refused, and so are NaN and infinity.

@@ -64,7 +64,7 @@ COUNTS = {
     train: ("micro-batch", "global-batch", "epochs", "max-steps", "lora", "replicas", "keep"),
     eval: ("batch-videos", "max-new-tokens", "judge-parallel"),
     merv: ("max-new-tokens",),
-    cost: ("gpus", "gpu-memory", "tflops", "micro-batch", "text-tokens"),
+    cost: ("gpus", "replicas", "micro-batch", "text-tokens"),
 }
 
 

@@ -24,6 +24,15 @@ from support.errors import UserError
 pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, short_clip, tokenizer
 pytestmark = pytest.mark.usefixtures("no_hub")
 
+
+@pytest.fixture(autouse=True)
+def ctrl_c_works():
+    """Shells let background commands, and so their children, ignore Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 TURNS = ["what moves", "the red square", "left or right"]
 
 # ---------------------------------------------------------------------------------------- the turns

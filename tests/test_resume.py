@@ -143,6 +143,7 @@ def test_sigterm_saves_and_resume_goes_on_bit_for_bit(workplace, straight):  # n
     assert_same_run(workplace, "stopped", straight)
 
 
+@pytest.mark.slow
 @also_as_on_cuda
 def test_a_run_goes_on_with_another_number_of_processes(workplace, straight):  # noqa: F811
     """Saved by two, read by one: the same curve to rounding. A half-written save is passed over."""

@@ -67,6 +67,7 @@ def aligned(workplace):  # noqa: F811
 # --------------------------------------------------------------------------------------------- from
 
 
+@pytest.mark.slow
 def test_stage_2_from_a_run_of_stage_1_is_the_two_stage_recipe(aligned):
     """The same losses and weights, bit for bit: what stage 1 leaves is all that stage 2 needs."""
     options = ("--encoders", "dinov2,vivit", "--projector", "attn2d")
@@ -95,6 +96,7 @@ def test_the_run_knows_its_beginning_and_its_checkpoint_needs_no_other(aligned):
     assert not torch.equal(model.llm.norm.weight, before.llm.norm.weight)  # it was trained
 
 
+@pytest.mark.slow
 def test_encoders_keep_their_float32_weights_when_training_holds_bfloat16(aligned):
     """A checkpoint made on a GPU used to have encoders rounded to bfloat16, and the next one again,
     so the cache of features made for one was of no use for the other."""
