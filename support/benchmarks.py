@@ -277,7 +277,10 @@ def read_perception(folder: Path) -> Iterator[Question]:
         annotation = videos.record(video)
         if "mc_question" not in annotation.values:
             raise annotation.wrong("mc_question", "a list of questions")
-        last_frame = last_frames.whole(video) or -1
+        last_frame = -1
+        for name in (video, f"{video}.mp4", video.removesuffix(".mp4")):
+            if name in last_frames.values:
+                last_frame = last_frames.whole(name) or -1
         for row in as_records(annotation.items("mc_question"), annotation.place, "id"):
             options = row.texts("options")
             yield Question(

@@ -384,6 +384,17 @@ def test_half_an_emoji_is_replaced_in_names_of_fields_too(name, tmp_path):
         assert "\ufffd" in question.video + "".join(question.options)
 
 
+@pytest.mark.parametrize(("asked", "cut"), [("clip_a", "clip_a.mp4"), ("clip_a.mp4", "clip_a")])
+def test_a_cut_is_found_with_and_without_the_suffix_of_the_video(asked, cut, tmp_path):
+    """Otherwise a question would be asked about the whole video, with the answer in sight."""
+    _, values = published("perception")
+    questions = values["mc_question_valid.json"]
+    values["mc_question_valid.json"] = {asked: questions["clip_a"]}
+    values["cut_frame_mapping_valid.json"] = {cut: 5}
+    write_published(tmp_path, values)
+    assert benchmarks.load_questions("perception", tmp_path)[0].cut == (None, None, 5)
+
+
 def test_half_an_emoji_is_replaced(tmp_path):
     """An unpaired surrogate can be written to no file: the report failed after all answers."""
     _, values = published("msvd")
