@@ -18,6 +18,7 @@ from support.records import Record, as_records, read_csv, read_lines, read_objec
 from support.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_visible
 
 LETTERS = "ABCDEFGHIJ"  # of the options of a multiple-choice question
+LONGEST_REPLY = 5000  # characters of a reply that are searched for a letter
 
 FPS = (
     3.0  # of videos that are folders of frames: VLEP and TVQA are distributed at 3 frames a second
@@ -68,7 +69,8 @@ def named_letters(reply: str, options: tuple[str, ...]) -> list[set[str]]:
     eval.parse_letter has a table of examples.
     """
     letters = LETTERS[: len(options)]
-    reply = unicodedata.normalize("NFKC", reply)
+    # WHY: the time that the patterns take can grow with the square of the length.
+    reply = unicodedata.normalize("NFKC", reply[:LONGEST_REPLY])
     reply = re.sub(r"[*_`\"“”$]|(?<!\w)'|'(?!\w)", "", reply)  # **B** or "B" -> B
     reply = re.sub(r"[\[{<]", "(", re.sub(r"[\]}>]", ")", reply)).strip()
     for letter, option in zip(letters, options, strict=False):  # "A red" -> "A: red"

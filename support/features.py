@@ -16,6 +16,8 @@ from support.errors import CheckpointError
 from support.files import write_file
 from support.weights import save_tensors
 
+MAX_STEPS = 10_000  # time steps of a clip; a damaged number could fill the memory
+
 
 @dataclass
 class FeatureCache:
@@ -110,7 +112,10 @@ def read_features(path: Path) -> Tensor:
         if features.ndim != 4 or not features.is_floating_point() or not features.isfinite().all():
             raise ValueError(f"it holds {features.dtype} {list(features.shape)}, or not numbers")
         if "steps" in stored:  # absent from older files
-            features = features.expand(int(stored["steps"]), -1, -1, -1)
+            steps = int(stored["steps"])
+            if not 1 <= steps <= MAX_STEPS:
+                raise ValueError(f"it has {steps} time steps")
+            features = features.expand(steps, -1, -1, -1)
     except Exception as error:  # safetensors and torch have errors of their own
         what = f"Cannot read the cached features in {path}."
         fix = "delete this file, and they are computed again."

@@ -154,6 +154,12 @@ def test_what_the_words_of_an_option_say_does_not_name_a_letter():
     assert eval.parse_letter("Answer: J", options[:9]) == ""
 
 
+def test_a_reply_that_repeats_itself_without_end_is_read():
+    """It took minutes, because each letter was looked for after each letter."""
+    reply = "Answer: A or option " * 10_000
+    assert eval.parse_letter(reply, ("red", "blue")) == "A"
+
+
 def test_an_option_that_begins_with_an_article_is_recognised():
     """ "A cat" is option B if that is what B says, although it begins with the letter A."""
     assert eval.parse_letter("A cat", ("a dog", "a cat")) == "B"

@@ -118,7 +118,17 @@ def test_a_folder_of_frames_may_contain_folders(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", ["cut", "empty", "whole numbers", "nothing finite", "three axes", "no clip"]
+    "content",
+    [
+        "cut",
+        "empty",
+        "whole numbers",
+        "nothing finite",
+        "three axes",
+        "no clip",
+        "too long",
+        "none",
+    ],
 )
 def test_a_damaged_entry_is_named_with_its_remedy(content, tmp_path):
     """A cut file, or one of another program, must neither train nor end in a traceback."""
@@ -132,6 +142,8 @@ def test_a_damaged_entry_is_named_with_its_remedy(content, tmp_path):
         "nothing finite": {"features": torch.full((4, 2, 2, 8), torch.nan)},
         "three axes": {"features": torch.ones(4, 2, 8)},
         "no clip": {"steps": torch.tensor(4)},
+        "too long": {"features": torch.ones(1, 2, 2, 8), "steps": torch.tensor(2**40)},
+        "none": {"features": torch.ones(1, 2, 2, 8), "steps": torch.tensor(0)},
     }
     if content in tensors:
         save_file(tensors[content], path)
