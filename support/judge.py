@@ -43,6 +43,7 @@ Reply with one JSON object and nothing else: {{"pred": "yes" or "no", "score": a
 # What a request asks for beside its text: room for a model that thinks first, and no randomness.
 PARAMETERS = {"max_tokens": 1024, "temperature": 0}
 
+LONGEST_OBJECT = 10_000  # characters; the object that was asked for has about thirty
 FILTER_WORDS = (  # endpoints say in these words that they will not read a certain text
     "content_filter", "content filter", "content_policy", "content policy", "content management",
     "responsibleai", "moderation", "flagged", "safety system", "safety policy", "safety filter",
@@ -271,7 +272,8 @@ def find_object(text: str) -> dict:
     literal_eval only reads literals: it calls nothing and looks up no names.
     """
     match = re.search(r"(?s)\{.*\}", text)
-    if not match:
+    # WHY a limit: Python may need minutes to find out that a million characters are no object.
+    if not match or len(match[0]) > LONGEST_OBJECT:
         return {}
     for read in (json.loads, ast.literal_eval):
         try:

@@ -142,6 +142,11 @@ def test_a_verdict_is_json_or_nothing(reply, verdict):
     assert judging.read_reply(reply)[2] in ("strict", "unparsable", "no reply")
 
 
+def test_a_reply_of_a_million_brackets_is_read():
+    """It took minutes to find out that this is neither JSON nor Python."""
+    assert judging.read_reply('{"p' * 300_000 + "}") == ("unparsable", 0, "unparsable")
+
+
 @pytest.mark.parametrize(
     "reply",
     [
