@@ -107,8 +107,10 @@ def open_run(config) -> Run:
     for unfinished in folder.glob("saves/*.partial"):
         shutil.rmtree(unfinished)
     done = newest_save(folder)
-    cut_log(folder / "metrics.jsonl", done)
-    bad = cut_log(folder / "bad_examples.jsonl", done)
+    # Once the checkpoint is written all steps stand, even if the last save has been damaged since.
+    kept = sys.maxsize if (folder / "checkpoint").exists() else done
+    cut_log(folder / "metrics.jsonl", kept)
+    bad = cut_log(folder / "bad_examples.jsonl", kept)
     print(f"{folder}, from step {done}; its options are in config.json", flush=True)
     return Run(config, folder, done, bad)
 

@@ -171,6 +171,17 @@ def test_a_run_that_was_killed_after_its_checkpoint_is_finished_and_not_doubled(
     assert new_run("late").folder == Path("runs/late-2")
 
 
+def test_a_run_that_has_its_checkpoint_keeps_all_its_metrics(tmp_path, monkeypatch):
+    """Its last save was damaged during the final evaluation, and the last step left the metrics."""
+    monkeypatch.chdir(tmp_path)
+    run = new_run("late")
+    (run.folder / "checkpoint").mkdir()
+    lines = "".join(f'{{"step": {step}, "loss": 1.0}}\n' for step in (1, 2, 3))
+    (run.folder / "metrics.jsonl").write_text(lines)
+    assert new_run("late").folder == run.folder
+    assert (run.folder / "metrics.jsonl").read_text() == lines
+
+
 def test_another_command_does_not_take_over_a_run_that_was_killed_late(tmp_path, monkeypatch):
     """Other options are another run."""
     monkeypatch.chdir(tmp_path)
