@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data import load_pixels, stack
 from encoders import ENCODERS, EncoderConfig
@@ -45,7 +44,7 @@ from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype, 
 from support.errors import UserError, VideoError
 from support.files import Journal, write_file
 from support.judge import Judge, judge_answers
-from support.processes import cores_left_to, end_with_torchrun
+from support.processes import LoadAhead, cores_left_to, end_with_torchrun
 from support.report import read_result, write_report
 from support.runs import latest_run
 
@@ -59,7 +58,7 @@ class Clips:
     """The clips of a benchmark as a torch dataset; item n is decoded for the encoders.
 
     A clip is a video, or the part of it that a question is about (`Question.cut`). `groups[n]` are
-    the questions about clip n. A DataLoader with workers decodes clips while the model answers.
+    the questions about clip n. Worker processes decode clips while the model answers.
     """
 
     def __init__(self, questions: list[Question], folder, encoders: list[EncoderConfig]):
@@ -103,8 +102,8 @@ def check_benchmark(name: str, folder: str | Path, workers: int) -> int:
     print(f"{len(questions)} questions, {found}/{len(expected)} videos found in {clips.folder}")
     total = len(clips.groups)
     bad = 0
-    loader = DataLoader(clips, batch_size=None, sampler=range(total), num_workers=workers)
-    for number, _, failure in progress(loader, "decode"):
+    loader = LoadAhead(clips, workers, stack_clips, sampler=range(total))
+    for (number,), (failure,), _ in progress(loader, "decode"):
         if failure:
             bad += 1
             print(f"bad  {clips.groups[number][0].video}: {failure.splitlines()[0]}")
@@ -153,9 +152,7 @@ def evaluate(
     size = config.batch_videos
     if size is None:
         size = clips_at_once(model, questions, len(clips.groups), config)
-    loader = DataLoader(
-        clips, size, sampler=mine, num_workers=config.workers, collate_fn=stack_clips
-    )
+    loader = LoadAhead(clips, config.workers, stack_clips, batch_size=size, sampler=mine)
     with cores_left_to(config.workers):
         for batch in progress(loader, f"{name}, batches of {size}"):
             journal.append(*answer_batch(model, batch, clips, config))

@@ -48,7 +48,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as distributed_state
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.data import ConcatDataset, DataLoader
+from torch.utils.data import ConcatDataset
 
 import data
 import eval
@@ -62,7 +62,7 @@ from support.cli import exit_now, option, parse_options, progress
 from support.errors import UserError
 from support.held_out import HeldOut
 from support.muon import Muon
-from support.processes import ignore_sigterm, join_processes, make_mesh
+from support.processes import LoadAhead, join_processes, make_mesh
 from support.rows import Rows
 from support.runs import Run
 
@@ -493,7 +493,7 @@ def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConf
     # Sorted by kind, so that few batches mix stills and clips (ledger F8).
     missing = [file for _, file in mine if not cache.has(file)]
     load = partial(decode, encoders=dataset.encoders)
-    loader = DataLoader(missing, config.micro_batch, collate_fn=load, num_workers=config.workers)
+    loader = LoadAhead(missing, config.workers, load, batch_size=config.micro_batch)
     with processes.cores_left_to(config.workers):
         for usable, pixels in progress(loader, "encode clips once"):
             pooled = model.pooled_features(pixels) if usable else {}
@@ -805,8 +805,7 @@ def train_stage(model: MERV, stage: Stage, dataset, held_out, run: Run, steps_do
 
 def load_in_order(dataset: ConcatDataset, order: list[list[int]], workers: int) -> Iterator:
     """Batches of the rows in `order`, read ahead by other processes."""
-    how = {"num_workers": workers, "collate_fn": data.collate, "worker_init_fn": ignore_sigterm}
-    return iter(DataLoader(dataset, batch_sampler=order, **how))
+    return iter(LoadAhead(dataset, workers, data.collate, batch_sampler=order))
 
 
 def rows_of(dataset: ConcatDataset, order: list[list[int]], first: int, count: int) -> list[dict]:

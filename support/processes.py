@@ -9,13 +9,19 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from datetime import timedelta
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.utils._pytree import tree_map_only
+from torch.utils.data import DataLoader, get_worker_info
 
 from support.cli import pick_device
 from support.errors import UserError
@@ -119,6 +125,53 @@ def run_on_all_cores(work: Callable, items: Sequence) -> Iterator:
         return
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         yield from pool.map(work, items, chunksize=50)
+
+
+class LoadAhead:
+    """A DataLoader whose workers say so if a batch does not fit into shared memory.
+
+    WHY: torch moves a batch there in a background thread of the worker. If that fails, as in a
+    container with 64 MB of /dev/shm, the batch is lost and the main process waits for ever.
+    """
+
+    def __init__(self, dataset: Sequence, workers: int, collate: Callable, **how):
+        collate = partial(collate_in_shared_memory, collate)
+        how |= {"num_workers": workers, "worker_init_fn": ignore_sigterm}
+        self.loader = DataLoader(dataset, collate_fn=collate, **how)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator:
+        try:
+            batches = iter(self.loader)
+        except OSError as error:  # the queues between processes lie in shared memory, too
+            raise no_shared_memory(error) from error
+        for batch in batches:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+def collate_in_shared_memory(collate: Callable, items: list) -> Any:
+    """collate(items), whose tensors a worker moves to shared memory; a UserError if it cannot."""
+    batch = collate(items)
+    if get_worker_info() is None:  # we are the main process
+        return batch
+    fields = vars(batch) if is_dataclass(batch) else batch
+    try:
+        tree_map_only(Tensor, Tensor.share_memory_, fields)
+    except RuntimeError as error:
+        return no_shared_memory(error)
+    return batch
+
+
+def no_shared_memory(error: Exception) -> UserError:
+    """The error to show if shared memory is full."""
+    what = f"A batch cannot be written to shared memory: {str(error).splitlines()[0]}"
+    why = "data loader processes pass batches through /dev/shm, 48 MB for each clip."
+    fix = "give a container more of it (docker run --shm-size 8g), or use --workers 0."
+    return UserError(what, why, fix)
 
 
 def ignore_sigterm(worker: int) -> None:

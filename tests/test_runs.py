@@ -19,6 +19,7 @@ from torch import nn
 from miniature import prepare
 from support import files, runs
 from support.errors import CheckpointError, UserError
+from support.processes import LoadAhead
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -362,6 +363,19 @@ def test_a_full_disk_ends_a_save_with_a_clear_error_and_nothing_is_lost(trained,
     assert new_run("saved").done == 6
     runs.save_state(model, [optimizer], run, 8)
     assert new_run("saved").done == 8
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # torch's own
+@pytest.mark.parametrize("size", [0, 100])  # no room for the queues, or none for a batch
+def test_full_shared_memory_ends_loading_with_a_clear_error(full_disk, size):
+    """torch alone loses the batch in a background thread, and waits for it for ever."""
+    rows = [torch.ones(1000)] * 4
+    batches = LoadAhead(rows, 1, torch.stack, batch_size=2, timeout=60)
+    assert [batch.shape for batch in batches] == [(2, 1000)] * 2
+    full_disk(size)
+    with pytest.raises(UserError, match="cannot be written to shared memory") as caught:
+        list(batches)
+    assert "--shm-size" in str(caught.value)
 
 
 def test_a_full_disk_never_shortens_a_file(tmp_path, full_disk):
