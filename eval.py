@@ -103,7 +103,9 @@ def check_benchmark(name: str, folder: str | Path, workers: int) -> int:
     total = len(clips.groups)
     bad = 0
     loader = LoadAhead(clips, workers, stack_clips, sampler=range(total))
-    for (number,), (failure,), _ in progress(loader, "decode"):
+    for numbers, failures, _ in progress(loader, "decode"):
+        (number,) = numbers
+        (failure,) = failures
         if failure:
             bad += 1
             print(f"bad  {clips.groups[number][0].video}: {failure.splitlines()[0]}")
@@ -152,7 +154,8 @@ def evaluate(
     size = config.batch_videos
     if size is None:
         size = clips_at_once(model, questions, len(clips.groups), config)
-    loader = LoadAhead(clips, config.workers, stack_clips, batch_size=size, sampler=mine)
+    batches = {"batch_size": size, "sampler": mine}
+    loader = LoadAhead(clips, config.workers, stack_clips, **batches)
     with cores_left_to(config.workers):
         for batch in progress(loader, f"{name}, batches of {size}"):
             journal.append(*answer_batch(model, batch, clips, config))
