@@ -570,6 +570,12 @@ class MERV(nn.Module):
         for part in untrained:
             # WHY: 1 / sqrt(d) keeps the size of activations: 0.016 at width 4096, 0.06 at 256.
             initialise(part, generator, std=config.llm.hidden_size**-0.5)
+        if llm in untrained:
+            # WHY: if layers add little at first, training is faster and depends less on the seed.
+            with torch.no_grad():
+                for layer in llm.layers:
+                    layer.self_attn.o_proj.weight.mul_(0.1)
+                    layer.mlp.down_proj.weight.mul_(0.1)
         return model
 
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
