@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -269,7 +270,9 @@ def test_workers_leave_sigterm_to_the_main_process():
     """SLURM sends it to all processes of a job. A worker that died would end the run unsaved."""
     loader = train.load_in_order(Texts(), [[row] for row in range(40)], workers=2)
     rows = [next(loader).input_ids[0, 1].item() - 2 for _ in range(2)]  # both have started
-    for worker in loader._workers:
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
         os.kill(worker.pid, signal.SIGTERM)
     rows += [batch.input_ids[0, 1].item() - 2 for batch in loader]
     assert rows == list(range(40))
@@ -310,7 +313,9 @@ def test_vectors_do_not_decay(workplace):
     inner = {id(p) for p in model.llm.layers.parameters() if p.ndim == 2}
     assert {id(p) for p in muon.param_groups[0]["params"]} == inner
     assert sum(len(group["params"]) for group in smaller.param_groups) == len(trained) - len(inner)
-    _, muon = train.make_optimizers(model, stage, 0.01, "llm,projectors")
+    assert muon.param_groups[0]["weight_decay"] == 0
+    _, muon = train.make_optimizers(model, stage, 0.01, "llm,projectors", 0.5)
+    assert muon.param_groups[0]["weight_decay"] == 0.5
     inner |= {id(p) for p in model.projectors.parameters() if p.ndim == 2}
     assert {id(p) for p in muon.param_groups[0]["params"]} == inner
 
