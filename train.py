@@ -176,6 +176,7 @@ class TrainConfig:
         "llm", "llm, or llm,projectors", ("llm", "llm,projectors"), "optimisation"
     )
     muon_learning_rate: float = option(0.01, "peak, with --optimizer muon", group="optimisation")
+    muon_weight_decay: float = option(0.0, "of the same matrices", group="optimisation")
     warmup: float = option(
         0.03, "fraction of the steps in which the learning rate rises", group="optimisation"
     )
@@ -580,16 +581,24 @@ def read_held_out(model: MERV, config: TrainConfig, cache) -> HeldOut | None:
 
 
 def make_optimizers(
-    model: MERV, stage: Stage, muon_learning_rate: float | None = None, muon_parts: str = "llm"
+    model: MERV,
+    stage: Stage,
+    muon_learning_rate: float | None = None,
+    muon_parts: str = "llm",
+    muon_weight_decay: float = 0.0,
 ) -> list[torch.optim.Optimizer]:
     """AdamW for everything that the stage trains. Given a learning rate for Muon, Muon instead for
     the matrices of LLM layers (and of projectors, if named).
+
+    stage: what is trained, and AdamW's settings. muon_parts: "llm" or "llm,projectors".
+    muon_weight_decay: as AdamW's, a fraction of the learning rate.
 
     All other parameters are frozen: they need neither gradient nor optimizer. Weight decay applies
     to matrices, but not to vectors (norms, biases, the query).
     FIX: the authors configured decay too, but grouped parameters after sharding had flattened them
     all to vectors, so none ever decayed (ledger K8).
-    WHY: a small LLM that starts from random weights learns more per step with Muon (docs/train.md).
+    WHY: a small LLM that starts from random weights learns more per step with Muon, and more again
+    if these weights fade, since what is learned then outweighs them sooner (docs/train.md).
     """
     muon, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
@@ -612,7 +621,8 @@ def make_optimizers(
     how = {"lr": stage.learning_rate, "betas": (0.9, 0.999), "fused": fused}
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **how)]
     if muon:
-        optimizers.append(Muon(muon, lr=muon_learning_rate, weight_decay=0.0))
+        # WHY none by default: a trained LLM would lose what it knows.
+        optimizers.append(Muon(muon, muon_learning_rate, muon_weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -632,9 +642,16 @@ def is_for_muon(name: str, parameter: nn.Parameter, parts: str) -> bool:
     return parameter.ndim == 2 and "llm.layers." in name
 
 
-def muon_rate(config: TrainConfig) -> float | None:
-    """Muon's learning rate, or None if AdamW trains everything."""
-    return config.muon_learning_rate if config.optimizer == "muon" else None
+def muon_settings(config: TrainConfig) -> dict:
+    """What `make_optimizers` is told about Muon; nothing if AdamW trains everything, as it did in
+    the paper and does by default at full size."""
+    if config.optimizer != "muon":
+        return {}
+    return {
+        "muon_learning_rate": config.muon_learning_rate,
+        "muon_parts": config.muon_parts,
+        "muon_weight_decay": config.muon_weight_decay,
+    }
 
 
 def refresh_dtypes(model: MERV) -> None:
@@ -749,7 +766,7 @@ def train_stage(model: MERV, stage: Stage, dataset, held_out, run: Run, steps_do
     config, rank = run.config, dist.get_rank()
 
     # 1. Choose what is trained, and how. Each stage has new optimizers, without old moments.
-    optimizers = make_optimizers(model, stage, muon_rate(config), config.muon_parts)
+    optimizers = make_optimizers(model, stage, **muon_settings(config))
     refresh_dtypes(model)
     model.train()
 

@@ -28,6 +28,7 @@ SETTINGS = {
     "optimizer": "muon",
     "muon_parts": "llm,projectors",
     "muon_learning_rate": 0.02,
+    "muon_weight_decay": 0.5,
     "activation_checkpointing": False,  # the model is small enough without
     "cache_features": str(FOLDER / "features"),
     "held_out_every": 100,

@@ -284,7 +284,9 @@ def saved_options(folder: str, cls: type, preset: Callable):
     except (KeyError, TypeError) as error:
         why = f"it is of another program or version: {error!r}."
         raise UserError(f"{file} does not describe a run.", why, fix) from error
-    saved.setdefault("muon_parts", "llm")  # all that Muon trained before there was this option
+    # What Muon did before there were these options.
+    saved.setdefault("muon_parts", "llm")
+    saved.setdefault("muon_weight_decay", 0.0)
     for field in fields(cls):
         # An option that is younger than the run has its usual value.
         value = options[field.name]
@@ -322,6 +324,7 @@ def translate_legacy(saved: dict) -> dict:
         options["optimizer"] = "muon"
         options["muon_learning_rate"] = saved["muon_lr"]
         options["muon_parts"] = "llm"
+        options["muon_weight_decay"] = 0.0
     options["cache_features"] = saved["cache_features"]
     if saved["cache_features"] == "none":
         options["cache_features"] = None

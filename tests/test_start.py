@@ -353,10 +353,12 @@ def test_muon_leaves_adapters_to_adamw(workplace):  # noqa: F811
     config = replace(config, encoder_files=None)
     model = train.make_model(config)
     (stage,) = train.stages_of(config)
-    (adamw,) = train.make_optimizers(model, stage, train.muon_rate(config))
-    trained = [p for group in adamw.param_groups for p in group["params"]]
+    adamw, muon = train.make_optimizers(model, stage, **train.muon_settings(config))
     names = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(trained) == len(names)
+    theirs = {id(p) for p in muon.param_groups[0]["params"]}
+    assert theirs == {id(e.linear.weight) for e in model.projectors.values()}
+    trained = [p for group in adamw.param_groups for p in group["params"]]
+    assert len(trained) + len(theirs) == len(names)
     assert {name.split(".")[0] for name in names} == {"projectors", "mixer", "llm"}
     assert all(lora.is_adapter(name) for name in names if name.startswith("llm."))
 
