@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from datetime import timedelta
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,8 @@ class LoadAhead:
         collate = partial(collate_in_shared_memory, collate)
         how |= {"num_workers": workers, "worker_init_fn": ignore_sigterm}
         self.loader = DataLoader(dataset, collate_fn=collate, **how)
+        # WHY: Python ends workers that are left at its exit by SIGTERM, and waits for them.
+        atexit.register(kill_workers)
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -172,6 +175,14 @@ def no_shared_memory(error: Exception) -> UserError:
     why = "data loader processes pass batches through /dev/shm, 48 MB for each clip."
     fix = "give a container more of it (docker run --shm-size 8g), or use --workers 0."
     return UserError(what, why, fix)
+
+
+def kill_workers() -> None:
+    """Kill the processes that `multiprocessing` has started here and that still run."""
+    if hasattr(signal, "SIGCHLD"):  # torch answers each death with an exception in this process
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in active_children():
+        worker.kill()
 
 
 def ignore_sigterm(worker: int) -> None:

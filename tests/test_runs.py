@@ -1,5 +1,6 @@
 """The folder of a run under two starts, kills, damaged saves and full disks (support/runs.py)."""
 
+import gc
 import json
 import os
 import resource
@@ -376,6 +377,27 @@ def test_full_shared_memory_ends_loading_with_a_clear_error(full_disk, size):
     with pytest.raises(UserError, match="cannot be written to shared memory") as caught:
         list(batches)
     assert "--shm-size" in str(caught.value)
+    del caught
+    gc.collect()  # torch's half-made iterator complains now, and not during another test
+
+
+ENDS = """
+import sys
+sys.path.insert(0, {root!r})
+import torch
+from support.processes import LoadAhead
+batches = iter(LoadAhead([torch.ones(9)] * 40, 2, torch.stack, batch_size=1))
+next(batches)
+{end}
+"""
+
+
+@pytest.mark.parametrize("end", ["raise ValueError('odd')", "sys.exit(1)", "batches = 1 / 0"])
+def test_a_program_that_ends_early_does_not_wait_for_its_workers(end):
+    """They ignore SIGTERM, by which Python would end them before it waits for them."""
+    words = [sys.executable, "-c", ENDS.format(root=str(ROOT), end=end)]
+    done = subprocess.run(words, capture_output=True, timeout=60, text=True)
+    assert done.returncode == 1, done.stderr
 
 
 def test_a_full_disk_never_shortens_a_file(tmp_path, full_disk):
