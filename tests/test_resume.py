@@ -156,7 +156,9 @@ def test_a_run_goes_on_with_another_number_of_processes(workplace, straight):  #
     assert "from step 4" in done.stdout and "6/6" in done.stderr
     assert losses(workplace, "alone")[:4] == losses(workplace, straight)[:4]
     rounding = {"float32": 1e-3, "bfloat16": 2e-2}[workplace.name]
-    assert losses(workplace, "alone") == pytest.approx(losses(workplace, straight), rel=rounding)
+    # A loss of 0.05 is a small difference of logits, so rounding is a larger share of it.
+    expected = pytest.approx(losses(workplace, straight), rel=rounding, abs=rounding / 4)
+    assert losses(workplace, "alone") == expected
     partials = list((workplace / "runs" / "alone" / "saves").glob("*.partial"))
     assert not partials
 
