@@ -571,7 +571,7 @@ class MERV(nn.Module):
             # WHY: 1 / sqrt(d) keeps the size of activations: 0.016 at width 4096, 0.06 at 256.
             initialise(part, generator, std=config.llm.hidden_size**-0.5)
         if llm in untrained:
-            # WHY: if layers add little at first, training is faster and depends less on the seed.
+            # WHY: a small LLM whose layers add little at first learns faster (docs/train.md).
             with torch.no_grad():
                 for layer in llm.layers:
                     layer.self_attn.o_proj.weight.mul_(0.1)

@@ -591,7 +591,7 @@ def make_optimizers(
     the matrices of LLM layers (and of projectors, if named).
 
     stage: what is trained, and AdamW's settings. muon_parts: "llm" or "llm,projectors".
-    muon_weight_decay: as AdamW's, a fraction of the learning rate.
+    muon_weight_decay: a step takes this share of the learning rate off Muon's matrices.
 
     All other parameters are frozen: they need neither gradient nor optimizer. Weight decay applies
     to matrices, but not to vectors (norms, biases, the query).
