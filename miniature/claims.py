@@ -31,7 +31,7 @@ from support.report import read_result
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/claims")
-STEPS = 250  # of training, unless a row says otherwise
+STEPS = 200  # of training, unless a row says otherwise
 SEEDS = {"main": 5, "key": 3, "more": 3}  # a seed decides encoders, initial weights, data's order
 MUST_HOLD = "(must hold)"  # marks a claim without which the miniature is broken
 
