@@ -37,6 +37,11 @@ def pytest_cmdline_main(config):
         config.option.tx = []
 
 
+def pytest_xdist_auto_num_workers(config) -> int:
+    """One process more than cores: many tests wait for a command that they have started."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
+
+
 def pytest_collection_modifyitems(config, items):
     """Deselect what needs CUDA where there is none, so that it is never counted as passed."""
     if not torch.cuda.is_available():

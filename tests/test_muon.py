@@ -135,7 +135,7 @@ os._exit(0)
 """
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_several_processes_take_the_same_steps_as_one(tmp_path, processes):
     """Rows are sharded unevenly, and one process may have none of a matrix."""
     script = tmp_path / "sharded.py"

@@ -121,7 +121,7 @@ sys.path.insert(0, {root!r})
 from support.processes import end_with_torchrun
 end_with_torchrun()
 print("works", flush=True)
-time.sleep(8)
+time.sleep(4)
 print("still here", flush=True)
 """
 PARENT = "import subprocess, sys; subprocess.run(sys.argv[1:])"
