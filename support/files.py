@@ -79,7 +79,8 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.parent.is_dir():  # asking is cheaper than trying to create it
+            path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
             partial.replace(path)
@@ -88,8 +89,9 @@ def replacing(path: Path) -> Iterator[Path]:
                 raise
         finally:
             partial.unlink(missing_ok=True)
-        for left_over in path.parent.glob(f"{glob.escape(path.name)}.*.partial"):
-            left_over.unlink(missing_ok=True)
+        for name in os.listdir(path.parent):
+            if name.startswith(f"{path.name}.") and name.endswith(".partial"):
+                (path.parent / name).unlink(missing_ok=True)
 
 
 class Journal:
