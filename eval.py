@@ -31,20 +31,13 @@ from data import load_pixels, stack
 from encoders import ENCODERS, EncoderConfig
 from merv import MERV
 from support import cli
-from support.benchmarks import (
-    BENCHMARKS,
-    FPS,
-    LETTERS,
-    Question,
-    list_videos,
-    load_questions,
-    named_letters,
-)
+from support.benchmarks import BENCHMARKS, FPS, LETTERS, Question, list_videos, load_questions
 from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype, progress
 from support.errors import UserError, VideoError
 from support.files import Journal, write_file
 from support.judge import Judge, judge_answers
 from support.processes import LoadAhead, cores_left_to, end_with_torchrun
+from support.replies import named_letters
 from support.report import read_result, write_report
 from support.runs import latest_run
 

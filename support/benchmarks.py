@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
@@ -18,7 +17,6 @@ from support.records import Record, as_records, read_csv, read_lines, read_objec
 from support.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_visible
 
 LETTERS = "ABCDEFGHIJ"  # of the options of a multiple-choice question
-LONGEST_REPLY = 5000  # characters of a reply that are searched for a letter
 
 FPS = (
     3.0  # of videos that are folders of frames: VLEP and TVQA are distributed at 3 frames a second
@@ -52,73 +50,6 @@ def mcq_prompt(question: str, options: list[str]) -> str:
         # QUIRK: only the first option is indented by four spaces, as in the released code
         # (ledger K10).
     )
-
-
-# Words that cannot follow an article: "A is right" and "A because" name option A, "A man" does not.
-NO_NOUN = (
-    r"(?:and|as|at|based|because|but|by|due|for|from|given|if|in|of|on|or|since|so|that|then|to"
-    r"|which|with|(?:is|was|seems|looks|(?:would|must)\s+be)\s+(?:\w+ly\s+)?"
-    r"(?:the|my|right|correct|true|best|most))\b"
-)
-
-
-def named_letters(reply: str, options: tuple[str, ...]) -> list[set[str]]:
-    """The letters that a reply names as its choice, in three sets, the most telling one first.
-
-    At the start of the reply or after "answer"; after "option" or "choice"; in brackets.
-    eval.parse_letter has a table of examples.
-    """
-    letters = LETTERS[: len(options)]
-    # WHY: the time that the patterns take can grow with the square of the length.
-    reply = unicodedata.normalize("NFKC", reply[:LONGEST_REPLY])
-    reply = re.sub(r"[*_`\"“”$]|(?<!\w)'|'(?!\w)", "", reply)  # **B** or "B" -> B
-    reply = re.sub(r"[\[{<]", "(", re.sub(r"[\]}>]", ")", reply)).strip()
-    for letter, option in zip(letters, options, strict=False):  # "A red" -> "A: red"
-        words = re.escape(option)
-        reply = re.sub(rf"\b{letter} (?={words}\W*$)", f"{letter}: ", reply)
-        reply = re.sub(rf"(\b{letter}[.:)])\s*{words}(?!\w)", r"\1", reply)  # "A. red" -> "A."
-    if re.fullmatch(rf"(?:\W*\b[{letters}]\b){{2,}}\W*", reply):  # "A; B" or "A B C D"
-        return [set(re.findall(r"\w", reply))]
-
-    # A letter that stands by itself, is not said to be wrong and is no article or pronoun ("A man",
-    # "I think"). In lower case, "a" and "i" must also end a phrase.
-    right = r"(?!.\)?\s+(?:is|are)\s+(?:not|wrong|incorrect|false)\b)"
-    by_itself = rf"{right}[{letters}](?!\w)"
-    upper = rf"(?![AI]\s+(?!{NO_NOUN})[a-z]){by_itself}"
-    small = rf"{right}[{letters.lower()}](?![\w'’-])"
-    lower = rf"{small}(?:(?<![ai])|(?=\s*(?:[).,:;!]|$|{NO_NOUN})))"
-    letter = rf"\(?({upper}|{lower})"
-    # "B.", "(b) blue", "B because" at the start of a line, but not "B movies"
-    alone = rf"\s(?!\s*(?!{NO_NOUN})[a-z])"
-    label = rf"^(?:\(?({upper})(?:[.:),;!。]|{alone}|$)|\(?({small})[.:)](?:\s|$))"
-    # " is option ", ": ", " would be " between the word "answer" and the letter
-    link = r"(?:\s+(?:is|was|(?:would|should|must)\s+be))?"
-    link += r"(?:\s+(?:the\s+)?(?:correct\s+)?(?:letter|option|choice|answer))?[\s:=(–-]+"
-    # ", " or " or maybe option " between two letters, or one label after another: "(A) (B)"
-    word = r"\b(?i:or|and|as\s+well\s+as)\b"
-    perhaps = r"(?:(?:maybe|perhaps|possibly|option|choice)\s+)*"
-    joined = rf"[.:)]?\s*(?:[,;/&]?\s*{word}|[,;/&]|(?=\(?[{LETTERS}][.:)]))\s*{perhaps}{letter}"
-    affirmed = r"(?<![Nn]ot )(?<!n't )"
-
-    def find(pattern: str, text: str = reply) -> set[str]:
-        """The letters of all matches, and those joined to them: "B or C" -> {"B", "C"}."""
-        found = set()
-        for match in re.finditer(pattern, text):
-            while match:
-                found.add(match[match.lastindex].upper())
-                match = re.compile(joined).match(text, match.end(match.lastindex))
-        return found
-
-    start = set()
-    for line in reply.split("\n"):  # a reply may repeat the options, one a line
-        named = find(label, line.strip())
-        start |= named
-        if not named:
-            break
-    answer = find(rf"\b(?i:answer{link}){letter}")
-    choice = find(rf"{affirmed}\b(?i:(?:option|choice){link}){letter}")
-    choice |= find(rf"{affirmed}\b(?i:option|choice)\s+\(?({by_itself})")  # "option A red"
-    return [start | answer, choice, find(rf"{affirmed}\(\s*({upper}|{lower})\s*\)")]
 
 
 @dataclass

@@ -1,0 +1,117 @@
+"""Which letters the reply of a model to a multiple-choice question names.
+
+`eval.parse_letter` decides by them and has a table of examples.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import cache
+
+from support.benchmarks import LETTERS
+
+LONGEST_REPLY = 5000  # characters of a reply that are searched for a letter
+
+# Words that cannot follow an article: "A is right" and "A because" name option A, "A man" does not.
+NO_NOUN = (
+    r"(?:and|as|at|based|because|but|by|due|for|from|given|if|in|of|on|or|since|so|that|then|to"
+    r"|which|with|(?:is|was|seems|looks|(?:would|must)\s+be)\s+(?:\w+ly\s+)?"
+    r"(?:the|my|right|correct|true|best|most))\b"
+)
+NOT_WRONG = r"(?!.\)?\s+(?:is|are)\s+(?:not|wrong|incorrect|false)\b)"  # "A is wrong" is no choice
+NOT_DENIED = r"(?<![Nn]ot )(?<!n't )"  # nor is "not option A"
+
+# " is option ", ": ", " would be " between a word such as "answer" and the letter
+LINK = (
+    r"(?:\s+(?:is|was|(?:would|should|must)\s+be))?"
+    r"(?:\s+(?:the\s+)?(?:correct\s+)?(?:letter|option|choice|answer))?[\s:=(–-]+"
+)
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """Regular expressions for the letters of a question; the last group of a match is the letter.
+
+    In a sentence, "A" and "I" are often an article or a pronoun ("A man", "I think"). Only
+    `capital` takes these for letters, too.
+    """
+
+    capital: str  # "B"
+    letter: str  # "B", "b", "(B"
+    bracketed: str  # "(B)"
+    label: str  # "B.", "(b) blue", "B because" at the start of a line, but not "B movies"
+    further: str  # " or C", ", perhaps option C", " (C)" right after a letter
+
+
+@cache
+def patterns_for(letters: str) -> Patterns:
+    """The patterns of a question whose options have these letters."""
+    capital = rf"{NOT_WRONG}[{letters}](?!\w)"
+    upper = rf"(?![AI]\s+(?!{NO_NOUN})[a-z]){capital}"
+    small = rf"{NOT_WRONG}[{letters.lower()}](?![\w'’-])"
+    lower = rf"{small}(?:(?<![ai])|(?=\s*(?:[).,:;!]|$|{NO_NOUN})))"  # "a" and "i" end a phrase
+    letter = rf"\(?({upper}|{lower})"
+
+    before_no_noun = rf"\s(?!\s*(?!{NO_NOUN})[a-z])"
+    label = rf"^(?:\(?({upper})(?:[.:),;!。]|{before_no_noun}|$)|\(?({small})[.:)](?:\s|$))"
+
+    joining = r"[.:)]?\s*(?:[,;/&]?\s*\b(?i:or|and|as\s+well\s+as)\b|[,;/&]"
+    joining += rf"|(?=\(?[{LETTERS}][.:)]))"  # one label after another: "(A) (B)"
+    perhaps = r"(?:(?:maybe|perhaps|possibly|option|choice)\s+)*"
+    return Patterns(
+        capital=rf"({capital})",
+        letter=letter,
+        bracketed=rf"\(\s*({upper}|{lower})\s*\)",
+        label=label,
+        further=rf"{joining}\s*{perhaps}{letter}",
+    )
+
+
+def named_letters(reply: str, options: tuple[str, ...]) -> list[set[str]]:
+    """The letters that a reply names as its choice, in three sets, the most telling one first.
+
+    At the start of the reply or after "answer"; after "option" or "choice"; in brackets.
+    """
+    reply = tidy(reply, options)
+    letters = LETTERS[: len(options)]
+    if re.fullmatch(rf"(?:\W*\b[{letters}]\b){{2,}}\W*", reply):  # "A; B" or "A B C D"
+        return [set(re.findall(r"\w", reply))]
+
+    known = patterns_for(letters)
+    answer = find(rf"\b(?i:answer{LINK}){known.letter}", reply, known)
+    for line in reply.split("\n"):  # a reply may repeat the options, one a line
+        labels = find(known.label, line.strip(), known)
+        answer |= labels
+        if not labels:
+            break
+    choice = find(rf"{NOT_DENIED}\b(?i:(?:option|choice){LINK}){known.letter}", reply, known)
+    # "option A red"
+    choice |= find(rf"{NOT_DENIED}\b(?i:option|choice)\s+\(?{known.capital}", reply, known)
+    return [answer, choice, find(NOT_DENIED + known.bracketed, reply, known)]
+
+
+def tidy(reply: str, options: tuple[str, ...]) -> str:
+    """A reply without decoration, and without the words of an option after its letter."""
+    # WHY: the time that the patterns take can grow with the square of the length.
+    reply = unicodedata.normalize("NFKC", reply[:LONGEST_REPLY])
+    reply = re.sub(r"[*_`\"“”$]|(?<!\w)'|'(?!\w)", "", reply)  # **B** or "B" -> B
+    reply = re.sub(r"[\]}>]", ")", reply)
+    reply = re.sub(r"[\[{<]", "(", reply).strip()
+    for letter, option in zip(LETTERS, options, strict=False):
+        words = re.escape(option)
+        reply = re.sub(rf"\b{letter} (?={words}\W*$)", f"{letter}: ", reply)  # "A red" -> "A: red"
+        reply = re.sub(rf"(\b{letter}[.:)])\s*{words}(?!\w)", r"\1", reply)  # "A. red" -> "A."
+    return reply
+
+
+def find(pattern: str, text: str, known: Patterns) -> set[str]:
+    """The letters of all matches, and those joined to them: "B or C" -> {"B", "C"}."""
+    further = re.compile(known.further)
+    found = set()
+    for match in re.finditer(pattern, text):
+        while match:
+            found.add(match[match.lastindex].upper())
+            match = further.match(text, match.end(match.lastindex))
+    return found
