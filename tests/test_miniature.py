@@ -329,7 +329,7 @@ def test_pretraining_keeps_all_tensors_where_the_model_is(name, monkeypatch):
 def test_pretraining_writes_four_files_and_prints_what_they_have_learned(
     monkeypatch, tmp_path, capsys
 ):
-    """Both chains, here in a thread instead of processes, with two steps and few clips."""
+    """All chains, here in a thread instead of processes, with two steps and few clips."""
     short = {name: replace(r, steps=2, batch=4) for name, r in specialists.RECIPES.items()}
     monkeypatch.setattr(specialists, "RECIPES", short)
     monkeypatch.setattr(specialists.train, "__defaults__", (4,))
