@@ -110,11 +110,14 @@ def check_benchmark(name: str, folder: str | Path, workers: int) -> int:
 
 
 def evaluate(
-    model: MERV, name: str, folder: str | Path, output: str | Path, config: EvalConfig | None = None
+    model: MERV,
+    name: str,  # of the benchmark
+    folder: str | Path,  # of its annotation files and videos/
+    output: str | Path,
+    config: EvalConfig | None = None,
 ) -> list[Question] | None:
     """Answer the questions that have no stored answer yet, and write OUTPUT/NAME.json.
 
-    name: of the benchmark. folder: holds its annotation files and videos/.
     Under torchrun each process answers its share of the clips. The process that finds all answers
     on disk writes the result and returns the questions; the others return None.
     FIX: the released code never merges the results once a single video has failed (ledger F10).
@@ -172,7 +175,8 @@ def trained_digest(model: MERV) -> str:
     """A fingerprint of the projectors and the mixer, to recognise answers of another model."""
     digest = hashlib.sha256()
     for parameter in [*model.projectors.parameters(), *model.mixer.parameters()]:
-        digest.update(parameter.detach().float().cpu().numpy().tobytes())
+        values = parameter.detach().float().cpu().numpy()
+        digest.update(values.tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -290,11 +294,15 @@ def parse_letter(reply: str, options: tuple[str, ...]) -> str:
     F9). `--mcq-rule released` does the same.
     """
     for letters in named_letters(reply, options):
+        if len(letters) == 1:
+            return letters.pop()
         if letters:
-            return letters.pop() if len(letters) == 1 else ""
+            return ""
     words = [normalise(option) for option in options]
     chosen = normalise(reply)
-    return LETTERS[words.index(chosen)] if words.count(chosen) == 1 else ""
+    if words.count(chosen) == 1:
+        return LETTERS[words.index(chosen)]
+    return ""
 
 
 def token_f1(answer: str, expected: str) -> float:
