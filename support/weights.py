@@ -135,6 +135,7 @@ BOUNDS = {
     "temporal_window": (0, 10**5), "num_registers": (0, 10**5), "pooled_side": (1, 1000),
     "mlp_size": (1, 10**7), "norm_eps": (1e-30, 0.1), "rope_theta": (1.0, 1e15),
 }  # fmt: skip
+BLOCKS = ("num_layers", "released_layers")  # an encoder may have none
 MULTIPLES = (  # the first must be a multiple of the second, unless that is 0
     ("hidden_size", "num_heads"), ("num_heads", "num_kv_heads"),
     ("num_frames", "tubelet_frames"), ("num_frames", "temporal_window"),
@@ -162,6 +163,8 @@ def check_fields(
         wanted = None
         if field in BOUNDS and (field, value) != ("mlp_size", None):
             least, most = BOUNDS[field]
+            if field in BLOCKS and "family" in values:  # of an encoder
+                least = 0
             kinds = int if isinstance(least, int) else (int, float)
             right = isinstance(value, kinds) and not isinstance(value, bool)
             if not right or not least <= value <= most:
@@ -178,6 +181,8 @@ def check_fields(
             wanted = "a list of at least one encoder"
         elif field in (choices or {}) and value not in list(choices[field]):
             wanted = f"one of {', '.join(choices[field])}"
+            if field == "family":
+                wanted += ", or that of a class of yours whose file has been imported"
         if wanted:
             raise field_error(place, (names or {}).get(field, field), value, wanted)
         check_fields(value, place, choices)

@@ -779,6 +779,25 @@ def test_a_new_encoder_is_one_class_and_one_entry(mean_colour, tmp_path):
     assert mixing_weights.shape == (1, 2)
 
 
+def test_a_checkpoint_with_a_new_encoder_is_read_again(
+    mean_colour, tiny_tokenizer, tmp_path, monkeypatch
+):
+    """Also one without blocks, as in exercise 8; and without its class, the error says why."""
+    config = replace(ENCODERS["mean-colour"], released_layers=0, num_layers=0)
+    encoder = load_encoder(config)
+    save_encoder(encoder, tmp_path / "encoder.safetensors")
+    config = replace(config, source=str(tmp_path / "encoder.safetensors"))
+    llm = replace(LLAMAS["miniature"], vocab_size=tiny_tokenizer.vocab_size)
+    model = MERV.create(MERVConfig("new", (config,), llm, pooled_side=2), tiny_tokenizer)
+    model.save_pretrained(tmp_path / "model")
+    again = MERV.from_pretrained(tmp_path / "model")
+    frames = clip(config, dtype=torch.float32)
+    assert torch.equal(again.encoders["mean-colour"](frames), encoder(frames))
+    monkeypatch.delitem(FAMILIES, "mean-colour")
+    with pytest.raises(UserError, match="whose file has been imported"):
+        MERV.from_pretrained(tmp_path / "model")
+
+
 def test_a_new_encoder_whose_file_does_not_fit_is_an_error(mean_colour, tmp_path):
     """A family without a table of names reads our own names, just as strictly."""
     encoder = load_encoder("mean-colour")
