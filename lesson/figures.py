@@ -12,7 +12,6 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import jinja2
 import torch
 from PIL import Image
 from torch import Tensor
@@ -25,6 +24,7 @@ from support.benchmarks import load_questions
 from support.errors import VideoError
 from support.files import whole_lines, write_file
 from support.report import read_result
+from support.templates import read_template
 from support.video import load_video
 
 TWO_KINDS = "split-cross-attention"  # the row of the claims that learns the world of two kinds
@@ -98,13 +98,8 @@ def png_url(image: Tensor) -> str:
 
 def fill(template: str, numbers: dict) -> tuple[str, str]:
     """Fill templates/TEMPLATE.jinja: the text of the picture or page, and its caption."""
-    loader = jinja2.FileSystemLoader(FOLDER)
-    whitespace = {"trim_blocks": True, "lstrip_blocks": True}
-    strict = {"undefined": jinja2.StrictUndefined, "autoescape": True}
-    environment = jinja2.Environment(loader=loader, **whitespace, **strict)
-    environment.filters["png_url"] = png_url
-    found = environment.get_template(f"{template}.jinja")
-    module = found.make_module(numbers)
+    found = read_template(FOLDER / f"{template}.jinja")
+    module = found.make_module(numbers | {"png_url": png_url})
     caption = getattr(module, "caption", "")
     return str(module).strip() + "\n", str(caption).strip()
 

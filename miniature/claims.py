@@ -1,10 +1,11 @@
 """Check the paper's claims in miniature (paper 4 and 5) and write a page about it.
 
-    python -m miniature claims            everything: about three hours on two cores
+    python -m miniature claims            everything, into docs/results.md: about three hours
     python -m miniature claims --quick    one seed of the main table and its controls
 
 Runs train.py and eval.py many times. claims.toml lists the runs, claims.jinja the tables and the
-claims; both were fixed before the first run. Finished runs are reused.
+claims; both were fixed before the first run. claims.svg.jinja draws the pictures. Finished runs are
+reused.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 
-import jinja2
+import torch
 
 import miniature
 from miniature.preset import FOLDER
@@ -28,9 +29,13 @@ from support.dataset_writer import digest_files, new_folder
 from support.errors import UserError
 from support.files import write_file
 from support.report import read_result
+from support.runs import commit
+from support.templates import read_template
 
 ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/claims")
+PAGE = Path("docs/results.md")
+PICTURES = ("kinds", "temporal", "left-out", "curves")  # in docs/results/
 STEPS = 200  # of training, unless a row says otherwise
 SEEDS = {"main": 5, "key": 3, "more": 3}  # a seed decides encoders, initial weights, data's order
 MUST_HOLD = "(must hold)"  # marks a claim without which the miniature is broken
@@ -63,14 +68,24 @@ def run(row: str, options: str, seed: int) -> list[Question]:
     return read_result(result)["questions"]
 
 
-def render(answers: statistics.Answers, quick: bool) -> str:
-    """The page: claims.jinja, filled with the results."""
-    options = {"trim_blocks": True, "lstrip_blocks": True, "undefined": jinja2.StrictUndefined}
-    text = Path(__file__).with_name("claims.jinja").read_text()
-    rules = {"STEPS": STEPS, "MUST_HOLD": MUST_HOLD}
-    origin = {"quick": quick, "cores": os.cpu_count(), "today": date.today()}
-    template = jinja2.Template(text, **options)
-    return template.render(answers=answers, statistics=statistics, **rules, **origin)
+def fill(template: str, answers: statistics.Answers, **more) -> str:
+    """Fill a template of this folder with the results."""
+    found = read_template(Path(__file__).with_name(template), escape=False)
+    rules = {"STEPS": STEPS, "MUST_HOLD": MUST_HOLD, "statistics": statistics}
+    return found.render(answers=answers, **rules, **more)
+
+
+def write_page(answers: statistics.Answers, quick: bool) -> str:
+    """Write the page of results and, for all claims, its pictures; returns the page."""
+    machine = f"{os.cpu_count()} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
+    origin = {"machine": machine, "today": date.today(), "commit": commit()}
+    page = fill("claims.jinja", answers, quick=quick, verdicts=[], **origin)
+    write_file(RUNS / "quick.md" if quick else PAGE, page)
+    if not quick:
+        for picture in PICTURES:
+            drawn = fill("claims.svg.jinja", answers, picture=picture)
+            write_file(PAGE.with_suffix("") / f"{picture}.svg", drawn.strip() + "\n")
+    return page
 
 
 def make_data(seeds: int, kinds: list[str]) -> None:
@@ -106,7 +121,6 @@ def main(arguments: list[str] | None = None) -> None:
                 answers[row, seed] = questions
     except UserError as error:
         sys.exit(f"error: {error}")
-    page = render(answers, quick)
-    write_file(RUNS / ("quick.md" if quick else "claims.md"), page)
+    page = write_page(answers, quick)
     print(page)
     sys.exit(1 if MUST_HOLD in page else 0)

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import jinja2
 import numpy as np
 import torch
 from PIL import Image
@@ -19,6 +18,7 @@ from support.benchmarks import FPS, LETTERS, TEMPORAL, Question, list_videos
 from support.errors import UserError, VideoError
 from support.files import write_file
 from support.records import as_record, read_object
+from support.templates import read_template
 from support.video import load_frames
 
 MOST_BARS = 16  # with more answers than this, a chart by answer is too long to read
@@ -39,9 +39,7 @@ def write_report(
     for folder in {result["settings"]["data"] for result in results}:
         if not same_folder(folder, data):
             print(f"The clips in {folder!r} are not shown; --data names the folder to show.")
-    source = Path(__file__).with_name("report.jinja").read_text()
-    options = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
-    page = jinja2.Template(source, undefined=jinja2.StrictUndefined, **options)
+    page = read_template(Path(__file__).with_name("report.jinja"))
     html = page.render(
         results=results,
         temporal=TEMPORAL | {"temporal"},

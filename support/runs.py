@@ -209,17 +209,21 @@ def check_steps(run: Run, steps: int) -> None:
         raise CheckpointError(f"{save} is of another run.", f"this one has {steps} steps.", fix)
 
 
+def commit() -> str:
+    """The commit of this code, with "-dirty" if files have changed since; "" without git."""
+    git = ["git", "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # git is not installed
+        return ""
+
+
 def describe(config) -> dict:
     """What config.json holds: a hash of the code, the commit, the version of torch, the options."""
     code = hashlib.sha256()
     for file in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("support/*.py"))]:
         code.update(file.read_bytes())
-    git = ["git", "describe", "--always", "--dirty"]
-    try:
-        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:  # git is not installed
-        commit = ""
-    saved = {"code": code.hexdigest()[:16], "commit": commit, "torch": torch.__version__}
+    saved = {"code": code.hexdigest()[:16], "commit": commit(), "torch": torch.__version__}
     options = json.loads(json.dumps(asdict(config)))  # as JSON gives them back: lists, not tuples
     return saved | options
 

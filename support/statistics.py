@@ -20,7 +20,12 @@ TIE = 0.02  # a difference that is surely smaller is a tie
 
 
 def inside(question: Question, subset: str) -> bool:
-    """Whether a question is in a subset: "all", a kind, a first word or the text of a question."""
+    """Whether a question is in a subset: "all", a kind, a first word or the text of a question.
+
+    "not KIND": all questions of other kinds.
+    """
+    if subset.startswith("not "):
+        return question.kind != subset.removeprefix("not ")
     return subset in ("all", question.kind, question.text, question.first_word)
 
 
