@@ -271,13 +271,13 @@ def find_object(text: str) -> dict:
 
     literal_eval only reads literals: it calls nothing and looks up no names.
     """
-    match = re.search(r"(?s)\{.*\}", text)
+    written = text[text.find("{") : text.rfind("}") + 1]
     # WHY a limit: Python may need minutes to find out that a million characters are no object.
-    if not match or len(match[0]) > LONGEST_OBJECT:
+    if len(written) > LONGEST_OBJECT:
         return {}
     for read in (json.loads, ast.literal_eval):
         try:
-            found = read(match[0])
+            found = read(written)
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
             continue
         if isinstance(found, dict):
