@@ -42,8 +42,13 @@ def pytest_xdist_auto_num_workers(config) -> int:
     return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else None
 
 
+# Test files of training runs. They take longest, so they start first.
+LONG = ("test_train.py", "test_start.py", "test_resume.py", "test_plan.py", "test_runs.py")
+
+
 def pytest_collection_modifyitems(config, items):
     """Deselect what needs CUDA where there is none, so that it is never counted as passed."""
+    items.sort(key=lambda item: item.path.name not in LONG)
     if not torch.cuda.is_available():
         needs_cuda = [item for item in items if item.get_closest_marker("cuda")]
         if needs_cuda:
