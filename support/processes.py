@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import is_dataclass
 from datetime import timedelta
 from functools import partial
-from multiprocessing import active_children, get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ class LoadAhead:
 
     def __init__(self, dataset: Sequence, workers: int, collate: Callable, **how):
         collate = partial(collate_in_shared_memory, collate)
-        how |= {"num_workers": workers, "worker_init_fn": ignore_sigterm}
+        how |= {"num_workers": workers, "worker_init_fn": begin_worker}
         self.loader = DataLoader(dataset, collate_fn=collate, **how)
         # WHY: Python ends workers that are left at its exit by SIGTERM, and waits for them.
         atexit.register(kill_workers)
@@ -185,9 +185,20 @@ def kill_workers() -> None:
         worker.kill()
 
 
-def ignore_sigterm(worker: int) -> None:
-    """Let only the main process react to SIGTERM, which SLURM sends to its workers as well."""
+def begin_worker(worker: int) -> None:
+    """Let a worker ignore SIGTERM, but end with the main process, even if that is killed.
+
+    WHY: SLURM sends SIGTERM to all processes of a job, and the main process saves before it ends.
+    WHY a thread: torch looks for the main process only every 5 s, not while a batch is loaded, and
+    never if the main process was killed before the worker first looked.
+    """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+    def watch() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def check_common_folder(file) -> None:

@@ -148,6 +148,19 @@ def alive(pid: int) -> bool:
         return False
 
 
+def processes_of(name: str, workplace: Path) -> list[int]:
+    """All processes of a run, data loader workers included."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if name.encode() in words and (folder / "cwd").samefile(workplace):
+                found.append(int(folder.name))
+        except OSError:  # it has just ended
+            continue
+    return found
+
+
 def wait_until_gone(pids: list[int], seconds: float) -> None:
     """Wrong if one of these processes is alive after so many seconds."""
     limit = time.monotonic() + seconds
@@ -215,6 +228,7 @@ class Soak:
             output = start.output()
             if start.agent.returncode:
                 raise Wrong(f"the last start ended with {start.agent.returncode}:\n{output}")
+        wait_until_gone(processes_of(name, self.workplace), 5)
         left = self.left_by(name)
         for part, value in expected.items():
             if left[part] != value:

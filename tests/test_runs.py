@@ -400,6 +400,30 @@ def test_a_program_that_ends_early_does_not_wait_for_its_workers(end):
     assert done.returncode == 1, done.stderr
 
 
+SLOW = """
+import sys, time
+sys.path.insert(0, {root!r})
+from support.processes import LoadAhead
+
+def load(items):
+    print("loading", flush=True)
+    time.sleep(60)
+
+list(LoadAhead([0, 1], 1, load, batch_size=1))
+"""
+
+
+def test_a_worker_ends_with_a_main_process_that_is_killed():
+    """It ignores SIGTERM, so the system could not stop it; some stayed after `tests.soak`."""
+    words = [sys.executable, "-c", SLOW.format(root=str(ROOT))]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as main:
+        assert main.stdout.readline() == "loading\n"
+        main.kill()
+        begun = time.monotonic()
+        main.stdout.read()  # ends when the worker, which has the other copy of the pipe, does
+    assert time.monotonic() - begun < 30
+
+
 def test_a_full_disk_never_shortens_a_file(tmp_path, full_disk):
     """The old text stays until the new one is complete, and no temporary file is left."""
     file, journal = tmp_path / "result.json", files.Journal(tmp_path / "answers", {})
