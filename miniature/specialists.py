@@ -33,6 +33,7 @@ from miniature import world
 from miniature.world import COLOURS, FIRST_SEED, NUM_FRAMES, SHAPES
 from support.cli import progress
 from support.muon import Muon
+from support.processes import end_with_parent
 from support.statistics import linear_probe
 from support.weights import initialise
 
@@ -320,7 +321,7 @@ def pretrain(folder: Path, seed: int = 0, device: str = "cpu") -> None:
     # WHY: two processes of one thread do 1.4 times the work of one process with two threads.
     # They are spawned because torch must not fork.
     processes = min(len(chains), os.cpu_count() or 1)
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), end_with_parent) as pool:
         work = partial(train_chain, folder=folder, seed=seed, device=device)
         list(pool.map(work, chains))
     for name in RECIPES:

@@ -124,7 +124,8 @@ def run_on_all_cores(work: Callable, items: Sequence) -> Iterator:
     if len(items) < 500:
         yield from map(work, items)
         return
-    with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
+    spawn = get_context("spawn")
+    with ProcessPoolExecutor(mp_context=spawn, initializer=end_with_parent) as pool:
         yield from pool.map(work, items, chunksize=50)
 
 
@@ -186,13 +187,20 @@ def kill_workers() -> None:
 
 
 def begin_worker(worker: int) -> None:
-    """Let a worker ignore SIGTERM, but end with the main process, even if that is killed.
+    """Let a worker ignore SIGTERM, but end with the main process.
 
     WHY: SLURM sends SIGTERM to all processes of a job, and the main process saves before it ends.
-    WHY a thread: torch looks for the main process only every 5 s, not while a batch is loaded, and
-    never if the main process was killed before the worker first looked.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """End this process, which `multiprocessing` has started, when its parent ends or is killed.
+
+    WHY: torch's workers look for their parent only every 5 s, not while they load a batch, and
+    never if it was killed before they first looked. Those of a ProcessPoolExecutor never look.
+    """
 
     def watch() -> None:
         parent_process().join()

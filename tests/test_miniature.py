@@ -335,7 +335,7 @@ def test_pretraining_writes_four_files_and_prints_what_they_have_learned(
     monkeypatch.setattr(specialists.train, "__defaults__", (4,))
     monkeypatch.setattr(specialists.probe.__wrapped__, "__defaults__", (30,))
     monkeypatch.setattr(
-        specialists, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(1)
+        specialists, "ProcessPoolExecutor", lambda count, context, begin: ThreadPoolExecutor(1)
     )
     specialists.pretrain(tmp_path / "encoders-0")
     files = {path.stem for path in (tmp_path / "encoders-0").glob("*.safetensors")}

@@ -400,27 +400,32 @@ def test_a_program_that_ends_early_does_not_wait_for_its_workers(end):
     assert done.returncode == 1, done.stderr
 
 
-SLOW = """
+WORK = """
 import sys, time
 sys.path.insert(0, {root!r})
-from support.processes import LoadAhead
+from support.processes import LoadAhead, run_on_all_cores
 
 def load(items):
-    print("loading", flush=True)
+    print("works", flush=True)
     time.sleep(60)
 
-list(LoadAhead([0, 1], 1, load, batch_size=1))
+if {pool}:
+    for _ in run_on_all_cores(time.sleep, [0] * 50 + [60] * 450):
+        print("works", flush=True)
+else:
+    list(LoadAhead([0, 1], 1, load, batch_size=1))
 """
 
 
-def test_a_worker_ends_with_a_main_process_that_is_killed():
-    """It ignores SIGTERM, so the system could not stop it; some stayed after `tests.soak`."""
-    words = [sys.executable, "-c", SLOW.format(root=str(ROOT))]
+@pytest.mark.parametrize("pool", [False, True])
+def test_workers_end_with_a_main_process_that_is_killed(pool):
+    """Those of a loader ignore SIGTERM, so some stayed until the machine was switched off."""
+    words = [sys.executable, "-c", WORK.format(root=str(ROOT), pool=pool)]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as main:
-        assert main.stdout.readline() == "loading\n"
+        assert main.stdout.readline() == "works\n"
         main.kill()
         begun = time.monotonic()
-        main.stdout.read()  # ends when the worker, which has the other copy of the pipe, does
+        main.stdout.read()  # ends when all workers have, which hold copies of the pipe
     assert time.monotonic() - begun < 30
 
 
