@@ -39,5 +39,5 @@ SETTINGS = {
 BANNER = """\
 The miniature: train a video language model from nothing, on clips that this program draws.
 1. draw clips, 30 s.  2. pre-train four small encoders, 4 min.  3. encode the clips, 1 min.
-4. train projectors, mixer and LLM, 3 min.  5. score answers about test clips, 10 s.
+4. train projectors, mixer and LLM, 4 min.  5. score answers about test clips, 10 s.
 Times are rough, for two CPU cores. Finished parts are kept and used again."""
