@@ -1,6 +1,6 @@
 """Check the paper's claims in miniature (paper 4 and 5) and write a page about it.
 
-    python -m miniature claims            everything, into docs/results.md: about three hours
+    python -m miniature claims            everything, into docs/results.md: three to four hours
     python -m miniature claims --quick    one seed of the main table and its controls
 
 Runs train.py and eval.py many times. claims.toml lists the runs, claims.jinja the tables and the
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 RUNS = Path("runs/claims")
 PAGE = Path("docs/results.md")
 PICTURES = ("kinds", "temporal", "left-out", "curves")  # in docs/results/
-STEPS = 200  # of training, unless a row says otherwise
+STEPS = 250  # of training, unless a row says otherwise
 SEEDS = {"main": 5, "key": 3, "more": 3}  # a seed decides encoders, initial weights, data's order
 MUST_HOLD = "(must hold)"  # marks a claim without which the miniature is broken
 

@@ -282,7 +282,7 @@ def test_train_py_knows_the_options_of_every_run():
 
 @pytest.mark.slow
 def test_the_real_scripts_train_and_evaluate_a_row(place):
-    """With two steps instead of 200: the options of a row override those that all runs share."""
+    """With two steps instead of 250: the options of a row override those that all runs share."""
     for name in RECIPES:
         encoder, file = load_encoder(f"miniature-{name}"), f"encoders-0/{name}.safetensors"
         save_encoder(encoder, place / "data/miniature" / file)
