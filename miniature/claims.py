@@ -1,6 +1,7 @@
 """Check the paper's claims in miniature (paper 4 and 5) and write a page about it.
 
-    python -m miniature claims            everything, into docs/results.md: three to four hours
+    python -m miniature claims            most tables, into docs/results.md: two and a half hours
+    python -m miniature claims --more     all tables, into docs/results.md: two hours more
     python -m miniature claims --quick    one seed of the main table and its controls
 
 Runs train.py and eval.py many times. claims.toml lists the runs, claims.jinja the tables and the
@@ -37,7 +38,9 @@ RUNS = Path("runs/claims")
 PAGE = Path("docs/results.md")
 PICTURES = ("kinds", "temporal", "left-out", "curves")  # in docs/results/
 STEPS = 250  # of training, unless a row says otherwise
-SEEDS = {"main": 5, "controls": 3, "others": 3}  # a seed decides encoders, initial weights, data's order
+# The seeds of each part of claims.toml. A seed decides encoders, initial weights and data's order.
+SEEDS = {"main": 5, "controls": 3, "others": 3}
+MORE_SEEDS = {"more": 3}  # with --more
 MUST_HOLD = "(must hold)"  # marks a claim without which the miniature is broken
 
 
@@ -75,11 +78,11 @@ def fill(template: str, answers: statistics.Answers, **more) -> str:
     return found.render(answers=answers, **rules, **more)
 
 
-def write_page(answers: statistics.Answers, quick: bool) -> str:
-    """Write the page of results and, for all claims, its pictures; returns the page."""
+def write_page(answers: statistics.Answers, quick: bool, more: bool) -> str:
+    """Write the page of results and, unless quick, its pictures; returns the page."""
     machine = f"{os.cpu_count()} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
     origin = {"machine": machine, "today": date.today(), "commit": commit()}
-    page = fill("claims.jinja", answers, quick=quick, verdicts=[], **origin)
+    page = fill("claims.jinja", answers, quick=quick, more=more, verdicts=[], **origin)
     write_file(RUNS / "quick.md" if quick else PAGE, page)
     if not quick:
         for picture in PICTURES:
@@ -102,10 +105,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what is missing and write the page; status 1 if a claim that must hold does not."""
     parser = argparse.ArgumentParser(description="Check the paper's claims in miniature.")
     parser.add_argument("what", choices=["claims"])
-    parser.add_argument("--quick", action="store_true", help="one seed, main table, controls")
-    quick = parser.parse_args(arguments).quick
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="one seed, main table, controls")
+    extent.add_argument("--more", action="store_true", help="projectors, recipes, long runs too")
+    chosen = parser.parse_args(arguments)
     rows = tomllib.loads(Path(__file__).with_name("claims.toml").read_text())
-    seeds = {"main": 1, "controls": 1} if quick else SEEDS
+    if chosen.quick:
+        seeds = {"main": 1, "controls": 1}
+    elif chosen.more:
+        seeds = SEEDS | MORE_SEEDS
+    else:
+        seeds = SEEDS
     jobs = []
     for part, count in seeds.items():
         for row, options in rows[part].items():
@@ -113,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
                 jobs.append((row, options, seed))
     answers = {}
     try:
-        make_data(seeds["main"], ["shuffled"] if quick else ["shuffled", "two_kinds"])
+        make_data(seeds["main"], ["shuffled"] if chosen.quick else ["shuffled", "two_kinds"])
         with ThreadPoolExecutor(2) as pool:  # two runs at a time, in processes of one thread each
             results = pool.map(run, *zip(*jobs, strict=True))
             for job, questions in zip(jobs, progress(results, "claims", len(jobs)), strict=True):
@@ -121,6 +131,6 @@ def main(arguments: list[str] | None = None) -> None:
                 answers[row, seed] = questions
     except UserError as error:
         sys.exit(f"error: {error}")
-    page = write_page(answers, quick)
+    page = write_page(answers, chosen.quick, chosen.more)
     print(page)
     sys.exit(1 if MUST_HOLD in page else 0)
