@@ -430,14 +430,11 @@ def test_an_unknown_command_names_those_that_exist(capsys):
 
 
 def test_the_committed_pictures_belong_to_their_page():
-    """docs/figures/README.md shows every picture of the folder, and no other.
-
-    Figure 10 is drawn once the claims have been run on today's miniature.
-    """
+    """docs/figures/README.md shows every picture of the folder, and no other."""
     folder = ROOT / "docs/figures"
     page = (folder / "README.md").read_text(encoding="utf-8")
     shown = set(re.findall(r"\]\(([\w-]+\.svg)\)", page))
-    assert shown | {"10-learning.svg"} == {f"{name}.svg" for name in figures.FIGURES}
+    assert shown == {f"{name}.svg" for name in figures.FIGURES}
     assert shown == {file.name for file in folder.glob("*.svg")}
 
 
