@@ -82,7 +82,7 @@ def write_page(answers: statistics.Answers, quick: bool, more: bool) -> str:
     """Write the page of results and, unless quick, its pictures; returns the page."""
     machine = f"{os.cpu_count()} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
     origin = {"machine": machine, "today": date.today(), "commit": commit()}
-    page = fill("claims.jinja", answers, quick=quick, more=more, verdicts=[], **origin)
+    page = fill("claims.jinja", answers, quick=quick, more=more, verdicts=[], **origin) + "\n"
     write_file(RUNS / "quick.md" if quick else PAGE, page)
     if not quick:
         for picture in PICTURES:
