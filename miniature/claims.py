@@ -1,11 +1,11 @@
 """Check the paper's claims in miniature (paper 4 and 5) and write a page about it.
 
     python -m miniature claims            most tables, into docs/results.md: two and a half hours
-    python -m miniature claims --more     all tables, into docs/results.md: two hours more
+    python -m miniature claims --more     all tables, into docs/results.md: about two hours more
     python -m miniature claims --quick    one seed of the main table and its controls
 
 Runs train.py and eval.py many times. claims.toml lists the runs, claims.jinja the tables and the
-claims; both were fixed before the first run. claims.svg.jinja draws the pictures. Finished runs are
+claims, claims.svg.jinja draws the pictures. Finished runs are
 reused.
 """
 
