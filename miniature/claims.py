@@ -5,8 +5,7 @@
     python -m miniature claims --quick    one seed of the main table and its controls
 
 Runs train.py and eval.py many times. claims.toml lists the runs, claims.jinja the tables and the
-claims, claims.svg.jinja draws the pictures. Finished runs are
-reused.
+claims, claims.svg.jinja draws the pictures. Finished runs are reused.
 """
 
 import argparse
