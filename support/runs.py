@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
+from enum import Enum, EnumMeta
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -444,6 +445,13 @@ MAY_BE_UNPICKLED = {  # what the index of a save consists of; none of it does mo
 }  # fmt: skip
 
 
+def enum_member(enumeration: type, name: str) -> Enum:
+    """A member of an enumeration; anything else is refused."""
+    if not isinstance(enumeration, EnumMeta):
+        raise pickle.UnpicklingError(f"getattr of {enumeration} does not belong in a save")
+    return enumeration[name]
+
+
 class SaveUnpickler(pickle._Unpickler):
     """Unpickle the index of a save, which may come from elsewhere: plain values, no code.
 
@@ -454,6 +462,9 @@ class SaveUnpickler(pickle._Unpickler):
 
     def find_class(self, module: str, name: str):
         """Look up a class of MAY_BE_UNPICKLED or a dtype; UnpicklingError for anything else."""
+        if (module, name) == ("builtins", "getattr"):
+            # Python 3.11.0 to 3.11.3 store a member of an enumeration as getattr(class, name).
+            return enum_member
         allowed = name in MAY_BE_UNPICKLED.get(module, ())
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             allowed = True

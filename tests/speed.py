@@ -24,11 +24,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 from contextlib import ExitStack
-from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,10 +51,9 @@ TOLERANCE = 1e-4  # between two losses of the same step, in nats a token
 
 def unpack(folder: Path) -> None:
     """Unpack the files of COMMIT, which is in every clone that has the whole history."""
-    command = ["git", "archive", "--format=tar", COMMIT]
-    packed = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
-    with tarfile.open(fileobj=BytesIO(packed)) as archive:
-        archive.extractall(folder, filter="data")
+    packed = folder / "code.zip"
+    subprocess.run(["git", "archive", "--output", packed, COMMIT], cwd=ROOT, check=True)
+    shutil.unpack_archive(packed, folder)
 
 
 def start(task: str, code: Path, folder: Path) -> subprocess.Popen:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -235,8 +234,7 @@ def test_fingerprints_follow_weights_and_preprocessing(tokenizer):
 
 def test_a_run_of_an_older_version_answers_as_it_did(tmp_path):
     """tests/legacy/07e06b2.tar.gz is a run that commit 07e06b2 trained, with its answer."""
-    with tarfile.open(REPOSITORY / "tests" / "legacy" / "07e06b2.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(REPOSITORY / "tests" / "legacy" / "07e06b2.tar.gz", tmp_path)
     root = tmp_path / "07e06b2"
     run = root / "runs" / "legacy-complete"
     expected = json.loads((run / "answer.json").read_text())

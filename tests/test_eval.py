@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -399,8 +398,7 @@ def test_large_models_answer_fewer_clips_at_once(model):
 
 def test_a_journal_of_an_older_version_continues(tmp_path, monkeypatch):
     """Commit 07e06b2 called the mixing weights "weights": its answers are not asked for again."""
-    with tarfile.open(ROOT / "tests/legacy/07e06b2.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(ROOT / "tests/legacy/07e06b2.tar.gz", tmp_path)
     (tmp_path / "07e06b2").rename(tmp_path / "legacy")
     monkeypatch.chdir(tmp_path)  # a journal knows the data folder by its relative path
     run = Path("legacy/runs/legacy-complete")

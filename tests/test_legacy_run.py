@@ -1,9 +1,9 @@
 """A run that commit 07e06b2 began is resumed by today's code (tests/legacy/make_legacy.py)."""
 
 import json
+import shutil
 import subprocess
 import sys
-import tarfile
 from pathlib import Path
 
 import pytest
@@ -30,8 +30,7 @@ exit_now()
 
 def test_a_run_of_the_old_code_resumes_with_the_losses_that_it_recorded(tmp_path):
     """It stopped after step 2; the old code's own steps 3 and 4 are in metrics.jsonl."""
-    with tarfile.open(ROOT / "tests" / "legacy" / "07e06b2.tar.gz") as archive:
-        archive.extractall(tmp_path, filter="data")
+    shutil.unpack_archive(ROOT / "tests" / "legacy" / "07e06b2.tar.gz", tmp_path)
     (tmp_path / "07e06b2").rename(tmp_path / "legacy")
     (tmp_path / "legacy" / "runs").rename(tmp_path / "runs")
     metrics = tmp_path / "runs" / "legacy-stopped" / "metrics.jsonl"

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from test_train import ROOT, also_as_on_cuda, losses, run, workplace  # noqa: F401  (fixture)
 from torch import nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from support import runs
 from support.errors import CheckpointError, UserError
@@ -330,6 +331,18 @@ def test_a_damaged_index_of_a_save_takes_no_memory():
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 1e6
+
+
+def test_an_index_may_name_the_members_of_its_enumerations_and_nothing_else_by_getattr():
+    """Python 3.11.2, which Debian 12 has, stores a member as getattr(class, name)."""
+    pickled = b"cbuiltins\ngetattr\n(c%s\nV%s\ntR."
+    enumeration = b"torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING"
+    content = pickled % (enumeration, b"TORCH_PRESERVE_FORMAT")
+    member = runs.SaveUnpickler(io.BytesIO(content)).load()
+    assert member is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
+    for foreign in (pickled % (b"pathlib\nPath", b"home"), pickled % (enumeration, b"__class__")):
+        with pytest.raises((pickle.UnpicklingError, KeyError)):
+            runs.SaveUnpickler(io.BytesIO(foreign)).load()
 
 
 @pytest.mark.parametrize("line", ["{", "7", "{}", '{"step": "two", "loss": 1}', '{"step": 1}'])
