@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import re
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ from support.templates import read_template
 from support.video import load_video
 
 TWO_KINDS = "split-cross-attention"  # the row of the claims that learns the world of two kinds
+CURVES = ("MERV", "LanguageBind", "DINOv2", "ViViT", "SigLIP")  # rows in figure 10, in this order
 FOLDER = Path(__file__).with_name("templates")
 
 
@@ -207,17 +209,17 @@ def attention_numbers(lab: Lab) -> dict:
 def learning_numbers(lab: Lab) -> dict:
     """Figure 10: kind of question -> MERV or one encoder -> [(steps of training, accuracy in %)].
 
-    These are the rows of the claims whose names are one word, or one word and -N-steps.
+    A row NAME that was trained for another number of steps is called NAME-N-steps.
     """
     panels = defaultdict(lambda: defaultdict(list))
-    for row, result in lab.claims.items():
-        name, *length = row.split("-")
-        if length and length[1:] != ["steps"]:
-            continue
-        for kind, score in summarise(result["questions"]).items():
-            point = (result["steps"], 100 * score.accuracy)
-            panels[kind][name].append(point)
-            panels[kind][name].sort()
+    for name in CURVES:
+        for row, result in lab.claims.items():
+            if not re.fullmatch(rf"{name}(-\d+-steps)?", row):
+                continue
+            for kind, score in summarise(result["questions"]).items():
+                point = (result["steps"], 100 * score.accuracy)
+                panels[kind][name].append(point)
+                panels[kind][name].sort()
     return {"panels": panels}
 
 

@@ -201,6 +201,7 @@ def test_a_learning_curve_has_a_point_for_each_length_of_training(lab):
     """Other seeds, other mixers and what an older version of the code reached are left out."""
     panels = figures.learning_numbers(lab)["panels"]
     assert panels.keys() == {"action", "colour", "all"}
+    assert list(panels["all"]) == ["MERV", "SigLIP"], "in the order of all pictures"
     assert panels["action"] == {"MERV": [(15, 25), (30, 75)], "SigLIP": [(30, 50)]}
     assert panels["all"]["MERV"] == [(15, 62.5), (30, 87.5)]
 
