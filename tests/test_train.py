@@ -146,6 +146,28 @@ def test_any_split_of_the_global_batch_takes_the_same_steps(workplace, alone, pr
         torch.testing.assert_close(second[key], weight, rtol=0, atol=20 * rounding, msg=key)
 
 
+# Every Python process imports it before its script, and writes down what it was started with.
+START_METHOD = """
+import multiprocessing, sys
+multiprocessing.set_start_method("{method}", force=True)
+with open("{log}", "a") as log:
+    print(*sys.orig_argv, file=log)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_need_not_be_forked(workplace, alone, tmp_path, monkeypatch, method):
+    """macOS spawns data loader workers, and Python 3.14 starts them from a fork server."""
+    log = tmp_path / "started"
+    (tmp_path / "sitecustomize.py").write_text(START_METHOD.format(method=method, log=log))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = run(workplace, method, *STEPS, "--micro-batch", "4", *ADAMW, "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert f"from multiprocessing.{method} import" in log.read_text()
+    assert losses(workplace, method) == pytest.approx(losses(workplace, alone(ADAMW)), rel=1e-4)
+
+
 @pytest.mark.slow
 def test_cached_features_give_the_same_curve(workplace):
     """To the rounding of its bfloat16; plain `python` works as well as torchrun."""
