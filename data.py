@@ -572,7 +572,7 @@ class DataOptions:
 
 def read_options(arguments: list[str] | None = None) -> DataOptions:
     """Read the command line (None: of this process)."""
-    about = "Inspect the training data of a folder: its stage1.json, if any, and its stage2.json."
+    about = "Inspect the training data of a folder: its stage1.json and its stage2.json."
     return parse_options(DataOptions, arguments, about)
 
 
@@ -616,9 +616,10 @@ def main(arguments: list[str] | None = None) -> None:
         if options.show or Path(options.tokenizer).is_file():
             tokenizer = Tokenizer(options.tokenizer)
         for folder in options.folders:
-            for file in (Path(folder, "stage1.json"), Path(folder, "stage2.json")):
-                if file.name == "stage1.json" and not file.exists():
-                    continue  # the first stage is optional
+            # Recipe frozen needs no stage1.json, and align no stage2.json.
+            stages = [Path(folder, "stage1.json"), Path(folder, "stage2.json")]
+            found = [file for file in stages if file.exists()]
+            for file in found or stages[1:]:
                 template = TEMPLATES["caption" if file.name == "stage1.json" else "base"]
                 dataset = ConversationDataset(file, tokenizer, template, encoders=[])
                 dataset.allow_outside = options.allow_outside

@@ -16,6 +16,7 @@ from helpers import MALFORMED, SMALL, dataset_of, load_dataset, talk
 from PIL import Image
 
 from data import IGNORE, TEMPLATES, ConversationDataset, Example, GroupedBatchSampler, preprocess
+from data import main as run_command
 from support.errors import DataError, VideoError
 from support.features import FeatureCache
 from support.video import load_video
@@ -265,6 +266,24 @@ def test_the_command_takes_allow_outside(tmp_path, clip):
     command.append("--allow-outside")
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("stages", [("stage1",), ("stage2",), ("stage1", "stage2"), ()])
+def test_the_command_checks_the_stages_that_a_folder_has(tmp_path, capsys, stages):
+    """Recipe frozen needs no stage1.json, and align no stage2.json."""
+    rows = [{"video": "missing.mp4", "conversations": talk("what", "left")}]
+    for stage in stages:
+        (tmp_path / f"{stage}.json").write_text(json.dumps(rows))
+    with pytest.raises(SystemExit) as ended:
+        run_command([str(tmp_path), "--check", "--workers", "0"])
+    if stages:
+        assert ended.value.code == 1
+        printed = capsys.readouterr().out
+        for stage in ("stage1", "stage2"):
+            line = f"{stage}.json: 1 rows, 1 of them cannot be used"
+            assert (line in printed) == (stage in stages)
+    else:
+        assert "stage2.json" in ended.value.code
 
 
 def test_paths_and_links_inside_the_data_folder_are_followed(tmp_path, tiny_tokenizer, clip):
