@@ -48,11 +48,15 @@ def measure(source: str) -> dict[str, float]:
             longest = max(longest, node.end_lineno - node.lineno + 1)
     docstrings = set(explained)
     tokens = 0
+    open_f_strings = 0
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             explained.add(token.start[0])
         elif token.type not in NOT_CODE and token.start[0] not in docstrings:
-            tokens += 1
+            # An f-string is one token in Python 3.11 and many in 3.12: it counts as one.
+            name = tokenize.tok_name[token.type]
+            tokens += open_f_strings == 0
+            open_f_strings += (name == "FSTRING_START") - (name == "FSTRING_END")
             code |= set(range(token.start[0], token.end[0] + 1))
     lines = max(1, len(code))
     folded = sum(isinstance(node, FOLDED) for node in ast.walk(tree))
