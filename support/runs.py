@@ -465,6 +465,8 @@ class SaveUnpickler(pickle._Unpickler):
         if (module, name) == ("builtins", "getattr"):
             # Python 3.11.0 to 3.11.3 store a member of an enumeration as getattr(class, name).
             return enum_member
+        if module == "pathlib._local":  # the name of pathlib in Python 3.13
+            module = "pathlib"
         allowed = name in MAY_BE_UNPICKLED.get(module, ())
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             allowed = True

@@ -13,7 +13,7 @@ import tempfile
 import time
 import tracemalloc
 from dataclasses import asdict, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import torch
@@ -343,6 +343,13 @@ def test_an_index_may_name_the_members_of_its_enumerations_and_nothing_else_by_g
     for foreign in (pickled % (b"pathlib\nPath", b"home"), pickled % (enumeration, b"__class__")):
         with pytest.raises((pickle.UnpicklingError, KeyError)):
             runs.SaveUnpickler(io.BytesIO(foreign)).load()
+
+
+def test_an_index_of_any_python_may_hold_paths():
+    """Python 3.13, and no other, calls the module of paths pathlib._local."""
+    for module in (b"pathlib", b"pathlib._local"):
+        content = b"c%s\nPurePosixPath\n(Vsaves\ntR." % module
+        assert runs.SaveUnpickler(io.BytesIO(content)).load() == PurePosixPath("saves")
 
 
 @pytest.mark.parametrize("line", ["{", "7", "{}", '{"step": "two", "loss": 1}', '{"step": 1}'])
