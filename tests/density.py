@@ -54,9 +54,13 @@ def measure(source: str) -> dict[str, float]:
             explained.add(token.start[0])
         elif token.type not in NOT_CODE and token.start[0] not in docstrings:
             # An f-string is one token in Python 3.11 and many in 3.12: it counts as one.
-            name = tokenize.tok_name[token.type]
-            tokens += open_f_strings == 0
-            open_f_strings += (name == "FSTRING_START") - (name == "FSTRING_END")
+            kind = tokenize.tok_name[token.type]
+            if open_f_strings == 0:
+                tokens += 1
+            if kind == "FSTRING_START":
+                open_f_strings += 1
+            elif kind == "FSTRING_END":
+                open_f_strings -= 1
             code |= set(range(token.start[0], token.end[0] + 1))
     lines = max(1, len(code))
     folded = sum(isinstance(node, FOLDED) for node in ast.walk(tree))
