@@ -463,7 +463,7 @@ class SaveUnpickler(pickle._Unpickler):
     def find_class(self, module: str, name: str):
         """Look up a class of MAY_BE_UNPICKLED or a dtype; UnpicklingError for anything else."""
         if (module, name) == ("builtins", "getattr"):
-            # Python 3.11.0 to 3.11.3 store a member of an enumeration as getattr(class, name).
+            # Python 3.11.2 stores a member of an enumeration as getattr(class, name).
             return enum_member
         if module == "pathlib._local":  # the name of pathlib in Python 3.13
             module = "pathlib"

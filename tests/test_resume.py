@@ -346,7 +346,7 @@ def test_an_index_may_name_the_members_of_its_enumerations_and_nothing_else_by_g
 
 
 def test_an_index_of_any_python_may_hold_paths():
-    """Python 3.13, and no other, calls the module of paths pathlib._local."""
+    """Python 3.13 calls the module of paths pathlib._local."""
     for module in (b"pathlib", b"pathlib._local"):
         content = b"c%s\nPurePosixPath\n(Vsaves\ntR." % module
         assert runs.SaveUnpickler(io.BytesIO(content)).load() == PurePosixPath("saves")
