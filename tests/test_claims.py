@@ -20,6 +20,7 @@ from miniature.specialists import RECIPES
 from miniature.world import REVERSED, draw_clip, facts, write_world
 from support import benchmarks, statistics
 from support.cli import parse_options
+from support.report import read_result
 from train import TrainConfig
 
 ROOT = Path(__file__).parent.parent
@@ -182,7 +183,12 @@ def scripts(place, monkeypatch):
         asked.append(" ".join(script[1:]))
         options = dict(itertools.pairwise(script))
         if "train.py" in script[1]:
-            (Path("runs") / options["--name"] / "checkpoint").mkdir(parents=True)
+            folder = Path("runs") / options["--name"]
+            (folder / "checkpoint").mkdir(parents=True)
+            losses = {"step": 9, "loss": 0.4, "held_out_loss": 0.3 + 0.1 * int(options["--seed"])}
+            (folder / "metrics.jsonl").write_text(
+                '{"step": 1, "loss": 2}\n' + json.dumps(losses) + "\n"
+            )
             return subprocess.CompletedProcess(script, 0, "", "")
         folder = Path(options["--checkpoint"])
         questions = benchmarks.load_questions("miniature-open", options["--data"])
@@ -218,16 +224,18 @@ def test_everything_printed_or_drawn_comes_from_the_runs(arguments, place, scrip
     ]
     mean = sum(result["accuracy"]["all"] for result in stored) / len(stored)
     assert f"\n| MERV | {100 * mean:.1f} ± " in text
+    assert "\n| MERV | 0.500 |\n" in text  # the mean held-out loss of five seeds
     assert len(stored) == claims.SEEDS["main"]
     parts = claims.SEEDS | (claims.MORE_SEEDS if arguments else {})
     for name in (name for part in parts for name in RUNS[part]):
-        named = re.sub(r"-125-steps$", "", name)  # learning curves have a column for each
+        # These rows have a column for each length.
+        named = re.sub(r"^(MERV|SigLIP)-250-steps$", r"\1", name)
         assert f"| {named} | " in text, f"{name} is run and not shown"
     assert "nan" not in text
     claimed = [line for line in text.splitlines() if " − " in line]
     held = sum("**holds**" in line for line in claimed)
     assert f"Of {len(claimed)} claims, {held} hold, " in text
-    assert len(claimed) > (38 if arguments else 24) and 0 < held < len(claimed)
+    assert len(claimed) > (34 if arguments else 20) and 0 < held < len(claimed)
     # The pictures: each dot stands for a number of the tables.
     shown = re.findall(r"!\[.+\]\((.+)\)", text)
     assert len(shown) == len(claims.PICTURES) == 4
@@ -284,14 +292,15 @@ def test_train_py_knows_the_options_of_every_run():
 
 @pytest.mark.slow
 def test_the_real_scripts_train_and_evaluate_a_row(place):
-    """With two steps instead of 250: the options of a row override those that all runs share."""
+    """With two steps instead of 500: the options of a row override those that all runs share."""
     for name in RECIPES:
         encoder, file = load_encoder(f"miniature-{name}"), f"encoders-0/{name}.safetensors"
         save_encoder(encoder, place / "data/miniature" / file)
     write_world(place / "data/miniature/shuffled", SMALL, "shuffled")
     for name in ("MERV", "shuffled-clips"):
         options = (RUNS["main"] | RUNS["controls"])[name]
-        questions = claims.run(name, f"{options} --epochs 2 --max-steps 2", 0)
+        folder = claims.run(name, f"{options} --epochs 2 --max-steps 2", 0)
+        questions = read_result(folder / claims.RESULT)["questions"]
         assert len(questions) > 16 and not any(question.failure for question in questions)
-        (folder,) = (place / "runs/claims").glob(f"{name}-0-*")
+        assert folder.name.startswith(f"{name}-0-")
         assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
