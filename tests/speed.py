@@ -17,7 +17,7 @@ How the comparison is kept fair:
   further and evaluate it: sizes, weights, tokenizer, clips, cached features, batches and options
   are the same.
 - Only drawing and pre-training use each version's own world, with the same number of clips in a
-  batch. Both draw in one process, although this code draws many clips on all cores.
+  batch. Each draws as its first command does: commit 07e06b2 in one process, today on all cores.
 """
 
 from __future__ import annotations
