@@ -229,7 +229,7 @@ def test_everything_printed_or_drawn_comes_from_the_runs(arguments, place, scrip
     parts = claims.SEEDS | (claims.MORE_SEEDS if arguments else {})
     for name in (name for part in parts for name in RUNS[part]):
         # These rows have a column for each length.
-        named = re.sub(r"^(MERV|SigLIP)-250-steps$", r"\1", name)
+        named = re.sub(r"^([A-Z]\w+)-250-steps$", r"\1", name)
         assert f"| {named} | " in text, f"{name} is run and not shown"
     assert "nan" not in text
     claimed = [line for line in text.splitlines() if " − " in line]

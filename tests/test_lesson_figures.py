@@ -64,7 +64,7 @@ def claims(tmp_path_factory) -> Path:
         ("MERV-0-00000000", 30, 0, names), ("MERV-0-12345678", 30, 3, names),
         ("MERV-15-steps-0-12345678", 15, 1, names), ("SigLIP-0-12345678", 30, 2, names[-1:]),
         ("MERV-1-12345678", 30, 4, names), ("concat-channel-0-12345678", 30, 4, names),
-        ("split-cross-attention-0-12345678", 30, 4, names),
+        ("split-cross-attention-250-steps-0-12345678", 30, 4, names),
     ]  # fmt: skip
     for age, (name, steps, right, encoders) in enumerate(rows):
         questions = []
