@@ -38,7 +38,7 @@ from support.files import Journal, write_file
 from support.judge import Judge, judge_answers
 from support.processes import LoadAhead, cores_left_to, end_with_torchrun
 from support.replies import named_letters
-from support.report import read_result, write_report
+from support.report import read_result, result_files, write_report
 from support.runs import latest_run
 
 MCQ_RULES = ("parse", "released", "likelihood")
@@ -90,18 +90,18 @@ def check_benchmark(name: str, folder: str | Path, workers: int) -> int:
     clips = Clips(questions, folder, [ENCODERS["siglip"]])  # any encoder: all decode alike
     expected = {question.video for question in questions}
     found = 0
-    for name in expected:
-        found += bool(clips.videos.candidates(name))
+    for video in expected:
+        if clips.videos.candidates(video):
+            found += 1
     print(f"{len(questions)} questions, {found}/{len(expected)} videos found in {clips.folder}")
     total = len(clips.groups)
     bad = 0
     loader = LoadAhead(clips, workers, stack_clips, sampler=range(total))
     for numbers, failures, _ in progress(loader, "decode"):
-        (number,) = numbers
-        (failure,) = failures
-        if failure:
-            bad += 1
-            print(f"bad  {clips.groups[number][0].video}: {failure.splitlines()[0]}")
+        for number, failure in zip(numbers, failures, strict=True):
+            if failure:
+                bad += 1
+                print(f"bad  {clips.groups[number][0].video}: {failure.splitlines()[0]}")
     print(f"{total - bad}/{total} clips can be decoded")
     return bad
 
@@ -207,7 +207,7 @@ def clips_at_once(
     """How many clips to answer together: up to 16, as long as the KV cache stays below 4 GB.
 
     Small models gain most, because single rows leave the processor idle between small operations.
-    With 7B and 5 questions about a clip, the cache of one clip takes 0.8 GB.
+    With 7B and 5 questions about a clip, the cache of one clip takes 0.9 GB.
     """
     llm = model.config.llm
     element = model.llm.embed_tokens.weight.element_size()
@@ -232,20 +232,20 @@ def answer_batch(model: MERV, batch: tuple, clips: Clips, config: EvalConfig) ->
     row = 0
     for number, failure in zip(numbers, failures, strict=True):
         asked = clips.groups[number]
-        record = {question.id: "" for question in asked}
-        records.append({"answers": record, "mixing_weights": [], "failure": failure})
+        answers = {question.id: "" for question in asked}
+        records.append({"answers": answers, "mixing_weights": [], "failure": failure})
         if failure:
             continue
         clip = {name: frames[row] for name, frames in stacked.items()}
         row += 1
         if config.mcq_rule == "likelihood" and asked[0].options:
-            record.update(likely_letters(model, clip, asked))
+            answers.update(likely_letters(model, clip, asked))
             continue
         readable.append(records[-1])
         pixels.append(clip)
         prompts.append([question.prompt for question in asked])
-    answers = model.answer(pixels, prompts, config.max_new_tokens)
-    for record, replies in zip(readable, answers, strict=True):
+    replies_of_clips = model.answer(pixels, prompts, config.max_new_tokens)
+    for record, replies in zip(readable, replies_of_clips, strict=True):
         texts = [reply.text for reply in replies]
         record["answers"] = dict(zip(record["answers"], texts, strict=True))
         record["mixing_weights"] = replies[0].weights.tolist()
@@ -454,8 +454,9 @@ class EvalConfig:
     benchmark: str = option("miniature-open", "the benchmark", BENCHMARKS, group="questions")
     data: str = option("data/miniature/test", "folder of annotations, videos/", group="questions")
     check: bool = option(False, "only list missing and damaged videos", group="questions")
-    # Who answers: without --checkpoint, the latest run of train.py.
-    checkpoint: str | None = option(None, "run, folder or released name", group="model")
+    checkpoint: str | None = option(
+        None, "run, folder or released name; none: latest run", None, "model"
+    )
     tokenizer: str | None = option(None, "tokenizer.model, if it has none", group="model")
     device: str = option("auto", "auto, cuda, mps or cpu", group="model")
     dtype: str = option(
@@ -499,22 +500,23 @@ def run_command(config: EvalConfig) -> None:
     if config.check:
         bad = check_benchmark(config.benchmark, config.data, config.workers)
         sys.exit(1 if bad else 0)
-    checkpoint = config.checkpoint
-    if checkpoint is None and not config.runs:
-        checkpoint = str(latest_run())
-    runs = list(config.runs) or [checkpoint]
+    if config.runs and not (config.judge or config.report):
+        what = f"What is to be done with {config.runs[0]}?"
+        fix = f"to answer questions: --checkpoint {config.runs[0]}."
+        raise UserError(what, "a RUN is for --judge or --report.", fix)
+    runs = list(config.runs) or [config.checkpoint or str(latest_run())]
     if config.judge:
         if config.judge_model is None:
             why = "an endpoint usually serves several models."
             raise UserError("--judge needs a model.", why, "add --judge-model NAME.")
         judge = Judge(config.judge, config.judge_model, config.judge_parallel, config.judge_retries)
         for run in runs:
-            for path in sorted(Path(run).glob("eval/*.json")):
+            for path in result_files(Path(run)):
                 judge_results(path, judge)
-    elif config.report:
+    if config.report:
         write_report(runs, Path(config.report), summarise, Path(config.data))
-    else:
-        evaluate_checkpoint(config, checkpoint or str(latest_run()))
+    if not (config.judge or config.report):
+        evaluate_checkpoint(config, runs[0])
 
 
 def evaluate_checkpoint(config: EvalConfig, checkpoint: str) -> None:

@@ -53,14 +53,19 @@ def write_report(
     print(f"report: {output}")
 
 
-def read_results(run: Path) -> list[dict]:
-    """The result files of a run, as eval.py writes them, with their questions as Questions."""
+def result_files(run: Path) -> list[Path]:
+    """The result files of a run, as eval.py writes them; UserError if there are none."""
     files = sorted(run.glob("eval/*.json"))
     if not files:
         fix = "run `python eval.py --checkpoint RUN --benchmark NAME --data DIR` first."
         raise UserError(f"{run} has no results.", f"there is no {run}/eval/*.json.", fix)
+    return files
+
+
+def read_results(run: Path) -> list[dict]:
+    """The contents of these files, with their questions as Questions."""
     results = []
-    for file in files:
+    for file in result_files(run):
         results.append(read_result(file) | {"run": run.name})
     return results
 

@@ -535,6 +535,19 @@ def test_an_unknown_benchmark_is_explained(capsys):
     assert "choose from 'msvd'" in capsys.readouterr().err
 
 
+def test_a_run_that_would_be_ignored_is_an_error():
+    """RUN is for --judge and --report: without them, another run would answer."""
+    with pytest.raises(SystemExit, match="to answer questions: --checkpoint runs/a"):
+        eval.main(["runs/a"])
+
+
+def test_a_run_without_results_is_not_judged(tmp_path):
+    """Nothing to judge is an error, as it is for --report."""
+    for options in (["--judge", "http://x", "--judge-model", "m"], ["--report", "page.html"]):
+        with pytest.raises(SystemExit, match="has no results"):
+            eval.main([*options, str(tmp_path)])
+
+
 def result(folder: Path, **changes) -> Path:
     """A result file with one answered question; `changes` are made to its JSON."""
     question = benchmarks.Question("7", "v", "Who?", "me", answer="me", mixing_weights=(0.5, 0.5))
