@@ -90,11 +90,14 @@ def read_options(arguments: list[str] | None = None) -> PlanConfig:
         why = "its commands are plan and table."
         fix = "python cost.py plan, or python cost.py table."
         raise UserError("cost.py needs one command.", why, fix)
+    if config.command == ("table",) and len(arguments or sys.argv[1:]) > 1:
+        why = "it always counts the models of the paper."
+        raise UserError("cost.py table has no options.", why, "leave them out.")
     return config
 
 
 def training_options(config: PlanConfig) -> train.TrainConfig:
-    """The options of train.py for the run that is planned."""
+    """The options of train.py that decide the model and the stages of the run that is planned."""
     return replace(
         train.preset_with_llm(config.model, config.recipe, config.llm),
         encoders=config.encoders,
@@ -220,15 +223,6 @@ def optimizer_state(optimizers: list[torch.optim.Optimizer]) -> int:
             for parameter in group["params"]:
                 size += tensors * parameter.to_local().nbytes
     return size
-
-
-def step_memory(what: MERVConfig, rows: int, text_tokens: int) -> float:
-    """Peak memory, in GB, of one GPU that trains `what` by the recipe "frozen" with AdamW."""
-    config = PlanConfig(micro_batch=rows, text_tokens=text_tokens, gpus=1)
-    stage = train.RECIPES["frozen"][0]
-    with simulated_processes(1):
-        needs, _ = memory_of(config, what, stage)
-    return sum(needs.values())
 
 
 def count_operations(model: nn.Module) -> FlopCounterMode:

@@ -246,8 +246,11 @@ def graph_agreement(llm: Llama, prefix: KVCache, ids: Tensor, replies: Tensor) -
 
 
 def planned_memory() -> dict:
-    """The peak that cost.py foretells for `measure_training`: GB."""
-    return {"memory_gb": cost.step_memory(SMALLER, ROWS, TEXT)}
+    """The peak that cost.py predicts for `measure_training`: GB."""
+    config = cost.PlanConfig(micro_batch=ROWS, text_tokens=TEXT, gpus=1)
+    with cost.simulated_processes(1):
+        needs, _ = cost.memory_of(config, SMALLER, train.RECIPES["frozen"][0])
+    return {"memory_gb": sum(needs.values())}
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import pytest
 
 import cost
 import train
-from merv import MERVS
 from support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -42,6 +41,13 @@ def test_cost_needs_one_of_its_two_commands():
             cost.read_options(words)
 
 
+def test_the_table_takes_no_options():
+    """It counts the paper's models, whatever --model says."""
+    assert cost.read_options(["table"]).command == ("table",)
+    with pytest.raises(UserError, match="leave them out"):
+        cost.read_options(["table", "--model", "merv"])
+
+
 @pytest.mark.parametrize("model", ["miniature", "merv", "siglip-single"])
 def test_a_plan_is_for_the_run_that_train_would_start(model):
     """The same --model and --recipe give the same model, optimizer and micro-batch."""
@@ -51,17 +57,6 @@ def test_a_plan_is_for_the_run_that_train_would_start(model):
     for name in ("optimizer", "micro_batch", "activation_checkpointing", "place_encoders"):
         assert getattr(plan, name) == getattr(training, name)
     assert plan.cached_features == (training.cache_features is not None)
-
-
-def test_the_memory_of_one_step_is_that_of_the_plan():
-    """`step_memory` is for models that have no name."""
-    options = ["plan", "--gpus", "1", "--optimizer", "adamw", "--no-cached-features"]
-    options += ["--activation-checkpointing", "--micro-batch", "2", "--text-tokens", "64"]
-    config = cost.read_options(options)
-    what, stage = cost.architecture(config), train.RECIPES["frozen"][0]
-    with cost.simulated_processes(1):
-        planned, _ = cost.memory_of(config, what, stage)
-    assert cost.step_memory(MERVS["miniature"], 2, 64) == pytest.approx(sum(planned.values()))
 
 
 @pytest.mark.parametrize("projector", ["class", "all", "avg3d"])
