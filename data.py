@@ -246,9 +246,8 @@ class Example:
     labels: Tensor  # (s,), IGNORE where there is no loss
     pixels: dict[str, Tensor] = field(default_factory=dict)  # encoder -> (T_e or 1, 3, H, W)
     pooled: dict[str, Tensor] = field(default_factory=dict)  # encoder -> (t, h, w, d_e), cached
-    bad: list[dict] = field(
-        default_factory=list
-    )  # {"row", "id", "file", "reason"} of each row it replaces
+    # {"row", "id", "file", "reason"} of each row it replaces
+    bad: list[dict] = field(default_factory=list)
 
 
 ROW = '{"id", "image" | "video" | neither, "conversations": [{"from", "value"}, ...]}'
@@ -278,8 +277,8 @@ class ConversationDataset(Dataset):
             if file.exists() and not file.is_file():
                 raise ValueError("it is not a file.")
             rows = json.loads(file.read_bytes())
-            if not isinstance(rows, list):
-                raise ValueError("it holds no list.")
+            if not isinstance(rows, list) or not rows:
+                raise ValueError("it holds no list of rows.")
             self.rows = Rows(map(tidy, rows))
         except (OSError, ValueError, RecursionError) as error:
             fix = f"check the path and the file: a dataset is a JSON list of {ROW}."
@@ -410,7 +409,7 @@ class Batch:
     input_ids: Tensor  # (b, s)
     labelled: Tensor  # (2, k): row and position of each token that the loss predicts
     lengths: list[int]  # tokens of each of the b rows, without padding
-    visual_rows: list[int]  # the v rows with a video or image: first pooled ones, then pixels
+    visual_rows: list[int]  # the v rows with a video or image: those in `pooled` come first
     pixels: dict[str, Tensor]  # encoder -> (rows, T_e, 3, H, W)
     pooled: dict[str, Tensor]  # encoder -> (rows, t, h, w, d_e)
     bad: list[dict] = field(default_factory=list)  # rows that could not be used
@@ -621,8 +620,8 @@ def main(arguments: list[str] | None = None) -> None:
             found = [file for file in stages if file.exists()]
             for file in found or stages[1:]:
                 template = TEMPLATES["caption" if file.name == "stage1.json" else "base"]
-                dataset = ConversationDataset(file, tokenizer, template, encoders=[])
-                dataset.allow_outside = options.allow_outside
+                how = {"allow_outside": options.allow_outside}
+                dataset = ConversationDataset(file, tokenizer, template, encoders=[], **how)
                 print_rows(dataset, options.show)
                 if options.check:
                     num_bad += print_bad_rows(dataset, options.workers)

@@ -90,7 +90,8 @@ ALIGNING_PARTS = ("projectors", "mixer")
 TRAINABLE_PARTS = ("projectors", "mixer", "llm")
 
 # Stage 1 aligns visual tokens with text, on captions: it trains projectors and mixer, or all parts.
-# Stage 2 trains on questions. Learning rates and batch sizes are the paper's (appendix B).
+# Stage 2 trains on questions. The learning rates 2e-5 and 1e-4 and the batch of 128 are the paper's
+# (section 3.3), 1e-3 and the batch of 256 those of the authors' code.
 ALIGN = Stage((CAPTIONS,), ALIGNING_PARTS, learning_rate=1e-3, global_batch=256, weight_decay=0.0)
 ALIGN_ALL = Stage((CAPTIONS,), TRAINABLE_PARTS, learning_rate=1e-4, global_batch=256)
 INSTRUCT = Stage((CONVERSATIONS,), TRAINABLE_PARTS, learning_rate=2e-5, global_batch=128)
@@ -212,9 +213,10 @@ class TrainConfig:
     held_out_every: int | None = option(
         100, "steps between evaluations of the held-out rows", group="run", least=1
     )
-    evaluate: bool = option(False, "afterwards, score the miniature's test clips", group="run")
+    evaluate: bool = option(False, "with --data miniature, then score test clips", group="run")
 
 
+# Former option -> what to use now.
 MOVED = dict.fromkeys(
     ("--plan", "--gpus", "--gpu-memory", "--tflops", "--text-tokens"), "use `python cost.py plan`"
 )
@@ -222,10 +224,7 @@ MOVED |= {"--lr": "use --learning-rate", "--muon-lr": "use --muon-learning-rate 
 
 
 def preset(model: str, recipe: str) -> TrainConfig:
-    """The default options for training a model by a recipe; the command line overrides them.
-
-    A preset has a value for every option, so nothing about a run is decided anywhere else.
-    """
+    """The default options for training a model by a recipe; the command line overrides them."""
     labels = [encoder.label for encoder in MERVS[model].encoders]
     config = TrainConfig(
         model=model,
@@ -257,8 +256,9 @@ def preset_with_llm(model: str, recipe: str, name: str | None) -> TrainConfig:
 def preset_from(checkpoint: str, recipe: str, llm: str | None) -> TrainConfig:
     """The options with which the model of a checkpoint is trained further.
 
-    Options that describe the model are the checkpoint's; the others are those of the preset of that
-    name, else of "merv". llm: another name for its LLM, such as the folder it came from.
+    Options that describe the model are the checkpoint's; the others are those of the preset with
+    the model's name, else of "merv". llm: another name for its LLM, such as the folder of its
+    weights.
     """
     found = merv.Checkpoint(checkpoint).build_skeleton().config
     model = "merv"
@@ -280,7 +280,7 @@ def preset_from(checkpoint: str, recipe: str, llm: str | None) -> TrainConfig:
 
 def read_options(arguments: list[str] | None = None) -> TrainConfig:
     """Read the command line. --model, --recipe and --llm, or --from, choose a preset, and --resume
-    the options of a run. All other options override single values of these."""
+    the options of a run. Every other option overrides one value of that preset or run."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default="miniature", choices=list(MERVS))
     first.add_argument("--recipe", default="frozen", choices=list(RECIPES))
@@ -334,13 +334,13 @@ def model_config(config: TrainConfig) -> merv.MERVConfig:
     Its projectors and mixer are as wide as its LLM. Raises UserError if a name is wrong.
     """
     model = MERVS[config.model]
-    encoders = list(merv.choose_encoders(model, config.encoders))
-    for index, name in enumerate(config.encoders.split(",")):
-        if config.encoder_files:
-            encoders[index] = replace(encoders[index], source=encoder_file(config, name))
+    encoders = merv.choose_encoders(model, config.encoders)
+    if config.encoder_files:
+        files = [encoder_file(config, name) for name in config.encoders.split(",")]
+        encoders = tuple(replace(e, source=f) for e, f in zip(encoders, files, strict=True))
     return replace(
         model,
-        encoders=tuple(encoders),
+        encoders=encoders,
         projector=config.projector,
         mixer=config.mixer,
         pooled_side=config.pooled_side,
@@ -401,7 +401,7 @@ def load_model(config: TrainConfig) -> MERV:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """What activations and gathered parameters are computed in; parameters stay in float32."""
+    """The dtype of activations and of gathered parameters; trained ones are held in float32."""
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return getattr(torch, name)
@@ -410,15 +410,16 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype) -> None:
     """Shard the model over the processes (FSDP2).
 
-    Every process holds 1 / shards of each parameter: trained ones in float32, frozen ones
-    (encoders, an LLM with adapters) in `dtype`. A layer is gathered in `dtype` just before it runs
-    and freed again right after, forward and backward; its gradients are summed over the processes,
-    and each keeps its share. The units that are gathered together are one LLM layer, one encoder,
-    and the rest (embeddings, head, projectors, mixer).
+    Of the processes that share a copy of the model (all, unless there are --replicas), each holds
+    its part of every parameter: trained ones in float32, frozen ones (encoders, an LLM with
+    adapters) in `dtype`. A layer is gathered in `dtype` just before it runs and freed right after,
+    forward and backward; its gradients are averaged over the processes, and each keeps its part.
+    The units that are gathered together are one LLM layer, one encoder, and the rest (embeddings,
+    head, projectors, mixer).
 
     place_encoders: "copy" and "streams" leave the frozen encoders whole on every process. Each part
     is cast, and moves from the CPU, as it is sharded. Until then its weights are mapped from their
-    file, so neither a CPU nor a GPU ever holds all of the model.
+    file, so besides what it keeps, a process holds only the part that is being sharded.
     """
     # WHY: bfloat16 holds activations well but not sums of many small gradients.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
@@ -447,7 +448,7 @@ def cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype, device: str = "
 
 
 def cast_trained(parameters: Iterable[nn.Parameter], frozen_dtype: torch.dtype) -> None:
-    """Change parameters to float32, and those that no stage trains to `frozen_dtype`."""
+    """Change parameters to float32, and frozen ones (an LLM with adapters) to `frozen_dtype`."""
     for parameter in parameters:
         cast([parameter], torch.float32 if parameter.requires_grad else frozen_dtype)
 
@@ -456,17 +457,10 @@ def cast_trained(parameters: Iterable[nn.Parameter], frozen_dtype: torch.dtype) 
 
 
 def make_datasets(model: MERV, stage: Stage, config: TrainConfig, cache) -> ConcatDataset:
-    """The files of a stage as one dataset.
-
-    With a cache, every clip that it lacks is encoded now. The encoders are frozen, so the pooled
-    features of a clip are the same in every epoch, and for every mixer and LLM.
-    """
+    """The files of a stage as one dataset."""
     datasets = []
     for file, template in stage.files:
-        datasets.append(read_rows(model, data_folder(config) / file, template, cache))
-        datasets[-1].allow_outside = config.allow_outside
-        if cache:
-            fill_cache(model, datasets[-1], config)
+        datasets.append(read_rows(model, data_folder(config) / file, template, config, cache))
     return concatenate(datasets)
 
 
@@ -475,33 +469,41 @@ def data_folder(config: TrainConfig) -> Path:
     return small.FOLDER / "train" if config.data == "miniature" else Path(config.data)
 
 
-def read_rows(model: MERV, file: Path, template: str | None, cache) -> data.ConversationDataset:
+def read_rows(
+    model: MERV, file: Path, template: str | None, config: TrainConfig, cache
+) -> data.ConversationDataset:
     """A file of conversations for this model.
 
+    With a cache, every clip that it lacks is encoded now. The encoders are frozen, so the pooled
+    features of a clip are the same in every epoch, and for every mixer and LLM.
     template: how questions become prompts, a key of data.TEMPLATES; None is the LLM's own.
     """
     form = data.TEMPLATES[template or model.config.llm.template]
     encoders = list(model.config.encoders)
-    return data.ConversationDataset(file, model.tokenizer, form, encoders, cache=cache)
+    how = {"cache": cache, "allow_outside": config.allow_outside}
+    dataset = data.ConversationDataset(file, model.tokenizer, form, encoders, **how)
+    if cache:
+        fill_cache(model, dataset, config)
+    return dataset
 
 
 def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConfig) -> None:
     """Encode the files that the cache lacks, each by one process."""
     cache = dataset.cache
     patient = processes.patient_group()
+    # Sorted by kind, so that few batches mix stills and clips (ledger F8).
     media = sorted({dataset.media(row) for row in dataset.rows} - {("text", None)})
     mine = media[dist.get_rank() :: dist.get_world_size()]
-    # Sorted by kind, so that few batches mix stills and clips (ledger F8).
     missing = [file for _, file in mine if not cache.has(file)]
     load = partial(decode, encoders=dataset.encoders)
     loader = LoadAhead(missing, config.workers, load, batch_size=config.micro_batch)
     with processes.cores_left_to(config.workers):
-        for usable, pixels in progress(loader, "encode clips once"):
+        for usable, pixels in progress(loader, "encode clips once", show=dist.get_rank() == 0):
             pooled = model.pooled_features(pixels) if usable else {}
             for index, file in enumerate(usable):
                 clip = {name: value[index] for name, value in pooled.items()}
                 cache.put(file, clip)
-                if file == missing[0]:
+                if file == missing[0] and dist.get_rank() == 0:
                     size = sum(2 * value.numel() for value in clip.values()) / 1e6  # bfloat16
                     print(f"{cache.folder}: {len(media)} clips or stills of {size:.3f} MB each")
     processes.wait_for_all(patient)
@@ -559,12 +561,10 @@ def read_held_out(model: MERV, config: TrainConfig, cache) -> HeldOut | None:
         return None
     file = Path(config.held_out)
     if not file.is_file():
-        print(f"There is no {file}, so the loss on held-out rows is not logged.")
+        if dist.get_rank() == 0:
+            print(f"There is no {file}, so the loss on held-out rows is not logged.")
         return None
-    dataset = read_rows(model, file, None, cache)
-    dataset.allow_outside = config.allow_outside
-    if cache:
-        fill_cache(model, dataset, config)
+    dataset = read_rows(model, file, None, config, cache)
     # Rows spread evenly over the file, equally many for each process.
     rank, world = dist.get_rank(), dist.get_world_size()
     count = max(1, HELD_OUT_ROWS // world)
@@ -587,18 +587,18 @@ def make_optimizers(
     muon_parts: str = "llm",
     muon_weight_decay: float = 0.0,
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for everything that the stage trains. Given a learning rate for Muon, Muon instead for
-    the matrices of LLM layers (and of projectors, if named).
+    """The optimizers of a stage: AdamW, and if muon_learning_rate is given, Muon for the matrices
+    of LLM layers (and of projectors, if named).
 
     stage: what is trained, and AdamW's settings. muon_parts: "llm" or "llm,projectors".
-    muon_weight_decay: a step takes this share of the learning rate off Muon's matrices.
+    muon_weight_decay: a step multiplies Muon's matrices by 1 - learning rate * this.
 
     All other parameters are frozen: they need neither gradient nor optimizer. Weight decay applies
     to matrices, but not to vectors (norms, biases, the query).
     FIX: the authors configured decay too, but grouped parameters after sharding had flattened them
     all to vectors, so none ever decayed (ledger K8).
-    WHY: a small LLM that starts from random weights learns more per step with Muon, and more again
-    if these weights fade, since what is learned then outweighs them sooner (docs/train.md).
+    WHY: a small LLM that starts from random weights learns more per step with Muon, and still
+    more with weight decay, by which the random weights fade (docs/train.md).
     """
     muon, matrices, vectors = [], [], []
     for name, parameter in model.named_parameters():
@@ -621,7 +621,7 @@ def make_optimizers(
     how = {"lr": stage.learning_rate, "betas": (0.9, 0.999), "fused": fused}
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **how)]
     if muon:
-        # WHY none by default: a trained LLM would lose what it knows.
+        # WHY muon_weight_decay is 0 by default: a pre-trained LLM would lose what it knows.
         optimizers.append(Muon(muon, muon_learning_rate, muon_weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
@@ -630,16 +630,16 @@ def make_optimizers(
 
 
 def is_for_muon(name: str, parameter: nn.Parameter, parts: str) -> bool:
-    """Whether Muon trains a parameter: a matrix from features to features, and no embedding, query
-    or adapter.
+    """Whether Muon trains a parameter: a matrix from features to features, such as the weight of a
+    Linear, and no embedding, query or adapter.
 
     Muon makes all singular values of a step equal, which suits whole matrices only.
     """
-    if lora.is_adapter(name):
+    if parameter.ndim != 2 or not name.endswith("weight") or lora.is_adapter(name):
         return False
     if name.startswith("projectors."):
-        return parameter.ndim == 2 and "projectors" in parts
-    return parameter.ndim == 2 and "llm.layers." in name
+        return "projectors" in parts
+    return name.startswith("llm.layers.")
 
 
 def muon_settings(config: TrainConfig) -> dict:
@@ -668,7 +668,7 @@ def refresh_dtypes(model: MERV) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """The learning rate of a step: linear warm-up, then half a cosine down to 0 (appendix B).
+    """The learning rate of a step: linear warm-up, then half a cosine down to 0 (paper 3.3).
 
     With 100 steps and warmup 0.03: steps 0, 1, 2 have 1/3, 2/3 and 3/3 of the peak, step 51 about
     half of it, step 99 almost nothing. The warm-up gives AdamW time to estimate its moments.
@@ -863,13 +863,13 @@ def due(number: int, every: int | None) -> bool:
 
 def begin(config: TrainConfig, device: torch.device) -> Run:
     """Make the miniature's data if --data names it; open the run's folder on every process."""
-    opened: list[Run | UserError | None] = [None]
     if config.data is None:
         why = f"the model {config.model} comes without data."
         raise UserError("--data is missing.", why, "see docs/train.md.")
     if not (config.tokenizer or config.from_ or llm_config(config.llm, config.model).source):
         why = f"the LLM {config.llm} comes without one."
         raise UserError("--tokenizer is missing.", why, "name a tokenizer.model.")
+    opened: list[Run | UserError | None] = [None]
     if dist.get_rank() == 0:
         try:
             if config.data == "miniature":

@@ -321,6 +321,13 @@ def test_what_is_no_file_never_makes_training_wait(tmp_path, tiny_tokenizer, kin
         data.read(0)
 
 
+def test_a_file_without_rows_is_no_dataset(tmp_path, tiny_tokenizer):
+    """Training on it would take no step and save an untrained model."""
+    for text in ("[]", "{}"):
+        with pytest.raises(DataError, match="it holds no list of rows"):
+            dataset_of(tmp_path, tiny_tokenizer, text)
+
+
 # ----------------------------------------------------------------------------------------- bad rows
 
 

@@ -297,7 +297,7 @@ def test_an_llm_that_is_not_there_or_no_llama_is_explained(tmp_path):
     with pytest.raises(CheckpointError, match=r"Found no config\.json"):
         train.read_options(["--llm", str(tmp_path / "nowhere")])
     write(tmp_path, {}, "safetensors", model_type="mistral")
-    with pytest.raises(CheckpointError, match="no plain LLaMA"):
+    with pytest.raises(CheckpointError, match="not a plain LLaMA"):
         train.read_options(["--llm", str(tmp_path)])
 
 
@@ -395,7 +395,8 @@ def test_the_page_about_fine_tuning_does_what_it_says(workplace, clip, tmp_path,
     if not Path(checkpoint).exists():
         checked(run(workplace, "adapted", *STEPS, "--lora", "4", "--max-steps", "1"))
     model = MERV.from_pretrained(checkpoint)
-    rows = train.read_rows(model, Path("mydata/stage2.json"), None, None)
+    config = train.preset("miniature", "frozen")
+    rows = train.read_rows(model, Path("mydata/stage2.json"), None, config, None)
     assert len(rows) == 1 and set(rows[0].pixels) == set(model.encoders)
     commands = re.search(r"```sh\n(.*?)```", page, re.DOTALL)[1].replace("\\\n", " ")
     own = str(model.tokenizer.path)

@@ -337,9 +337,11 @@ def test_vectors_do_not_decay(workplace):
     assert {id(p) for p in muon.param_groups[0]["params"]} == inner
     assert sum(len(group["params"]) for group in smaller.param_groups) == len(trained) - len(inner)
     assert muon.param_groups[0]["weight_decay"] == 0
+    model.projectors.queries = torch.nn.Parameter(torch.zeros(2, 3))  # as of projector attn2d
     _, muon = train.make_optimizers(model, stage, 0.01, "llm,projectors", 0.5)
     assert muon.param_groups[0]["weight_decay"] == 0.5
-    inner |= {id(p) for p in model.projectors.parameters() if p.ndim == 2}
+    linears = [projector.linear.weight for projector in model.projectors.values()]
+    inner |= {id(weight) for weight in linears}
     assert {id(p) for p in muon.param_groups[0]["params"]} == inner
 
 
