@@ -203,7 +203,7 @@ class DecoderLayer(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(self, x, rotary: RotaryTable, cache: KVCache | None, keep=None) -> Tensor:
-        """x (b, s, d) -> (b, s, d), or (k, d) at the k positions `keep` = (rows, places)."""
+        """x (b, s, d) -> (b, s, d), or (k, d) at the k places `keep` = (rows, positions)."""
         x = x + self.self_attn(self.input_layernorm(x), rotary, cache)
         if keep is not None:
             x = x[keep]  # only attention mixes tokens; from here on, each is independent
@@ -235,8 +235,8 @@ class Llama(nn.Module):
 
         cache: a KVCache of the tokens before these, which are added to it.
         lengths (b,): the number of real tokens in each row, the rest being padding (default: s).
-        keep: the only positions that are needed, as their rows (k,) and places (k,). The result is
-        then (k, d), and the last layer runs its MLP on these positions only.
+        keep: where the output is needed, as rows (k,) and positions (k,). The result is then
+        (k, d), and the last layer runs its MLP there only.
         """
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         s = x.shape[1]
@@ -300,7 +300,7 @@ class Llama(nn.Module):
         answers = torch.full((b, max_new_tokens), eos_id, device=x.device)
         finished = torch.zeros(b, dtype=torch.bool, device=x.device)
         logits = self.logits(last)
-        decode = DecodingStep(self, cache, lengths) if self.cuda_graph else None
+        decode = DecodingStep(self, cache, torch.zeros_like(lengths)) if self.cuda_graph else None
         for step in range(max_new_tokens):
             next_ids = sample(logits, temperature, top_p, generator)
             answers[:, step] = next_ids

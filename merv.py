@@ -19,7 +19,8 @@ Shape letters, also used as suffixes of names, so x_bend is (b, e, n, d); full-s
     x_e of all encoders    -> mixer   -> visual tokens (b, n, d)               equation 2
     [BOS] + visual tokens + text -> LLaMA-2 -> answer
 
-Read before: encoders.py, llama.py, data.py. Read next: eval.py, train.py.
+Read first: from here to the end of class MERV. Then read encoders.py, llama.py and data.py, and
+after them the rest of this file. Read next: eval.py, train.py.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ MIXERS = {  # table 2c
 }
 
 
-def append(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+def join(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
     """Join two batches of pooled features, encoder by encoder; the first may be empty."""
     if not one:
         return other
@@ -199,8 +200,8 @@ def with_llama_7b(name: str, labels: tuple[str, ...]) -> MERVConfig:
 MERVS: dict[str, MERVConfig] = {"merv": with_llama_7b("merv", FOUR)}
 for _label in FOUR:
     _others = tuple(other for other in FOUR if other != _label)
-    MERVS[f"{_label}-single"] = with_llama_7b(f"{_label}-single", (_label,))  # figure 4a
-    MERVS[f"without-{_label}"] = with_llama_7b(f"without-{_label}", _others)  # table 3
+    MERVS[f"{_label}-single"] = with_llama_7b(f"{_label}-single", (_label,))  # table 8
+    MERVS[f"without-{_label}"] = with_llama_7b(f"without-{_label}", _others)  # table 7
 MERVS["miniature"] = MERVConfig(
     name="miniature",
     encoders=tuple(ENCODERS[f"miniature-{label}"] for label in FOUR),
@@ -311,11 +312,11 @@ class MERV(nn.Module):
         videos: encoder -> preprocessed clips (b, T_e, 3, H, W). pooled: `pooled_features` of other
         clips, which were computed earlier; the tokens of these clips come first.
         """
-        known = pooled or {}
-        if not known or videos:
-            known = append(known, self.pooled_features(videos))
+        pooled = pooled or {}
+        if videos:
+            pooled = join(pooled, self.pooled_features(videos))
         dtype = next(self.projectors.parameters()).dtype
-        x_e = [project_e(known[name].to(dtype)) for name, project_e in self.projectors.items()]
+        x_e = [project_e(pooled[name].to(dtype)) for name, project_e in self.projectors.items()]
         return self.mixer(torch.stack(x_e, dim=1))
 
     # ---- the loss
@@ -334,25 +335,25 @@ class MERV(nn.Module):
             visual, mixing_weights = self.encode(batch.pixels, batch.pooled)
         embeds = self.interleave(batch, visual)
         if visual is None:
-            # WHY: all processes gather layers and reduce gradients together. So with text only, the
-            # backward pass must go through the same layers, even if the LLM is frozen, and give all
-            # trained parameters a gradient, here of zeros. Otherwise the others would wait for it.
+            # WHY: all processes gather layers and reduce gradients together. So each of them needs
+            # the same backward pass, even with text only and a frozen LLM. These terms give every
+            # trained parameter a gradient of zeros; the other processes would wait for one.
             for parameter in [*self.projectors.parameters(), *self.mixer.parameters()]:
                 embeds = embeds + parameter.sum() * 0.0
         # The hidden state of one token predicts the next token. Visual tokens come after [BOS], so
-        # they shift the text. With n = 3, and the label "red" at place 2 of the text:
+        # they shift the text. With n = 3, and the label "red" at position 2 of the text:
         #
-        #     place in the text       0               1     2
-        #     sequence              [BOS]  v  v  v   what  red
-        #     place in the sequence   0    1  2  3    4     5
-        #                                             ^ its hidden state predicts "red": 2 + n - 1
-        rows, places = batch.labelled
+        #     position in the text      0               1     2
+        #     sequence                [BOS]  v  v  v   what  red
+        #     position in the sequence  0    1  2  3    4     5
+        #                                               ^ its hidden state predicts "red": 2 + n - 1
+        rows, positions = batch.labelled
         shift = torch.zeros_like(batch.input_ids[:, 0])  # (b,): n, or 0 for rows of text alone
         if visual is not None:
             shift[batch.visual_rows] = visual.shape[1]
-        wanted = rows, places + shift[rows] - 1
+        wanted = rows, positions + shift[rows] - 1
         predictors = self.llm.hidden_states(inputs_embeds=embeds, keep=wanted)
-        loss = self.llm.loss(predictors, batch.input_ids[rows, places])
+        loss = self.llm.loss(predictors, batch.input_ids[rows, positions])
         return loss, mixing_weights.detach()
 
     def run_encoders_on_nothing(self) -> None:
@@ -414,10 +415,10 @@ class MERV(nn.Module):
         video: a path, frames uint8 (T, 3, H, W), preprocessed pixels {encoder: (T_e, 3, H, W)}, or
         None for text alone. questions: a string, or a list of strings and of conversations that
         end with a human turn (data.render_prompt). Temperature 0 decodes greedily; otherwise tokens
-        are drawn with `generator` (Llama.generate).
+        are drawn with `generator` (Llama.generate). Returns an Answer for each question.
 
         video may also be a list of videos, and questions a list with the questions of each, or a
-        string to ask about all. The result is then a list of answers for each video. This is
+        string to ask about all. The result is then a list of Answers for each video. This is
         faster, because all rows run through the model together.
 
         stream: a function that gets each new piece of the text; only for a single question.
@@ -581,9 +582,12 @@ class MERV(nn.Module):
     def save_pretrained(self, folder: str | Path, state: dict[str, Tensor] | None = None) -> None:
         """Write config.json, model.safetensors and tokenizer.model for `from_pretrained`.
 
-        Encoders from the hub are stored as references, others are copied. The folder is written
-        atomically. state: the full state_dict, if this process holds only a shard of the model.
+        Encoders from the hub are stored as references, others are copied. The folder is never
+        half written. state: the full state_dict, if this process holds only a shard of the model.
         """
+        if self.tokenizer is None:
+            fix = "set model.tokenizer = llama.Tokenizer(file) first."
+            raise UserError("Only a model with a tokenizer is saved.", "it has none.", fix)
         partial = Path(f"{Path(folder)}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -618,8 +622,8 @@ class MERV(nn.Module):
         """Load a model in eval mode: a run of train.py, a folder that `save_pretrained` wrote, or
         an authors' checkpoint, by its name (a key of AUTHORS) or as a folder.
 
-        tokenizer: LLaMA-2's tokenizer.model, if the checkpoint has none (default: the LLM's, from
-        the hub). sources: encoder -> file, folder or hub id to use instead of the config's.
+        tokenizer: a tokenizer.model (default: the checkpoint's, else the LLM's, from the hub).
+        sources: encoder -> file, folder or hub id to use instead of the config's.
         """
         checkpoint = Checkpoint(name_or_folder)
         model = checkpoint.build_skeleton()
@@ -633,8 +637,9 @@ class MERV(nn.Module):
         """Hash what determines each encoder's pooled features: weights, settings and pooling."""
         fingerprints = {}
         for name, encoder in self.encoders.items():
-            # Name and source change no feature. Older caches were hashed without the other two.
-            settings = asdict(replace(encoder.config, name="", source="", label=""))
+            # Name and source change no feature. Older caches had no label, and no MLP size unless
+            # it differs from the usual one.
+            settings = asdict(replace(encoder.config, name="", source=""))
             del settings["label"]
             if settings["mlp_size"] is None:
                 del settings["mlp_size"]
@@ -781,7 +786,7 @@ def run_stages(model: MERV, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
     visual, mixing_weights = model.mixer(torch.stack(x_e, dim=1))
     stages["mixing weights (b, e), eq. 2"] = mixing_weights
     stages["visual tokens (b, n, d), eq. 2"] = visual
-    bos = model.llm.embed_tokens(torch.tensor([[1]], device=model.device))
+    bos = model.llm.embed_tokens(torch.tensor([[1]], device=model.device))  # 1: <s> of LLaMA-2
     embeds = torch.cat([bos, visual], dim=1)
     stages["[BOS] + visual tokens (b, s, d)"] = embeds
     stages["LLaMA -> logits (b, s, vocabulary)"] = model.llm(inputs_embeds=embeds)
@@ -791,7 +796,7 @@ def run_stages(model: MERV, pixels: dict[str, Tensor]) -> dict[str, Tensor]:
 def trace() -> None:
     """Print the shape of every stage of MERV in full size and of the miniature.
 
-    The miniature really runs, with random weights, on a clip of 32 grey gradients. The full-size
+    The miniature really runs, with random weights, on 32 copies of one grey gradient. The full-size
     model is on the meta device, which computes shapes only.
     """
     config = MERVS["merv"]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_merv import QUESTIONS, TINY, random_pixels
 
 from merv import MERV
-from support.errors import CheckpointError
+from support.errors import CheckpointError, UserError
 from support.features import FeatureCache
 
 pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, short_clip, tokenizer
@@ -86,6 +86,14 @@ def test_encoders_of_the_hub_stay_a_reference_to_it(model, tokenizer, tmp_path):
     assert not (tmp_path / "single" / "encoders").exists()
     found = json.loads((tmp_path / "single" / "config.json").read_text())
     assert found["merv"]["encoders"][0]["source"] == "owner/name@revision"
+
+
+def test_a_model_without_tokenizer_is_not_saved(model, tmp_path):
+    """It could not be used; nothing is left behind."""
+    bare = MERV(TINY, list(model.encoders.values()), model.llm, None)
+    with pytest.raises(UserError, match="Only a model with a tokenizer is saved"):
+        bare.save_pretrained(tmp_path / "bare")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_complete_folder_replaces_the_old_one(model, tmp_path):
