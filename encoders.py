@@ -172,7 +172,8 @@ ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu,
 class Attention(nn.Module):
     """Multi-head self-attention within each row: (rows, tokens, d_e) -> the same shape.
 
-    A row is whatever attends together: a frame in ViT, a clip in ViViT.
+    A row is whatever attends together: a frame in ViT, a clip in ViViT, the frames of one patch in
+    LanguageBind's attention over time.
     """
 
     def __init__(self, config: EncoderConfig):
@@ -242,7 +243,7 @@ class Encoder(nn.Module):
     released = OUR_NAMES  # what its checkpoints call our tensors (support/released.py)
     also_reads: tuple[Names, ...] = ()  # other names that its checkpoints may have
     block_class = Block
-    encodes_frames_alone = False  # if True, a clip may have any number of frames, so t = T
+    encodes_frames_alone = False  # if True, frames do not see each other, so T may be any number
 
     def __init_subclass__(cls, family: str = "", **kwargs):
         super().__init_subclass__(**kwargs)

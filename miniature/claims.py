@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Check the paper's claims in miniature.")
     parser.add_argument("what", choices=["claims"])
     extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--quick", action="store_true", help="one seed, main table, controls")
+    extent.add_argument("--quick", action="store_true", help="one seed, half the steps")
     extent.add_argument("--more", action="store_true", help="projectors and recipes too")
     chosen = parser.parse_args(arguments)
     rows = tomllib.loads(Path(__file__).with_name("claims.toml").read_text())

@@ -18,9 +18,8 @@ from support.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, is_visible
 
 LETTERS = "ABCDEFGHIJ"  # of the options of a multiple-choice question
 
-FPS = (
-    3.0  # of videos that are folders of frames: VLEP and TVQA are distributed at 3 frames a second
-)
+# Of videos that are folders of frames: VLEP and TVQA are distributed at 3 frames a second.
+FPS = 3.0
 
 WHOLE = (None, None, None)  # the value of Question.cut for a whole video
 

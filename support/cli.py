@@ -1,4 +1,4 @@
-"""Command lines, progress bars, devices: what every program of the project starts with.
+"""Command lines, progress bars, devices: what the programs of the project start with.
 
 A frozen dataclass declares a program's options, and an instance of it holds their values:
 

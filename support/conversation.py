@@ -58,7 +58,7 @@ class TextStream:
             self.write_up_to(self.text.rstrip("\ufffd").rstrip())  # incomplete bytes decode to this
 
     def close(self) -> None:
-        """Hand on what is left at the end of the answer."""
+        """Write what is left at the end of the answer."""
         self.write_up_to(self.text)
 
     def write_up_to(self, text: str) -> None:
@@ -134,7 +134,7 @@ def converse(model, pixels: dict, load: Callable[[str], dict], max_new_tokens: i
     Returns the exit status: 1 if a line in a pipe was an error, else 0.
     """
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are no text are no reason to stop
+        sys.stdin.reconfigure(errors="replace")  # continue even if bytes are not text
     terminal = sys.stdin.isatty() and sys.stdout.isatty()
     if terminal:
         print(HELP)
@@ -176,14 +176,14 @@ def read_lines(terminal: bool) -> Iterator[str]:
 
 
 def respond(conversation: Conversation, line: str, load, max_new_tokens: int) -> Conversation:
-    """Answer a question or follow a command. Returns the conversation that goes on."""
+    """Answer a question or follow a command. Returns the conversation to continue."""
     model = conversation.model
     command, _, argument = line.partition(" ")
     argument = argument.strip().strip("\"'")
     if command == "/video":
         if not argument:
-            what = "/video needs the path of a video."
-            raise UserError(what, "it looks at another one.", "type it behind, as in /video b.mp4.")
+            fix = "write it after the command, as in /video b.mp4."
+            raise UserError("/video needs the path of a video.", "it looks at another one.", fix)
         return Conversation(model, load(str(Path(argument).expanduser())))
     if command == "/text":
         return Conversation(model, {})

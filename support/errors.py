@@ -4,7 +4,8 @@
     Why: each frame that it attends to at once has its own learned position.
     Fix: sample a multiple of 8.
 
-Commands print such a message alone. Any other exception is a bug and keeps its traceback.
+Commands print such a message alone, and say how to save memory if a GPU has too little. Any other
+exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations

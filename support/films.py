@@ -145,14 +145,13 @@ def _open(path: Path) -> av.container.InputContainer:
     options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
     lenient = {}
     if int(av.__version__.split(".")[0]) < 19:
-        lenient["metadata_errors"] = (
-            "replace"  # titles may be in any encoding; later it is no option
-        )
+        # Titles may be in any encoding. Later versions replace what they cannot decode anyway.
+        lenient["metadata_errors"] = "replace"
     try:
         return av.open(name, options=options, **lenient)
     except av.ArgumentError as error:
         why = "its content has none of the formats that are read (docs/files.md)."
-        raise VideoError(f"{path}: is no video file.", why, "convert it to mp4.") from error
+        raise VideoError(f"{path}: is not a video file.", why, "convert it to mp4.") from error
 
 
 def _main_stream(path: Path, container) -> av.VideoStream:
@@ -162,8 +161,8 @@ def _main_stream(path: Path, container) -> av.VideoStream:
         if stream.codec_context is not None and not stream.disposition & PREVIEWS:
             films.append(stream)
     if not films:
-        why = "it has no video stream that can be decoded; a cover picture is no video."
-        raise VideoError(f"{path}: is no video.", why, "check the file.")
+        why = "it has no video stream that can be decoded; a cover picture is not a video."
+        raise VideoError(f"{path}: is not a video.", why, "check the file.")
 
     def rank(stream: av.VideoStream) -> tuple:
         """A stream of one frame is a thumbnail. Then comes the file's choice, then the largest."""

@@ -66,9 +66,9 @@ def open_picture(path: Path) -> Image.Image | None:
         refuse_heif(path)
         if path.suffix.lower() not in IMAGE_SUFFIXES:
             return None
-        raise VideoError(f"{path}: is no readable image.", *DAMAGED) from error
+        raise VideoError(f"{path}: is not a readable image.", *DAMAGED) from error
     except Exception as error:  # WHY: damaged files make Pillow raise errors of many classes
-        raise VideoError(f"{path}: is no readable image: {error}.", *DAMAGED) from error
+        raise VideoError(f"{path}: is not a readable image: {error}.", *DAMAGED) from error
     if picture.format == "GIF":
         picture.close()
         return None
@@ -148,7 +148,7 @@ def seek(path: Path, picture: Image.Image, number: int) -> None:
         picture.seek(number)
         picture.load()
     except Exception as error:  # WHY: see open_picture
-        raise VideoError(f"{path}: is no readable image: {error}.", *DAMAGED) from error
+        raise VideoError(f"{path}: is not a readable image: {error}.", *DAMAGED) from error
 
 
 def to_rgb(path: Path, picture: Image.Image, number: int = 0) -> np.ndarray:

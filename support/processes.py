@@ -56,7 +56,7 @@ def join_processes(device: str) -> torch.device:
 def end_with_torchrun() -> None:
     """End this process within a second of the torchrun that started it, even if that is killed.
 
-    WHY: it would go on beside the next start of the same command, or wait half an hour for
+    WHY: it would run on beside the next start of the same command, or wait half an hour for
     processes that have ended. A process that plain `python` started outlives its shell, as usual.
     Windows does not tell a process that its parent has ended.
     """

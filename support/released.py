@@ -221,7 +221,8 @@ def choose_names(
         bare = names.without_prefixes(tensors)
         found = 0
         for name in ours:
-            found += all(theirs in bare for theirs in released_names(name, names.table))
+            if all(theirs in bare for theirs in released_names(name, names.table)):
+                found += 1
         if found > most:
             most = found
             chosen = names, bare
@@ -398,7 +399,7 @@ def require_plain_llama(source: str | Path, stated: dict) -> None:
         if scaled or kind not in (None, "linear", "dynamic", "llama3", "yarn"):
             different.append(f"{key} = {scaling}")
     if different:
-        what = f"{source} is no plain LLaMA: {', '.join(different)}."
+        what = f"{source} is not a plain LLaMA: {', '.join(different)}."
         why = "llama.py has the architecture of LLaMA 1 and 2, Vicuna and TinyLlama only."
         raise CheckpointError(what, why, "choose one of those models.")
 

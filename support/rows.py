@@ -126,7 +126,7 @@ def check_place(path: Path, folder: Path, allow_outside: bool) -> None:
         target = Path(os.path.realpath(link))
         if target == Path(root):
             fix = "name a video, an image or a folder of frames."
-            raise DataError(f"{link} is the data folder itself.", "it stands for no clip.", fix)
+            raise DataError(f"{link} is the data folder itself.", "it is not a single clip.", fix)
         if not allow_outside and not target.is_relative_to(root):
             why = f"it leads to {target}, and a data set of others could name any file that way."
             fix = "use --allow-outside if you trust it: in many data sets, files are links."

@@ -163,7 +163,8 @@ def newest_save(folder: Path) -> int:
     for other in damaged:
         moved = other.with_suffix(".damaged")
         shutil.rmtree(moved, ignore_errors=True)
-        print(f"it is now {other.rename(moved)}, and {save} is used.", file=sys.stderr)
+        other.rename(moved)
+        print(f"it is now {moved}, and {save} is used.", file=sys.stderr)
     return int(save.name)
 
 
@@ -500,7 +501,7 @@ class SafeReader(dcp.FileSystemReader):
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """torch's plan of what is loaded, with values that are no tensors unpickled without code."""
+    """torch's plan of what is loaded; what is not a tensor is unpickled without running code."""
 
     def load_bytes(self, read_item, value) -> None:
         """Check a value, such as the step of an optimizer; then load it as torch does."""
@@ -563,7 +564,7 @@ def report_bad(batches: list, total: int, run: Run, step: int) -> None:
     run.bad += total
     if run.bad >= 10 and run.bad > run.config.max_bad * run.seen:
         what = f"{run.bad} of the {run.seen} rows so far could not be used."
-        why = f"that is more than --max-bad {run.config.max_bad}, so the dataset is not as meant."
+        why = f"that is more than --max-bad {run.config.max_bad}, so the dataset is probably wrong."
         raise UserError(what, why, f"repair the rows that {file} lists.")
 
 

@@ -1,4 +1,5 @@
-"""Compare runs that answered the same questions: differences, standard errors, verdicts.
+"""Compare runs that answered the same questions: differences, standard errors, verdicts. And a
+linear probe, which shows what features contain.
 
 Runs are identified by a row of a table and a seed: answers[row, seed] is a list of Questions.
 """
@@ -131,7 +132,7 @@ def mean_mixing_weights(
 def linear_probe(
     features: Tensor,  # (n, d)
     words: list[str],  # the class of each row
-    fitted: int,  # the classifier is fitted to so many rows and tested on the others
+    fitted: int,  # the first rows, to which the classifier is fitted; it is tested on the others
 ) -> float:
     """Accuracy of a linear classifier: a ridge regression to one-hot labels Y.
 

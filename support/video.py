@@ -3,7 +3,7 @@
 PyAV decodes videos (support/films.py), and Pillow decodes pictures (support/pictures.py). A long
 video costs little more than a short one: only the frames that are sampled, and those that they
 depend on, are decoded, unless the file is one of those that say wrong things about themselves.
-docs/files.md lists what is read, how, and what is refused.
+docs/files.md lists what is read, how, and what is rejected.
 """
 
 from __future__ import annotations

@@ -305,7 +305,7 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     mapping = nullcontext()
     if os.name == "posix" and os.access(path, os.W_OK):
         mapping = set_default_mmap_options(mmap.MAP_SHARED)
-    # Files of before torch 1.6 are no zip archives and cannot be mapped.
+    # Files that torch wrote before 1.6 are not zip archives and cannot be mapped.
     mapped = zipfile.is_zipfile(path)
     with mapping:
         return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)

@@ -163,7 +163,7 @@ def test_objects_at_rest_do_not_overlap():
 
 
 def test_no_kind_of_question_has_an_answer_that_is_mostly_right():
-    """Whoever names the commonest answer of a kind is right in less than 35 % of its test
+    """Always giving the most common answer of a kind is right in less than 35 % of its test
     questions, and every clip is asked what happens and how many objects there are."""
     first, count = world.FIRST_SEED["test"], CLIPS["test"]
     known = []

@@ -304,7 +304,7 @@ def test_every_error_of_pillow_becomes_a_video_error(tmp_path, kind):
         content[8:12] = (3).to_bytes(4, "big")  # the length of the header
         content[19:23] = zlib.crc32(content[12:19]).to_bytes(4, "big")
     path.write_bytes(content)
-    with pytest.raises(VideoError, match="no readable image"):
+    with pytest.raises(VideoError, match="not a readable image"):
         load_video(path, 1)
 
 
