@@ -906,10 +906,10 @@ def warn_of_real_video(model: MERV, video: str) -> None:
     if frames.shape[-2:] == (side, side):  # the size of every drawn clip
         return
     print(
-        "warning: this checkpoint is the miniature. It knows only the drawn world of\n"
-        "miniature/world.py, moving shapes on a plain background, so its answer about this video\n"
-        "means nothing. For real videos use --checkpoint merv-frozen, or a run of\n"
-        "train.py --model merv on real data.",
+        "warning: this checkpoint is the miniature. Unless it was trained on other data, it\n"
+        "knows only the drawn world of miniature/world.py, moving shapes on a plain background,\n"
+        "and its answer about this video means nothing. For real videos use\n"
+        "--checkpoint merv-frozen, or a run of train.py --model merv on real data.",
         file=sys.stderr,
     )
 

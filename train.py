@@ -238,9 +238,8 @@ def preset(model: str, recipe: str) -> TrainConfig:
         global_batch=tuple(stage.global_batch for stage in RECIPES[recipe]),
     )
     if model == "miniature":
-        # "align" is the first stage of "video-llava", with the same learning rate.
-        rates = {"align": small.LEARNING_RATES["video-llava"][:1], **small.LEARNING_RATES}
-        config = replace(config, **small.SETTINGS, learning_rate=rates[recipe])
+        rates = small.LEARNING_RATES[recipe]
+        config = replace(config, **small.SETTINGS, learning_rate=rates)
     return config
 
 

@@ -16,6 +16,7 @@ LEARNING_RATES = {
     "video-llava": (5e-3, 2e-3),
     "full": (2e-3, 2e-3),
     "mixed": (2e-3,),
+    "align": (5e-3,),  # the first stage of video-llava alone
 }
 
 SETTINGS = {

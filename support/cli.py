@@ -92,7 +92,7 @@ def make_parser(cls: type, description: str, preset: object) -> argparse.Argumen
     """An argument parser with one option for each field, in groups, showing the preset's values."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     hints = typing.get_type_hints(cls)
-    groups = {}
+    groups = {"options": parser}  # argparse has a group of this name, with --help
     for f in fields(cls):
         title = f.metadata["group"]
         if title not in groups:
