@@ -82,25 +82,6 @@ def project(v_bthwd: Tensor, linear: nn.Module, side: int) -> Tensor:
     return x_e.flatten(1, 3)
 
 
-class CrossAttentionMixer(nn.Module):
-    """Equation 2: o = sum_e softmax_e(Q . mean_n(x_e) / sqrt(d)) x_e, with one learned query Q."""
-
-    def __init__(self, d: int, e: int = 4):
-        super().__init__()
-        self.query = nn.Parameter(torch.zeros(d))  # Q; MERV.create draws it at random, paper 3.2
-
-    def mixing_weights(self, x_bend: Tensor) -> Tensor:
-        """(b, e, n, d) -> (b, e), float32, summing to 1."""
-        key_bed = x_bend.mean(2)  # one key per encoder, so a clip has one mixture for all tokens
-        score_be = key_bed @ self.query / math.sqrt(x_bend.shape[-1])
-        return score_be.float().softmax(-1)
-
-    def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
-        weight_be = self.mixing_weights(x_bend)
-        o_bnd = torch.einsum("be,bend->bnd", weight_be.to(x_bend.dtype), x_bend)
-        return o_bnd, weight_be
-
-
 class PooledProjector(nn.Module):
     """Equation 1 as a module: it holds W_e. Its interface is that of support/variants.py."""
 
@@ -121,126 +102,26 @@ class PooledProjector(nn.Module):
         return project(pooled, self.linear, self.side)
 
 
-PROJECTORS = {  # table 2a
-    "avg2d": PooledProjector,  # average each frame to side x side: the paper's choice
-    "attn2d": variants.AttentionProjector,  # learned queries attend to each frame
-    "conv2d": variants.ConvProjector,  # convolutions before and after the average
-    "avg3d": variants.Pooled3dProjector,  # averages pairs of frames too
-    "conv3d": variants.Conv3dProjector,  # one convolution over space and time
-    "all": variants.AllTokensProjector,  # no pooling
-    "class": variants.ClassTokenProjector,  # one token per frame
-}
-MIXERS = {  # table 2c
-    "cross_attention": CrossAttentionMixer,  # equation 2
-    "concat_sequence": variants.SequenceMixer,  # e times as many tokens
-    "concat_channel": variants.ChannelMixer,  # one Linear over all features side by side
-    "learned": variants.LearnedMixer,  # one mixture for all clips
-    "mean": variants.MeanMixer,  # 1/e of each
-}
+class CrossAttentionMixer(nn.Module):
+    """Equation 2: o = sum_e softmax_e(Q . mean_n(x_e) / sqrt(d)) x_e, with one learned query Q."""
 
+    def __init__(self, d: int, e: int = 4):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(d))  # Q; MERV.create draws it at random, paper 3.2
 
-def join(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join two batches of pooled features, encoder by encoder; the first may be empty."""
-    if not one:
-        return other
-    return {name: torch.cat([one[name].to(other[name]), other[name]]) for name in one}
+    def mixing_weights(self, x_bend: Tensor) -> Tensor:
+        """(b, e, n, d) -> (b, e), float32, summing to 1."""
+        key_bed = x_bend.mean(2)  # one key per encoder, so a clip has one mixture for all tokens
+        score_be = key_bed @ self.query / math.sqrt(x_bend.shape[-1])
+        return score_be.float().softmax(-1)
 
-
-# ------------------------------------------------------------------------------------ configuration
-
-
-@dataclass(frozen=True)
-class MERVConfig:
-    """The architecture of one model: its encoders, projector, mixer and LLM."""
-
-    name: str
-    encoders: tuple[EncoderConfig, ...]  # in the order of e; paper 3.1
-    llm: LlamaConfig  # paper 3.2: the LLaMA-2 7B base model
-    pooled_side: int = 8  # h = w after pooling: 64 tokens per frame is best in table 2b
-    projector: str = "avg2d"  # a key of PROJECTORS
-    mixer: str = "cross_attention"  # a key of MIXERS
-
-    @property
-    def grid(self) -> tuple[int, int, int]:
-        """(t, h, w) of the tokens of one encoder."""
-        t, h, w = self.encoders[0].grid
-        t = t // PROJECTORS[self.projector].time_stride
-        if self.projector == "all":
-            return t, h, w
-        if self.projector == "class":
-            return t, 1, 1
-        return t, self.pooled_side, self.pooled_side
-
-    @property
-    def num_visual(self) -> int:
-        """Visual tokens of a clip: n, or e times n if the mixer concatenates tokens."""
-        copies = len(self.encoders) if self.mixer == "concat_sequence" else 1
-        return copies * math.prod(self.grid)
-
-    @classmethod
-    def from_dict(cls, values: dict) -> MERVConfig:
-        """The inverse of dataclasses.asdict, after JSON has turned tuples into lists."""
-        encoder_configs = []
-        for settings in values["encoders"]:
-            pixels = {key: tuple(settings[key]) for key in ("pixel_mean", "pixel_std")}
-            encoder_configs.append(EncoderConfig(**(settings | pixels)))
-        llm = LlamaConfig(**values["llm"])
-        return cls(**(values | {"encoders": tuple(encoder_configs), "llm": llm}))
-
-
-FOUR = ("languagebind", "dinov2", "vivit", "siglip")  # the paper's encoders, in its order
-
-
-def with_llama_7b(name: str, labels: tuple[str, ...]) -> MERVConfig:
-    """A full-size MERV with these entries of ENCODERS."""
-    encoder_configs = tuple(ENCODERS[label] for label in labels)
-    return MERVConfig(name, encoder_configs, LLAMAS["llama2-7b"])
-
-
-MERVS: dict[str, MERVConfig] = {"merv": with_llama_7b("merv", FOUR)}
-for _label in FOUR:
-    _others = tuple(other for other in FOUR if other != _label)
-    MERVS[f"{_label}-single"] = with_llama_7b(f"{_label}-single", (_label,))  # table 8
-    MERVS[f"without-{_label}"] = with_llama_7b(f"without-{_label}", _others)  # table 7
-MERVS["miniature"] = MERVConfig(
-    name="miniature",
-    encoders=tuple(ENCODERS[f"miniature-{label}"] for label in FOUR),
-    llm=LLAMAS["miniature"],
-    pooled_side=3,  # of a grid of 4x4
-)
-
-
-def choose_encoders(config: MERVConfig, names: str) -> tuple[EncoderConfig, ...]:
-    """Look up encoders by a comma-separated list such as "siglip,dinov2".
-
-    A name is a label of the model's own encoders, else a key of ENCODERS. So "siglip" means
-    miniature-siglip in the miniature. If a name appears twice, all get numbers: siglip-1, siglip-2.
-    """
-    own = {encoder.label: encoder for encoder in config.encoders}
-    known = ENCODERS | own
-    listed = names.split(",")
-    chosen = []
-    for number, name in enumerate(listed, start=1):
-        if name not in known:
-            what = f"There is no encoder {name}."
-            fix = f"choose among {', '.join(known)}."
-            raise UserError(what, f"{config.name} has {', '.join(own)}.", fix)
-        encoder = known[name]
-        if len(set(listed)) < len(listed):
-            encoder = replace(encoder, name=f"{encoder.name}-{number}", label=f"{name}-{number}")
-        chosen.append(encoder)
-    return tuple(chosen)
+    def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
+        weight_be = self.mixing_weights(x_bend)
+        o_bnd = torch.einsum("be,bend->bnd", weight_be.to(x_bend.dtype), x_bend)
+        return o_bnd, weight_be
 
 
 # --------------------------------------------------------------------------------------------- MERV
-
-
-@dataclass
-class Answer:
-    """One answer of the model, and the mixing weights of its video."""
-
-    text: str
-    weights: Tensor  # mixing weights (e,), float32, in the order of the config; (0,) without video
 
 
 class MERV(nn.Module):
@@ -650,6 +531,124 @@ class MERV(nn.Module):
                 digest.update(tensor.detach().float().cpu().numpy().tobytes())
             fingerprints[name] = digest.hexdigest()[:16]
         return fingerprints
+
+
+@dataclass
+class Answer:
+    """One answer of the model, and the mixing weights of its video."""
+
+    text: str
+    weights: Tensor  # mixing weights (e,), float32, in the order of the config; (0,) without video
+
+
+def join(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Join two batches of pooled features, encoder by encoder; the first may be empty."""
+    if not one:
+        return other
+    return {name: torch.cat([one[name].to(other[name]), other[name]]) for name in one}
+
+
+# ------------------------------------------------------------------------------------ configuration
+
+PROJECTORS = {  # table 2a
+    "avg2d": PooledProjector,  # average each frame to side x side: the paper's choice
+    "attn2d": variants.AttentionProjector,  # learned queries attend to each frame
+    "conv2d": variants.ConvProjector,  # convolutions before and after the average
+    "avg3d": variants.Pooled3dProjector,  # averages pairs of frames too
+    "conv3d": variants.Conv3dProjector,  # one convolution over space and time
+    "all": variants.AllTokensProjector,  # no pooling
+    "class": variants.ClassTokenProjector,  # one token per frame
+}
+MIXERS = {  # table 2c
+    "cross_attention": CrossAttentionMixer,  # equation 2
+    "concat_sequence": variants.SequenceMixer,  # e times as many tokens
+    "concat_channel": variants.ChannelMixer,  # one Linear over all features side by side
+    "learned": variants.LearnedMixer,  # one mixture for all clips
+    "mean": variants.MeanMixer,  # 1/e of each
+}
+
+
+@dataclass(frozen=True)
+class MERVConfig:
+    """The architecture of one model: its encoders, projector, mixer and LLM."""
+
+    name: str
+    encoders: tuple[EncoderConfig, ...]  # in the order of e; paper 3.1
+    llm: LlamaConfig  # paper 3.2: the LLaMA-2 7B base model
+    pooled_side: int = 8  # h = w after pooling: 64 tokens per frame is best in table 2b
+    projector: str = "avg2d"  # a key of PROJECTORS
+    mixer: str = "cross_attention"  # a key of MIXERS
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """(t, h, w) of the tokens of one encoder."""
+        t, h, w = self.encoders[0].grid
+        t = t // PROJECTORS[self.projector].time_stride
+        if self.projector == "all":
+            return t, h, w
+        if self.projector == "class":
+            return t, 1, 1
+        return t, self.pooled_side, self.pooled_side
+
+    @property
+    def num_visual(self) -> int:
+        """Visual tokens of a clip: n, or e times n if the mixer concatenates tokens."""
+        copies = len(self.encoders) if self.mixer == "concat_sequence" else 1
+        return copies * math.prod(self.grid)
+
+    @classmethod
+    def from_dict(cls, values: dict) -> MERVConfig:
+        """The inverse of dataclasses.asdict, after JSON has turned tuples into lists."""
+        encoder_configs = []
+        for settings in values["encoders"]:
+            pixels = {key: tuple(settings[key]) for key in ("pixel_mean", "pixel_std")}
+            encoder_configs.append(EncoderConfig(**(settings | pixels)))
+        llm = LlamaConfig(**values["llm"])
+        return cls(**(values | {"encoders": tuple(encoder_configs), "llm": llm}))
+
+
+FOUR = ("languagebind", "dinov2", "vivit", "siglip")  # the paper's encoders, in its order
+
+
+def with_llama_7b(name: str, labels: tuple[str, ...]) -> MERVConfig:
+    """A full-size MERV with these entries of ENCODERS."""
+    encoder_configs = tuple(ENCODERS[label] for label in labels)
+    return MERVConfig(name, encoder_configs, LLAMAS["llama2-7b"])
+
+
+MERVS: dict[str, MERVConfig] = {"merv": with_llama_7b("merv", FOUR)}
+for _label in FOUR:
+    _others = tuple(other for other in FOUR if other != _label)
+    MERVS[f"{_label}-single"] = with_llama_7b(f"{_label}-single", (_label,))  # table 8
+    MERVS[f"without-{_label}"] = with_llama_7b(f"without-{_label}", _others)  # table 7
+MERVS["miniature"] = MERVConfig(
+    name="miniature",
+    encoders=tuple(ENCODERS[f"miniature-{label}"] for label in FOUR),
+    llm=LLAMAS["miniature"],
+    pooled_side=3,  # of a grid of 4x4
+)
+
+
+def choose_encoders(config: MERVConfig, names: str) -> tuple[EncoderConfig, ...]:
+    """Look up encoders by a comma-separated list such as "siglip,dinov2".
+
+    A name is a label of the model's own encoders, else a key of ENCODERS. So "siglip" means
+    miniature-siglip in the miniature. If a name appears twice, all get numbers: siglip-1, siglip-2.
+    """
+    own = {encoder.label: encoder for encoder in config.encoders}
+    known = ENCODERS | own
+    listed = names.split(",")
+    chosen = []
+    for number, name in enumerate(listed, start=1):
+        if name not in known:
+            what = f"There is no encoder {name}."
+            fix = f"choose among {', '.join(known)}."
+            raise UserError(what, f"{config.name} has {', '.join(own)}.", fix)
+        encoder = known[name]
+        if len(set(listed)) < len(listed):
+            encoder = replace(encoder, name=f"{encoder.name}-{number}", label=f"{name}-{number}")
+        chosen.append(encoder)
+    return tuple(chosen)
 
 
 # -------------------------------------------------------------------------------------- checkpoints

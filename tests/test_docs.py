@@ -69,11 +69,12 @@ def test_equation_2_is_two_clicks_away():
 
 
 def test_the_equations_open_merv():
-    """Equation 1 stands within the first 100 lines of merv.py, equation 2 within 40 more."""
+    """Equation 1 stands within 100 lines of merv.py, equation 2 within 40 more, then class MERV."""
     first = definition_line(ROOT / "merv.py", "project")
     second = definition_line(ROOT / "merv.py", "CrossAttentionMixer")
     assert first <= 100
     assert first < second <= first + 40
+    assert second < definition_line(ROOT / "merv.py", "MERV") <= second + 25
 
 
 @pytest.mark.parametrize("row", table(README, "## From the paper to the code"), ids=lambda r: r[0])

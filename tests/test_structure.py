@@ -103,8 +103,8 @@ def lines(*patterns: str) -> int:
 
 def test_the_code_stays_small():
     """The first three are today's size: whatever comes in next, something else goes out."""
-    assert lines(*(f"{name}.py" for name in ORDER)) <= 4144
-    assert lines("*.py", "support/*.py") <= 10627
+    assert lines(*(f"{name}.py" for name in ORDER)) <= 4143
+    assert lines("*.py", "support/*.py") <= 10626
     assert lines("miniature/*.py") <= 862
     assert lines("lesson/*.py") <= 900
     assert lines("README.md") <= 200
