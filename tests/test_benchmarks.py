@@ -89,15 +89,6 @@ def videos(tmp_path_factory):
     return target
 
 
-def lay_out(folder: Path, files: dict, videos: Path) -> Path:
-    """Write annotations as they are published, with the videos beside them."""
-    for name, content in files.items():
-        text = content if isinstance(content, str) else json.dumps(content)
-        (folder / name).write_text(text)
-    (folder / "videos").symlink_to(videos)
-    return folder
-
-
 @pytest.mark.parametrize("name", SAMPLES)
 def test_a_benchmark_is_read_as_it_was_published(name, tmp_path, videos):
     """The right questions, letters, kinds and stretches of the clips; and the clips decode."""
@@ -113,6 +104,15 @@ def test_a_benchmark_is_read_as_it_was_published(name, tmp_path, videos):
     for number, pixels, failure in (clips[i] for i in range(len(clips.groups))):
         assert not failure, failure
         assert set(pixels) == {f"miniature-{encoder}" for encoder in FOUR}, number
+
+
+def lay_out(folder: Path, files: dict, videos: Path) -> Path:
+    """Write annotations as they are published, with the videos beside them."""
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name).write_text(text)
+    (folder / "videos").symlink_to(videos)
+    return folder
 
 
 def test_times_in_a_folder_of_frames_are_counted_at_its_rate(tmp_path, videos):
@@ -177,6 +177,18 @@ def test_check_lists_what_is_missing_before_anything_runs(tmp_path, videos):
     assert done.returncode == 1 and "test_a.json" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("name", [*SAMPLES, "ssv2-mcq"])
+def test_a_byte_order_mark_and_windows_line_ends_change_nothing(name, tmp_path):
+    """Excel and Notepad write both, and editors leave blank lines at the end."""
+    benchmark, values = published(name)
+    write_published(tmp_path, values)
+    expected = benchmarks.load_questions(benchmark, tmp_path)
+    for file in values:
+        text = (tmp_path / file).read_bytes().decode().replace("\r\n", "\n") + "\n\n"
+        (tmp_path / file).write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
+    assert benchmarks.load_questions(benchmark, tmp_path) == expected
+
+
 def published(name: str) -> tuple[str, dict[str, object]]:
     """A benchmark's --benchmark and its sample files as Python values: lists, objects, rows."""
     files, _ = (SSV2, ()) if name.startswith("ssv2") else SAMPLES[name]
@@ -203,18 +215,6 @@ def write_published(folder: Path, values: dict[str, object]) -> None:
         elif file.endswith(".jsonl"):
             text = "\n".join(json.dumps(row) for row in content)
         (folder / file).write_bytes(text.encode(errors="surrogatepass"))
-
-
-@pytest.mark.parametrize("name", [*SAMPLES, "ssv2-mcq"])
-def test_a_byte_order_mark_and_windows_line_ends_change_nothing(name, tmp_path):
-    """Excel and Notepad write both, and editors leave blank lines at the end."""
-    benchmark, values = published(name)
-    write_published(tmp_path, values)
-    expected = benchmarks.load_questions(benchmark, tmp_path)
-    for file in values:
-        text = (tmp_path / file).read_bytes().decode().replace("\r\n", "\n") + "\n\n"
-        (tmp_path / file).write_bytes(("\ufeff" + text.replace("\n", "\r\n")).encode())
-    assert benchmarks.load_questions(benchmark, tmp_path) == expected
 
 
 @pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\x85", "\x1e"])
@@ -463,17 +463,6 @@ NASTY = [
 ]  # fmt: skip
 
 
-def places(value: object) -> list[tuple]:
-    """The paths to everything inside a JSON value: {"a": [7]} -> ("a",), ("a", 0)."""
-    found = []
-    if isinstance(value, dict | list):
-        keys = list(value) if isinstance(value, dict) else range(len(value))
-        for key in keys:
-            found.append((key,))
-            found += [(key, *rest) for rest in places(value[key])]
-    return found
-
-
 @pytest.mark.parametrize("name", [*SAMPLES, "ssv2-mcq"])
 def test_any_damaged_value_is_read_right_or_named(name, tmp_path):
     """Each value of each file is replaced by two dozen others, and left out.
@@ -519,6 +508,17 @@ def test_any_damaged_value_is_read_right_or_named(name, tmp_path):
     assert read > 20 and refused > 20
 
 
+def places(value: object) -> list[tuple]:
+    """The paths to everything inside a JSON value: {"a": [7]} -> ("a",), ("a", 0)."""
+    found = []
+    if isinstance(value, dict | list):
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        for key in keys:
+            found.append((key,))
+            found += [(key, *rest) for rest in places(value[key])]
+    return found
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
     """In each layout."""
     for name in benchmarks.BENCHMARKS:
@@ -526,14 +526,6 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
             benchmarks.load_questions(name, tmp_path)
     with pytest.raises(DataError, match="cannot be read"):
         records.read_text(tmp_path)  # a folder
-
-
-def touch(folder: Path, *names: str) -> benchmarks.Videos:
-    """Empty files of these names, and the videos among them."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-    return benchmarks.list_videos(folder)
 
 
 @pytest.mark.parametrize(
@@ -549,6 +541,14 @@ def test_only_the_video_answers_for_its_name(beside, place, tmp_path):
     """
     found = touch(tmp_path, f"{place}v1.mp4", place + beside)
     assert found.find("v1") == tmp_path / f"{place}v1.mp4"
+
+
+def touch(folder: Path, *names: str) -> benchmarks.Videos:
+    """Empty files of these names, and the videos among them."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    return benchmarks.list_videos(folder)
 
 
 @pytest.mark.parametrize("name", ["v1.mp3", "v1.m4a", "v1.srt", "v1.txt", ".v1.mp4", "v1.mp4.part"])

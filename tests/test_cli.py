@@ -28,11 +28,6 @@ class Options:
     words: tuple[str, ...] = option((), "anything")
 
 
-def parse(*words: str, **how) -> Options:
-    """The options that these words mean."""
-    return parse_options(Options, list(words), "Count.", **how)
-
-
 def test_every_type_of_field_is_read_from_the_command_line():
     """Numbers, `none`, several values, flags, and arguments without a name."""
     assert parse() == Options()
@@ -40,6 +35,11 @@ def test_every_type_of_field_is_read_from_the_command_line():
     assert given == Options(3, 0.5, (1e-3, 2e-5), True, ("a", "b"))
     preset = Options(limit=2.0, loud=True)
     assert parse("--limit", "none", "--no-loud", preset=preset) == Options()
+
+
+def parse(*words: str, **how) -> Options:
+    """The options that these words mean."""
+    return parse_options(Options, list(words), "Count.", **how)
 
 
 @pytest.mark.parametrize(

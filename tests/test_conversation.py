@@ -35,11 +35,8 @@ def ctrl_c_works():
 
 TURNS = ["what moves", "the red square", "left or right"]
 
+
 # ---------------------------------------------------------------------------------------- the turns
-
-
-def ignore(piece: str) -> None:
-    """A `write` that drops the text."""
 
 
 @pytest.fixture
@@ -57,6 +54,25 @@ def tokens_read(monkeypatch) -> list[int]:
     return seen
 
 
+@pytest.mark.parametrize("has_video", [True, False])
+def test_each_turn_is_answered_as_if_the_whole_conversation_were_read_again(model, has_video):
+    """The prompts are those of training: an answer ends with </s>, then the next question comes."""
+    pixels = random_pixels(1) if has_video else {}
+    conversation = Conversation(model, pixels)
+    ids: list[int] = []
+    for question in TURNS:
+        text = conversation.ask(question, ignore, max_new_tokens=6)
+        ids += model.prompts(question)[0][0].tolist()
+        expected = greedy_ids(model, pixels, ids, 6)
+        assert text == model.tokenizer.decode(expected).strip()
+        ids += [*expected, model.tokenizer.eos_id]
+    assert len({turn["value"] for turn in conversation.turns}) > len(TURNS) + 1
+
+
+def ignore(piece: str) -> None:
+    """A `write` that drops the text."""
+
+
 @torch.no_grad()
 def greedy_ids(model, pixels: dict, ids: list[int], count: int) -> list[int]:
     """Answer by definition: run [BOS] + visual tokens + all turns again for each new token."""
@@ -72,21 +88,6 @@ def greedy_ids(model, pixels: dict, ids: list[int], count: int) -> list[int]:
             break
         new.append(token)
     return new
-
-
-@pytest.mark.parametrize("has_video", [True, False])
-def test_each_turn_is_answered_as_if_the_whole_conversation_were_read_again(model, has_video):
-    """The prompts are those of training: an answer ends with </s>, then the next question comes."""
-    pixels = random_pixels(1) if has_video else {}
-    conversation = Conversation(model, pixels)
-    ids: list[int] = []
-    for question in TURNS:
-        text = conversation.ask(question, ignore, max_new_tokens=6)
-        ids += model.prompts(question)[0][0].tolist()
-        expected = greedy_ids(model, pixels, ids, 6)
-        assert text == model.tokenizer.decode(expected).strip()
-        ids += [*expected, model.tokenizer.eos_id]
-    assert len({turn["value"] for turn in conversation.turns}) > len(TURNS) + 1
 
 
 def test_a_further_turn_runs_only_its_own_tokens(model, tokens_read):
@@ -178,6 +179,14 @@ def test_an_answer_that_ends_inside_a_character_is_still_complete(tokenizer):
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TERM": "dumb"}
 
 
+def test_a_pipe_gets_the_answer_and_nothing_else(model, saved, short_clip):
+    """The last line need not end with a line break."""
+    found = pipe(b"what moves", saved, str(short_clip))
+    (answer,) = model.answer(short_clip, "what moves", max_new_tokens=5)
+    assert (found.returncode, found.stderr) == (0, b"")
+    assert found.stdout.decode() == answer.text + "\n"
+
+
 def pipe(text: bytes, saved: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run `printf TEXT | python merv.py ...`."""
     command = [sys.executable, str(REPOSITORY / "merv.py"), *arguments, "--checkpoint", str(saved)]
@@ -185,14 +194,6 @@ def pipe(text: bytes, saved: Path, *arguments: str) -> subprocess.CompletedProce
         [*command, "--max-new-tokens", "5", "--device", "cpu"],
         input=text, env=ENVIRONMENT, capture_output=True, timeout=120,
     )  # fmt: skip
-
-
-def test_a_pipe_gets_the_answer_and_nothing_else(model, saved, short_clip):
-    """The last line need not end with a line break."""
-    found = pipe(b"what moves", saved, str(short_clip))
-    (answer,) = model.answer(short_clip, "what moves", max_new_tokens=5)
-    assert (found.returncode, found.stderr) == (0, b"")
-    assert found.stdout.decode() == answer.text + "\n"
 
 
 def test_each_line_of_a_pipe_is_a_turn_or_a_command(model, saved, short_clip):

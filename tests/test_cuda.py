@@ -80,32 +80,6 @@ def check(row):
     assert not MISSED
 
 
-def launch(words: list[str], folder: Path, log: Path) -> subprocess.Popen:
-    """Start a Python program, as the leader of a process group, with its output in a file."""
-    how = {"cwd": folder, "env": ENVIRONMENT, "start_new_session": True}
-    with log.open("w") as file:
-        return subprocess.Popen(
-            [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, **how
-        )
-
-
-def ended_well(process: subprocess.Popen, log: Path, row, most: float = 240) -> bool:
-    """Wait for a process; if it fails or takes too long, write the end of its log at once."""
-    try:
-        status = str(process.wait(max(1, min(most, LIMIT - (time.monotonic() - BEGAN)))))
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        status = "it took too long"
-    if status != "0":
-        row(f"FAILED: {log.stem}", status, " / ".join(log.read_text().splitlines()[-12:])[-2000:])
-    return status == "0"
-
-
-def talk(question: str, answer: str, tag: str = "") -> list[dict]:
-    """One question and its answer, as training files have them."""
-    return [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
-
-
 @pytest.fixture(scope="session")
 def miniature(tmp_path_factory):
     """`python train.py` in a folder of its own, in the background: the process and the folder."""
@@ -115,6 +89,15 @@ def miniature(tmp_path_factory):
     yield process, folder
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def launch(words: list[str], folder: Path, log: Path) -> subprocess.Popen:
+    """Start a Python program, as the leader of a process group, with its output in a file."""
+    how = {"cwd": folder, "env": ENVIRONMENT, "start_new_session": True}
+    with log.open("w") as file:
+        return subprocess.Popen(
+            [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, **how
+        )
 
 
 @pytest.fixture(scope="session")
@@ -153,61 +136,16 @@ def place(tmp_path_factory, miniature) -> Path:
     return folder
 
 
+def talk(question: str, answer: str, tag: str = "") -> list[dict]:
+    """One question and its answer, as training files have them."""
+    return [{"from": "human", "value": tag + question}, {"from": "gpt", "value": answer}]
+
+
 STEPS = ("--global-batch", "8", "--micro-batch", "4", "--epochs", "4", "--cache-features", "none")
 STEPS += ("--workers", "0", "--optimizer", "adamw", "--no-evaluate")
 
 
-def command(place: Path, name: str, *options: str) -> list[str]:
-    """The command line of one small run of train.py."""
-    files = ["--data", str(place / "data/miniature/train")]
-    files += ["--tokenizer", str(place / "data/miniature/tokenizer.model")]
-    return [str(REPOSITORY / "train.py"), "--name", name, *files, *STEPS, *options]
-
-
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
-
-
-def train(place: Path, row, launcher: tuple[str, ...] = (), **runs: tuple[str, ...]) -> list:
-    """Run train.py once for each name, with its options, all at once.
-
-    launcher: the names that torchrun starts. Returns the metrics of every step of each run.
-    """
-    processes = {}
-    for name, options in runs.items():
-        words = command(place, name, *options)
-        if name in launcher:
-            words = TORCHRUN + words
-        processes[name] = launch(words, place, place / f"{name}.log")
-    well = [ended_well(process, place / f"{n}.log", row) for n, process in processes.items()]
-    assert all(well)
-    metrics = []
-    for name in runs:
-        lines = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
-        metrics.append([json.loads(line) for line in lines])
-    return metrics
-
-
-def weights_of(place: Path, name: str) -> dict[str, torch.Tensor]:
-    """What a run has trained."""
-    return load_file(place / "runs" / name / "checkpoint" / "model.safetensors")
-
-
-def apart(one: list[dict], other: list[dict]) -> float:
-    """The largest relative difference between the losses of two runs."""
-    assert len(one) == len(other) > 0
-    return max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(one, other, strict=True))
-
-
-def measure(folder: Path, row, *parts: str) -> list[dict]:
-    """Run parts of tests/cuda_full_size.py, each in a process of its own, all at once."""
-    program = str(REPOSITORY / "tests" / "cuda_full_size.py")
-    logs = [folder / f"{part}.log" for part in parts]
-    started = []
-    for part, log in zip(parts, logs, strict=True):
-        started.append(launch([program, part], REPOSITORY, log))
-    well = [ended_well(process, log, row) for process, log in zip(started, logs, strict=True)]
-    assert all(well)
-    return [json.loads(log.read_text().splitlines()[-1]) for log in logs]
 
 
 # ------------------------------------------------------------------------- the card, undisturbed
@@ -235,6 +173,30 @@ def test_a_step_at_full_width_fits_its_plan_and_keeps_the_card_busy(tmp_path, ro
         fast = [name for name in kernels if "flash" in name or "cudnn" in name]
         row(f"attention kernel, {direction}", ", ".join(kernels)[:90], "flash or cudnn")
         check(f"flash or cudnn kernels, {direction}", len(fast), 1, least=True)
+
+
+def measure(folder: Path, row, *parts: str) -> list[dict]:
+    """Run parts of tests/cuda_full_size.py, each in a process of its own, all at once."""
+    program = str(REPOSITORY / "tests" / "cuda_full_size.py")
+    logs = [folder / f"{part}.log" for part in parts]
+    started = []
+    for part, log in zip(parts, logs, strict=True):
+        started.append(launch([program, part], REPOSITORY, log))
+    well = [ended_well(process, log, row) for process, log in zip(started, logs, strict=True)]
+    assert all(well)
+    return [json.loads(log.read_text().splitlines()[-1]) for log in logs]
+
+
+def ended_well(process: subprocess.Popen, log: Path, row, most: float = 240) -> bool:
+    """Wait for a process; if it fails or takes too long, write the end of its log at once."""
+    try:
+        status = str(process.wait(max(1, min(most, LIMIT - (time.monotonic() - BEGAN)))))
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        status = "it took too long"
+    if status != "0":
+        row(f"FAILED: {log.stem}", status, " / ".join(log.read_text().splitlines()[-12:])[-2000:])
+    return status == "0"
 
 
 def test_the_7b_answers_25_questions_as_fast_as_one(tmp_path, row, check):
@@ -265,6 +227,39 @@ def test_two_steps_run_with_and_without_torchrun(place, row, check):
     options = ("--device", DEVICE, "--max-steps", "2")
     alone, launched = train(place, row, ("launched",), alone=options, launched=options)
     check("two steps, with torchrun against without", apart(alone, launched), 1e-3)
+
+
+def train(place: Path, row, launcher: tuple[str, ...] = (), **runs: tuple[str, ...]) -> list:
+    """Run train.py once for each name, with its options, all at once.
+
+    launcher: the names that torchrun starts. Returns the metrics of every step of each run.
+    """
+    processes = {}
+    for name, options in runs.items():
+        words = command(place, name, *options)
+        if name in launcher:
+            words = TORCHRUN + words
+        processes[name] = launch(words, place, place / f"{name}.log")
+    well = [ended_well(process, place / f"{n}.log", row) for n, process in processes.items()]
+    assert all(well)
+    metrics = []
+    for name in runs:
+        lines = (place / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        metrics.append([json.loads(line) for line in lines])
+    return metrics
+
+
+def command(place: Path, name: str, *options: str) -> list[str]:
+    """The command line of one small run of train.py."""
+    files = ["--data", str(place / "data/miniature/train")]
+    files += ["--tokenizer", str(place / "data/miniature/tokenizer.model")]
+    return [str(REPOSITORY / "train.py"), "--name", name, *files, *STEPS, *options]
+
+
+def apart(one: list[dict], other: list[dict]) -> float:
+    """The largest relative difference between the losses of two runs."""
+    assert len(one) == len(other) > 0
+    return max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(one, other, strict=True))
 
 
 def test_ten_mixed_steps_agree_with_the_cpu(place, row, check):
@@ -310,6 +305,11 @@ def test_a_resumed_run_is_as_close_as_a_second_one(place, row, check):
     check("the same with --deterministic: tensors that differ", different, 0)
 
 
+def weights_of(place: Path, name: str) -> dict[str, torch.Tensor]:
+    """What a run has trained."""
+    return load_file(place / "runs" / name / "checkpoint" / "model.safetensors")
+
+
 def test_cached_features_are_those_of_the_cpu(place, row, check):
     """The cache is filled in float32, on whichever device there is."""
     steps = ("--max-steps", "1", "--device")
@@ -353,19 +353,6 @@ STAGES = {
 }
 
 
-def write_stages(folder: Path, row) -> None:
-    """Write how long each stage of the default run took, as far as it has come."""
-    ended = (folder / "began").stat().st_mtime
-    for stage, pattern in STAGES.items():
-        newest = max((file.stat().st_mtime for file in folder.glob(pattern)), default=None)
-        if newest is None:
-            break
-        row(f"miniature: {stage}", f"{newest - ended:.0f} s", "")
-        ended = newest
-    for log in folder.glob("runs/*/metrics.jsonl"):
-        row("miniature: steps", str(len(log.read_text().splitlines())), "")
-
-
 def test_the_default_run_reaches_its_score_and_answers_alike_everywhere(miniature, row, check):
     """`python train.py` on this card; then the same questions on CPU and GPU, in two dtypes."""
     process, folder = miniature
@@ -391,6 +378,19 @@ def test_the_default_run_reaches_its_score_and_answers_alike_everywhere(miniatur
     for dtype, bound in (("float32", 99), ("bfloat16", 97)):
         same = np.mean([a == b for a, b in zip(answers[dtype], answers["cpu"], strict=True)])
         check(f"answers in {dtype} equal to the CPU's", 100 * same, bound, " %", least=True)
+
+
+def write_stages(folder: Path, row) -> None:
+    """Write how long each stage of the default run took, as far as it has come."""
+    ended = (folder / "began").stat().st_mtime
+    for stage, pattern in STAGES.items():
+        newest = max((file.stat().st_mtime for file in folder.glob(pattern)), default=None)
+        if newest is None:
+            break
+        row(f"miniature: {stage}", f"{newest - ended:.0f} s", "")
+        ended = newest
+    for log in folder.glob("runs/*/metrics.jsonl"):
+        row("miniature: steps", str(len(log.read_text().splitlines())), "")
 
 
 # --------------------------------------------------------------- more figures, if time is left

@@ -30,13 +30,6 @@ from support.video import load_video
 CASES = REPOSITORY / "tests" / "cases"
 
 
-def look_at(*arguments: object) -> subprocess.CompletedProcess:
-    """Run `python data.py ARGUMENTS` as a user does."""
-    script = Path(__file__).parent.parent / "data.py"
-    command = [sys.executable, str(script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
-
-
 def test_check_lists_every_bad_row_of_every_stage_and_fails(damaged):
     """With id, file and reason: a video cut off, a missing one, and wrong roles."""
     folder = damaged.parent
@@ -58,6 +51,13 @@ def test_check_lists_every_bad_row_of_every_stage_and_fails(damaged):
         assert expected in reason
     assert instructions.endswith(f"{damaged}: 30 rows, 3 of them cannot be used\n")
     assert "check stage2.json" in done.stderr and "30/30" in done.stderr  # the bar
+
+
+def look_at(*arguments: object) -> subprocess.CompletedProcess:
+    """Run `python data.py ARGUMENTS` as a user does."""
+    script = Path(__file__).parent.parent / "data.py"
+    command = [sys.executable, str(script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def test_show_prints_every_token_with_its_label(mixed_folder, llama2_tokenizer, tmp_path):

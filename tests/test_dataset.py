@@ -215,6 +215,25 @@ def test_a_row_without_a_label_is_listed_but_can_be_read(tmp_path, tiny_tokenize
 # ----------------------------------------------------------------------------- the data folder only
 
 
+WAYS = ("an absolute path", "two dots", "a link", "a folder that is a link", "a folder of links")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_path_out_of_the_data_folder_is_refused_unless_allowed(
+    tmp_path, tiny_tokenizer, clip, way
+):
+    """A data set from elsewhere could otherwise make training read any file of its user."""
+    name = outside_of(tmp_path, clip)[way]
+    rows = [{"video": name, "conversations": talk("what", "left")}]
+    data = dataset_of(tmp_path / "data", tiny_tokenizer, json.dumps(rows))
+    with pytest.raises(DataError, match="outside the data folder") as caught:
+        data.read(0)
+    assert "--allow-outside" in str(caught.value)
+    assert data.media(data.rows[0]) == ("text", None)
+    data.allow_outside = True
+    assert data.read(0).pixels
+
+
 def outside_of(folder: Path, clip: Path) -> dict[str, str]:
     """Ways to leave a data set's folder: what the way is -> the name in the row."""
     elsewhere = folder / "elsewhere"
@@ -233,25 +252,6 @@ def outside_of(folder: Path, clip: Path) -> dict[str, str]:
         "a folder that is a link": "videos/clip.mp4",
         "a folder of links": "frames",
     }
-
-
-WAYS = ("an absolute path", "two dots", "a link", "a folder that is a link", "a folder of links")
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_a_path_out_of_the_data_folder_is_refused_unless_allowed(
-    tmp_path, tiny_tokenizer, clip, way
-):
-    """A data set from elsewhere could otherwise make training read any file of its user."""
-    name = outside_of(tmp_path, clip)[way]
-    rows = [{"video": name, "conversations": talk("what", "left")}]
-    data = dataset_of(tmp_path / "data", tiny_tokenizer, json.dumps(rows))
-    with pytest.raises(DataError, match="outside the data folder") as caught:
-        data.read(0)
-    assert "--allow-outside" in str(caught.value)
-    assert data.media(data.rows[0]) == ("text", None)
-    data.allow_outside = True
-    assert data.read(0).pixels
 
 
 def test_the_command_takes_allow_outside(tmp_path, clip):

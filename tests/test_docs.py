@@ -29,11 +29,6 @@ def table(text: str, heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
 
 
-def bash_blocks(text: str) -> list[str]:
-    """The fenced blocks of shell commands, in order."""
-    return re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
-
-
 @pytest.mark.parametrize("page", PAGES, ids=page_names)
 def test_line_counts_and_line_anchors_are_up_to_date(page):
     """`python -m tests.refresh_docs` would change nothing."""
@@ -110,6 +105,11 @@ def test_the_two_commands_come_first_and_stand_alone():
     first, second = bash_blocks(README)[:2]
     assert "venv" in first and "torchrun train.py" in first
     assert "venv" in second and "pytest" in second
+
+
+def bash_blocks(text: str) -> list[str]:
+    """The fenced blocks of shell commands, in order."""
+    return re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
 
 
 OPTIONS = {"train.py": train.read_options, "eval.py": eval.read_options}

@@ -491,6 +491,21 @@ META_NAMES = {  # likewise; the rest of Meta's names are timm's
 }
 
 
+@pytest.mark.parametrize("names", ["timm", "", "dinov2."])
+@torch.no_grad()
+def test_dinov2_without_registers_equals_transformers_from_released_names(names, tmp_path):
+    """Its class token has a position of its own, which is added once, when the file is read."""
+    theirs = dinov2_of_transformers(registers=0, swiglu=False)
+    assert theirs.embeddings.position_embeddings.shape == (1, 26, 32)
+    if names == "timm":
+        tensors = in_timm_names(as_released(theirs, tmp_path), {})
+        assert "blocks.0.attn.qkv.weight" in tensors
+    else:
+        tensors = as_released(theirs, tmp_path, names)
+        assert f"{names}encoder.layer.0.attention.attention.query.weight" in tensors
+    check_dinov2(theirs, dinov2_config(0, swiglu=False), tensors, tmp_path)
+
+
 def dinov2_of_transformers(registers: int, swiglu: bool, **shape) -> nn.Module:
     """Their DINOv2 with random weights: positions of 5x5 patches and one for the class token."""
     kind, more = "Dinov2", {}
@@ -500,25 +515,6 @@ def dinov2_of_transformers(registers: int, swiglu: bool, **shape) -> nn.Module:
         **(DINOV2_SHAPE | shape), use_swiglu_ffn=swiglu, mlp_ratio=4, **more
     )
     return unit_scale(getattr(transformers, f"{kind}Model")(config).eval())
-
-
-def dinov2_config(registers: int, swiglu: bool, image_size: int = 20) -> EncoderConfig:
-    """The same model of ours, by an EncoderConfig alone. The gated MLP is 2/3 as wide, rounded up
-    to a multiple of 8."""
-    return tiny(
-        "dinov2", image_size=image_size, num_frames=3, num_registers=registers,
-        activation="swiglu" if swiglu else "gelu", mlp_size=88 if swiglu else None,
-    )  # fmt: skip
-
-
-def as_released(theirs: nn.Module, folder: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a model of transformers under the names of released files.
-
-    Release 5 renamed its attributes; save_pretrained writes the old names.
-    """
-    theirs.save_pretrained(folder / "theirs")
-    tensors = load_file(folder / "theirs/model.safetensors")
-    return {prefix + name: tensor for name, tensor in tensors.items()}
 
 
 def in_timm_names(tensors: dict[str, Tensor], more: dict[str, str]) -> dict[str, Tensor]:
@@ -536,19 +532,23 @@ def in_timm_names(tensors: dict[str, Tensor], more: dict[str, str]) -> dict[str,
     return renamed
 
 
-@pytest.mark.parametrize("names", ["timm", "", "dinov2."])
-@torch.no_grad()
-def test_dinov2_without_registers_equals_transformers_from_released_names(names, tmp_path):
-    """Its class token has a position of its own, which is added once, when the file is read."""
-    theirs = dinov2_of_transformers(registers=0, swiglu=False)
-    assert theirs.embeddings.position_embeddings.shape == (1, 26, 32)
-    if names == "timm":
-        tensors = in_timm_names(as_released(theirs, tmp_path), {})
-        assert "blocks.0.attn.qkv.weight" in tensors
-    else:
-        tensors = as_released(theirs, tmp_path, names)
-        assert f"{names}encoder.layer.0.attention.attention.query.weight" in tensors
-    check_dinov2(theirs, dinov2_config(0, swiglu=False), tensors, tmp_path)
+def as_released(theirs: nn.Module, folder: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a model of transformers under the names of released files.
+
+    Release 5 renamed its attributes; save_pretrained writes the old names.
+    """
+    theirs.save_pretrained(folder / "theirs")
+    tensors = load_file(folder / "theirs/model.safetensors")
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def dinov2_config(registers: int, swiglu: bool, image_size: int = 20) -> EncoderConfig:
+    """The same model of ours, by an EncoderConfig alone. The gated MLP is 2/3 as wide, rounded up
+    to a multiple of 8."""
+    return tiny(
+        "dinov2", image_size=image_size, num_frames=3, num_registers=registers,
+        activation="swiglu" if swiglu else "gelu", mlp_size=88 if swiglu else None,
+    )  # fmt: skip
 
 
 @torch.no_grad()

@@ -37,11 +37,6 @@ def world(tmp_path_factory):
 QUICK = eval.EvalConfig(max_new_tokens=4, workers=0)
 
 
-def evaluate(model, name, world, output, **changes):
-    """Answers of the test split, in this process."""
-    return eval.evaluate(model, name, world / "test", output, replace(QUICK, **changes))
-
-
 @pytest.fixture(scope="module")
 def model(world):
     """An untrained miniature: its answers are nonsense, but the same nonsense every time."""
@@ -182,6 +177,11 @@ def test_videos_that_cannot_be_read_are_failed_answers(world, model, tmp_path):
     assert row.accuracy == sum(q.correct for q in questions) / len(questions)
 
 
+def evaluate(model, name, world, output, **changes):
+    """Answers of the test split, in this process."""
+    return eval.evaluate(model, name, world / "test", output, replace(QUICK, **changes))
+
+
 def test_accuracy_counts_by_kind():
     """Two kinds, one of them with a failure: a failure is a wrong answer."""
     base = benchmarks.Question("1", "v", "What colour?", "red", "colour", answer="Red.")
@@ -200,6 +200,14 @@ def test_accuracy_counts_by_kind():
     }
 
 
+def test_the_baseline_is_the_most_common_right_answer_of_each_kind():
+    """For "all" it is the most common answer of each question's own kind."""
+    colours = ["red", "Red.", "the red", "blue"]
+    rows = rows_of({"colour": colours, "shape": ["ring", "cross"]})
+    baselines = {kind: row.baseline for kind, row in rows.items()}
+    assert baselines == {"colour": 3 / 4, "shape": 1 / 2, "all": 4 / 6}
+
+
 def rows_of(expected: dict[str, list[str]], **more) -> dict[str, eval.Row]:
     """The table of unanswered questions with these right answers of each kind."""
     questions = []
@@ -208,14 +216,6 @@ def rows_of(expected: dict[str, list[str]], **more) -> dict[str, eval.Row]:
             number = str(len(questions))
             questions.append(benchmarks.Question(number, "v", "Which?", answer, kind, **more))
     return eval.summarise(questions)
-
-
-def test_the_baseline_is_the_most_common_right_answer_of_each_kind():
-    """For "all" it is the most common answer of each question's own kind."""
-    colours = ["red", "Red.", "the red", "blue"]
-    rows = rows_of({"colour": colours, "shape": ["ring", "cross"]})
-    baselines = {kind: row.baseline for kind, row in rows.items()}
-    assert baselines == {"colour": 3 / 4, "shape": 1 / 2, "all": 4 / 6}
 
 
 def test_the_baseline_of_multiple_choice_is_the_most_common_letter():

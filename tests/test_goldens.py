@@ -37,21 +37,6 @@ def frames(expected) -> Tensor:
     return ((torch.stack([frame, frame.flip(-1)]).float() - 128) / 64)[None]
 
 
-def small(name: str) -> EncoderConfig:
-    """The released encoder with the depth, width and heads of the goldens."""
-    return replace(
-        ENCODERS[name], hidden_size=32, num_heads=4, released_layers=3, num_layers=2, num_frames=2
-    )
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, in units of the largest value."""
-    assert ours.shape == theirs.shape
-    assert ours.dtype == theirs.dtype
-    assert theirs.std() > 0.3, "without unit scale the tolerance means little"
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
 # ----------------------------------------------------------------------------------------- features
 
 
@@ -66,6 +51,21 @@ def test_features_equal_those_of_timm_from_timms_own_file(name, frames, expected
     side = {"dinov2": 16, "siglip": 14}[name]
     assert features.shape == (2, side, side, 32)
     assert relative_error(features, expected[f"{name}.float32"]) < 1e-5
+
+
+def small(name: str) -> EncoderConfig:
+    """The released encoder with the depth, width and heads of the goldens."""
+    return replace(
+        ENCODERS[name], hidden_size=32, num_heads=4, released_layers=3, num_layers=2, num_frames=2
+    )
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, in units of the largest value."""
+    assert ours.shape == theirs.shape
+    assert ours.dtype == theirs.dtype
+    assert theirs.std() > 0.3, "without unit scale the tolerance means little"
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @BOTH
@@ -109,12 +109,6 @@ def test_every_tensor_of_a_golden_matters(name, frames, expected):
 # ------------------------------------------------------------------------------------------- pixels
 
 
-def unnormalised(pixels: Tensor, config: EncoderConfig) -> Tensor:
-    """Back to 0 ... 255."""
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.pixel_mean, config.pixel_std))
-    return 255 * (pixels * std + mean)
-
-
 @EACH_SHAPE
 @pytest.mark.parametrize(
     ("name", "interpolation", "step"),
@@ -132,6 +126,12 @@ def test_squashing_an_image_equals_pillow_to_one_level_of_255(
     difference = (squashed - expected[f"{interpolation}.{shape}"].float()).abs()
     assert difference.max() < 1.001
     assert (difference > 0.5).float().mean() < 0.01
+
+
+def unnormalised(pixels: Tensor, config: EncoderConfig) -> Tensor:
+    """Back to 0 ... 255."""
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.pixel_mean, config.pixel_std))
+    return 255 * (pixels * std + mean)
 
 
 @EACH_SHAPE

@@ -58,6 +58,22 @@ def loaded(load: Callable, *arguments: object) -> tuple[object, dict[str, np.nda
     return model.config, {name: x.numpy() for name, x in model.state_dict().items()}
 
 
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with Hub() as hub:
+        yield hub
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def online(hub, home) -> Iterator[Client]:
+    yield from start(home, HF_ENDPOINT=hub.endpoint)
+
+
 def start(home: Path, **environment: str) -> Iterator[Client]:
     environment |= {
         "HF_HOME": str(home),
@@ -79,22 +95,6 @@ def start(home: Path, **environment: str) -> Iterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with Hub() as hub:
-        yield hub
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("home")
-
-
-@pytest.fixture(scope="module")
-def online(hub, home) -> Iterator[Client]:
-    yield from start(home, HF_ENDPOINT=hub.endpoint)
-
-
-@pytest.fixture(scope="module")
 def offline(hub, home) -> Iterator[Client]:
     yield from start(home, HF_ENDPOINT=hub.endpoint, HF_HUB_OFFLINE="1")
 
@@ -103,55 +103,6 @@ def offline(hub, home) -> Iterator[Client]:
 def out_of_reach(home) -> Iterator[Client]:
     """HF_HUB_OFFLINE is not set, but no server listens."""
     yield from start(home, HF_ENDPOINT="http://127.0.0.1:9")
-
-
-# ------------------------------------------------------------------------------ published files
-
-
-def tensors_of(model: nn.Module) -> dict[str, np.ndarray]:
-    return {name: x.numpy() for name, x in model.state_dict().items()}
-
-
-def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
-    assert list(ours) == list(theirs)
-    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
-
-
-def encoder_file(
-    folder: Path, config: EncoderConfig = SIGLIP, seed: int = 0, file: str = "model.safetensors"
-) -> bytes:
-    """Write a checkpoint with all blocks, in the released format, as `file`; return its bytes."""
-    encoder = unit_scale(load_encoder(replace(config, num_layers=config.released_layers)), seed)
-    save_encoder(encoder, folder / "model.safetensors")
-    if file.endswith(".bin"):
-        torch.save(load_file(folder / "model.safetensors"), folder / file)
-        (folder / "model.safetensors").unlink()
-    return (folder / file).read_bytes()
-
-
-def scaled_llama(seed: int = 0) -> nn.Module:
-    return unit_scale(load_llama(TINY_LLAMA), seed)
-
-
-def sharded_llama(seed: int = 0) -> dict[str, bytes]:
-    """The files of a repository such as meta-llama/Llama-2-7b-hf: config, index and two shards."""
-    model = scaled_llama(seed)
-    tensors = {
-        name if name.startswith("lm_head") else f"model.{name}": x
-        for name, x in model.state_dict().items()
-    }
-    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
-    where = {name: shards[i % 2] for i, name in enumerate(tensors)}
-    config = {
-        "model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 256,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
-        "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
-    }  # fmt: skip
-    return {
-        "config.json": json.dumps(config).encode(),
-        "model.safetensors.index.json": json.dumps({"weight_map": where}).encode(),
-        **{s: save({n: x for n, x in tensors.items() if where[n] == s}) for s in shards},
-    }
 
 
 # ------------------------------------------------------------------------------- download and cache
@@ -169,6 +120,27 @@ def test_an_encoder_from_the_hub_is_the_one_in_the_local_file(hub, online, tmp_p
     assert (get, large[:5]) == ("GET", "/cdn/")
     kept = online.folder("owner/first") / "snapshots" / commit(files) / "model.safetensors"
     assert kept.read_bytes() == files["model.safetensors"]
+
+
+def encoder_file(
+    folder: Path, config: EncoderConfig = SIGLIP, seed: int = 0, file: str = "model.safetensors"
+) -> bytes:
+    """Write a checkpoint with all blocks, in the released format, as `file`; return its bytes."""
+    encoder = unit_scale(load_encoder(replace(config, num_layers=config.released_layers)), seed)
+    save_encoder(encoder, folder / "model.safetensors")
+    if file.endswith(".bin"):
+        torch.save(load_file(folder / "model.safetensors"), folder / file)
+        (folder / "model.safetensors").unlink()
+    return (folder / file).read_bytes()
+
+
+def assert_same(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> None:
+    assert list(ours) == list(theirs)
+    assert all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def tensors_of(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: x.numpy() for name, x in model.state_dict().items()}
 
 
 def test_the_second_load_requests_only_metadata(hub, online, tmp_path):
@@ -207,20 +179,6 @@ def test_a_pinned_revision_gives_the_bytes_of_that_revision(hub, online, tmp_pat
         assert_same(weights, tensors_of(load_encoder(SIGLIP, tmp_path / folder)))
 
 
-def as_the_hub_has_it(kind: str, folder: Path) -> tuple[dict[str, bytes], tuple]:
-    """The files of a repository like the released one, and the call that loads it."""
-    if kind == "llama":
-        return sharded_llama(), (load_llama,)
-    if kind == "llama of Meta":
-        return llama_of_meta(scaled_llama()), (load_llama,)
-    config = ENCODERS[f"miniature-{kind}"]
-    file = "model.safetensors" if kind in ("siglip", "dinov2") else "pytorch_model.bin"
-    files = {file: encoder_file(folder, config, file=file)}
-    if kind == "languagebind":
-        files["config.json"] = b'{"vision_config": {"hidden_act": "quick_gelu"}}'
-    return files, (load_encoder, config)
-
-
 @pytest.mark.parametrize(
     "kind", ["siglip", "dinov2", "vivit", "languagebind", "llama", "llama of Meta"]
 )
@@ -241,6 +199,45 @@ def test_downloaded_models_load_offline(kind, hub, online, offline, tmp_path):
     assert_same(after, before)
     assert again == config
     assert len(hub.requests) == asked
+
+
+def as_the_hub_has_it(kind: str, folder: Path) -> tuple[dict[str, bytes], tuple]:
+    """The files of a repository like the released one, and the call that loads it."""
+    if kind == "llama":
+        return sharded_llama(), (load_llama,)
+    if kind == "llama of Meta":
+        return llama_of_meta(scaled_llama()), (load_llama,)
+    config = ENCODERS[f"miniature-{kind}"]
+    file = "model.safetensors" if kind in ("siglip", "dinov2") else "pytorch_model.bin"
+    files = {file: encoder_file(folder, config, file=file)}
+    if kind == "languagebind":
+        files["config.json"] = b'{"vision_config": {"hidden_act": "quick_gelu"}}'
+    return files, (load_encoder, config)
+
+
+def sharded_llama(seed: int = 0) -> dict[str, bytes]:
+    """The files of a repository such as meta-llama/Llama-2-7b-hf: config, index and two shards."""
+    model = scaled_llama(seed)
+    tensors = {
+        name if name.startswith("lm_head") else f"model.{name}": x
+        for name, x in model.state_dict().items()
+    }
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    where = {name: shards[i % 2] for i, name in enumerate(tensors)}
+    config = {
+        "model_type": "llama", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 256,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "max_position_embeddings": 1024, "rms_norm_eps": 1e-5,
+    }  # fmt: skip
+    return {
+        "config.json": json.dumps(config).encode(),
+        "model.safetensors.index.json": json.dumps({"weight_map": where}).encode(),
+        **{s: save({n: x for n, x in tensors.items() if where[n] == s}) for s in shards},
+    }
+
+
+def scaled_llama(seed: int = 0) -> nn.Module:
+    return unit_scale(load_llama(TINY_LLAMA), seed)
 
 
 def test_a_model_that_was_never_downloaded_is_an_error_offline(hub, offline, tmp_path):
@@ -278,12 +275,6 @@ def test_cached_files_load_when_the_hub_does_not_answer(hub, online, out_of_reac
 # -------------------------------------------------------------------------------- errors of the hub
 
 
-def explanation(client: Client, *arguments: object) -> str:
-    with pytest.raises(CheckpointError) as error:
-        client.load(*arguments)
-    return str(error.value)
-
-
 def test_a_gated_repository_is_explained(hub, online):
     """The message says where to accept the licence, and with which command to log in."""
     gated = hub.publish("owner/gated", {"model.safetensors": b""})
@@ -295,6 +286,12 @@ def test_a_gated_repository_is_explained(hub, online):
     assert message.endswith(
         "\nFix: accept its licence at huggingface.co/owner/gated, then run `hf auth login`."
     )
+
+
+def explanation(client: Client, *arguments: object) -> str:
+    with pytest.raises(CheckpointError) as error:
+        client.load(*arguments)
+    return str(error.value)
 
 
 def test_a_repository_that_does_not_exist_is_explained(online):
@@ -345,12 +342,6 @@ def test_a_repository_without_weights_is_explained(hub, online):
 # ---------------------------------------------------------------------------- interrupted downloads
 
 
-def left_over(client: Client, name: str) -> list[Path]:
-    """Complete and partial files of a repository in the cache, without its references."""
-    files = [path for path in client.folder(name).rglob("*") if path.is_file()]
-    return [path for path in files if "refs" not in path.parts]
-
-
 def test_an_interrupted_download_resumes_where_it_stopped(hub, online, tmp_path):
     """The client writes 10 MB at a time, so a 13 MB file cut off after 11 MB resumes at 10 MB."""
     config = replace(SIGLIP, hidden_size=512, released_layers=1, num_layers=1)
@@ -388,6 +379,12 @@ def test_a_download_that_fails_leaves_nothing_and_the_next_one_works(hub, online
     assert left_over(online, "owner/heals") == []
     _, weights = online.load(load_encoder, SIGLIP, "owner/heals")
     assert_same(weights, tensors_of(load_encoder(SIGLIP, tmp_path)))
+
+
+def left_over(client: Client, name: str) -> list[Path]:
+    """Complete and partial files of a repository in the cache, without its references."""
+    files = [path for path in client.folder(name).rglob("*") if path.is_file()]
+    return [path for path in files if "refs" not in path.parts]
 
 
 # -------------------------------------------------------------------------- models of several files

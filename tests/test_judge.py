@@ -87,22 +87,6 @@ def endpoint():
         server.server_close()
 
 
-def result_file(folder: Path, answers: list[str]) -> Path:
-    """A result as `evaluate` leaves it."""
-    questions = [replace(QUESTION, id=str(n), answer=a) for n, a in enumerate(answers)]
-    questions.append(replace(QUESTION, id="failed", failure="no such video"))
-    path = folder / "eval" / "msvd.json"
-    settings = {"benchmark": "msvd", "data": "nowhere", "encoders": ["vivit"]}
-    eval.write_results(path, settings, questions, "parse")
-    return path
-
-
-def judge(path: Path, server: Endpoint, retries: int = 6) -> dict:
-    """Judge a result file; the questions by id."""
-    eval.judge_results(path, judging.Judge(server.url, "grader", retries=retries))
-    return {q["id"]: q for q in json.loads(path.read_text())["questions"]}
-
-
 @pytest.mark.parametrize(
     ("reply", "verdict"),
     [
@@ -188,6 +172,22 @@ def test_failures_and_throttling_are_asked_again(endpoint, tmp_path, monkeypatch
     assert len(waits) == 4 and all(wait > 0 for wait in waits)
     assert {path for path, _, _ in server.seen} == {"/v1/chat/completions"}
     assert {model for _, model, _ in server.seen} == {"grader"}
+
+
+def result_file(folder: Path, answers: list[str]) -> Path:
+    """A result as `evaluate` leaves it."""
+    questions = [replace(QUESTION, id=str(n), answer=a) for n, a in enumerate(answers)]
+    questions.append(replace(QUESTION, id="failed", failure="no such video"))
+    path = folder / "eval" / "msvd.json"
+    settings = {"benchmark": "msvd", "data": "nowhere", "encoders": ["vivit"]}
+    eval.write_results(path, settings, questions, "parse")
+    return path
+
+
+def judge(path: Path, server: Endpoint, retries: int = 6) -> dict:
+    """Judge a result file; the questions by id."""
+    eval.judge_results(path, judging.Judge(server.url, "grader", retries=retries))
+    return {q["id"]: q for q in json.loads(path.read_text())["questions"]}
 
 
 def test_what_cannot_be_read_is_counted_apart_and_kept(endpoint, tmp_path, capsys):
@@ -283,18 +283,6 @@ def test_without_one_readable_reply_there_is_no_accuracy(endpoint, tmp_path, cap
     assert ["colour", "-"] in rows and ["all", "-"] in rows
 
 
-def refuse_parameters(body: dict) -> str:
-    """What newer models of OpenAI answer."""
-    if "max_tokens" in body:
-        return (
-            "Unsupported parameter: 'max_tokens' is not supported with this model. "
-            "Use 'max_completion_tokens' instead."
-        )
-    if body.get("temperature") == 0:
-        return "Unsupported value: 'temperature' does not support 0 with this model."
-    return ""
-
-
 def test_a_model_that_refuses_parameters_is_asked_without_them(endpoint, tmp_path):
     """Each is changed once, for all requests, and the result says what was sent in the end."""
     complaints = []
@@ -314,6 +302,18 @@ def test_a_model_that_refuses_parameters_is_asked_without_them(endpoint, tmp_pat
     assert not any("temperature" in body for body in server.bodies)
     judge(path, endpoint(lambda answer, nth: (500, "")))  # nothing to ask: all is in the journal
     assert json.loads(path.read_text())["settings"]["judge"]["parameters"] == parameters
+
+
+def refuse_parameters(body: dict) -> str:
+    """What newer models of OpenAI answer."""
+    if "max_tokens" in body:
+        return (
+            "Unsupported parameter: 'max_tokens' is not supported with this model. "
+            "Use 'max_completion_tokens' instead."
+        )
+    if body.get("temperature") == 0:
+        return "Unsupported value: 'temperature' does not support 0 with this model."
+    return ""
 
 
 def test_parameters_are_sent_as_they_are_where_nobody_complains(endpoint, tmp_path):

@@ -49,15 +49,6 @@ def only_known_encoders():
         table.update(entries)
 
 
-def close(found, expected, why: str) -> None:
-    """Fail with both types or shapes, or with the largest difference and why it may be."""
-    kind = type(found).__name__
-    assert kind in ("Tensor", "Parameter"), f"your function must return a tensor, not {kind}"
-    shape, wanted = tuple(found.shape), tuple(expected.shape)
-    assert shape == wanted, f"your result has shape {shape}, not {wanted}"
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{why}\n{m}")
-
-
 # ------------------------------------------------------------------------------ 1. pooling by loops
 
 
@@ -67,6 +58,15 @@ def test_1_loops_pool_as_merv_does(work, size, side):
     grid = torch.randn(size, size, 6)
     expected = project(grid[None, None], nn.Identity(), side).view(side, side, 6)
     close(work.pool(grid, side), expected, "Does window i end at ceil((i + 1) * size / side)?")
+
+
+def close(found, expected, why: str) -> None:
+    """Fail with both types or shapes, or with the largest difference and why it may be."""
+    kind = type(found).__name__
+    assert kind in ("Tensor", "Parameter"), f"your function must return a tensor, not {kind}"
+    shape, wanted = tuple(found.shape), tuple(expected.shape)
+    assert shape == wanted, f"your result has shape {shape}, not {wanted}"
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, msg=lambda m: f"{why}\n{m}")
 
 
 # ------------------------------------------------------------------------------------ 2. equation 2
@@ -103,6 +103,12 @@ def test_3_a_mixer_returns_tokens_and_weights_that_sum_to_1(work):
     close(weights.sum(1), torch.ones(2), "The weights of a clip sum to 1 over its encoders.")
 
 
+def test_3_a_trained_mixer_trusts_the_encoder_that_knows(work):
+    """Sixty steps take its loss below 80 % of what equal mixing weights reach."""
+    loss, equal = loss_after_sixty_steps(work.Mixer(8, 4)), loss_after_sixty_steps(MeanMixer(8, 4))
+    assert loss < 0.8 * equal, "the weights must depend on channel 0, which tells who knows"
+
+
 def loss_after_sixty_steps(mixer: nn.Module) -> float:
     """Train a mixer with a classifier that reads it: mean loss of the last ten steps, in nats.
 
@@ -126,12 +132,6 @@ def loss_after_sixty_steps(mixer: nn.Module) -> float:
         optimizer.step()
         losses.append(loss.item())
     return sum(losses[-10:]) / 10
-
-
-def test_3_a_trained_mixer_trusts_the_encoder_that_knows(work):
-    """Sixty steps take its loss below 80 % of what equal mixing weights reach."""
-    loss, equal = loss_after_sixty_steps(work.Mixer(8, 4)), loss_after_sixty_steps(MeanMixer(8, 4))
-    assert loss < 0.8 * equal, "the weights must depend on channel 0, which tells who knows"
 
 
 # ----------------------------------------------------------------------------- 4. labels from turns
@@ -161,10 +161,6 @@ def test_4_labels_cover_answers_and_the_token_that_ends_them(work, count):
 # ---------------------------------------------------------------- 5. blind to the direction of time
 
 
-def mean_features(vivit, *clips) -> list[torch.Tensor]:
-    return [views.features_of(vivit, clip).mean((0, 1, 2)) for clip in clips]
-
-
 def test_5_a_blind_vivit_cannot_tell_a_clip_from_its_reverse(work):
     """Positions and kernels both tell the direction, so changing one of them is not enough."""
     vivit = views.narrow(ENCODERS["vivit"])
@@ -176,6 +172,10 @@ def test_5_a_blind_vivit_cannot_tell_a_clip_from_its_reverse(work):
     spread = vivit.position_embedding[:, 1:].unflatten(1, vivit.config.grid).std(1).max()
     hint = "positions still differ over time" if spread > 1e-6 else "look at the kernels"
     close(after, reverse, f"It still tells forwards from backwards: {hint}.")
+
+
+def mean_features(vivit, *clips) -> list[torch.Tensor]:
+    return [views.features_of(vivit, clip).mean((0, 1, 2)) for clip in clips]
 
 
 def test_5_a_blind_vivit_still_sees(work):

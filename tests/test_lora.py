@@ -16,27 +16,19 @@ RANK, ALPHA = 4, 8.0
 MATRICES = 7 * GROUPED.num_layers  # q, k, v, o, gate, up, down
 
 
+def test_new_adapters_change_nothing():
+    """B is zero, so the model computes what it did, to the last bit."""
+    base, model = adapted()
+    ids = ids_of(2, 9)
+    assert torch.equal(model(ids), base(ids))
+
+
 def adapted(seed: int = 0) -> tuple[Llama, Llama]:
     """A tiny LLaMA, and a copy of it with adapters."""
     base = build()
     model = copy.deepcopy(base)
     lora.add_adapters(model, RANK, ALPHA, seed)
     return base, model
-
-
-def fill(model: Llama) -> None:
-    """Give B random values, as if it had been trained."""
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in model.named_parameters():
-        if name.endswith("lora_b"):
-            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
-
-
-def test_new_adapters_change_nothing():
-    """B is zero, so the model computes what it did, to the last bit."""
-    base, model = adapted()
-    ids = ids_of(2, 9)
-    assert torch.equal(model(ids), base(ids))
 
 
 def test_every_matrix_of_every_layer_has_an_adapter_and_nothing_else_has():
@@ -59,6 +51,14 @@ def test_an_adapter_adds_alpha_over_rank_times_b_a_x():
         wanted = module.weight @ x[row]
         wanted = wanted + ALPHA / RANK * (module.lora_b @ (module.lora_a @ x[row]))
         torch.testing.assert_close(module(x)[row], wanted)
+
+
+def fill(model: Llama) -> None:
+    """Give B random values, as if it had been trained."""
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            torch.nn.init.normal_(parameter, std=0.3, generator=generator)
 
 
 def test_a_merged_model_computes_what_the_adapted_one_does():

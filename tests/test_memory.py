@@ -122,13 +122,6 @@ def anonymous_memory() -> int:
     raise OSError("no RssAnon in /proc/self/status")
 
 
-def use_small_model(llama: LlamaConfig) -> None:
-    """Replace the released encoders and LLaMA by small ones under the same names."""
-    merv.LLAMAS["llama2-7b"] = llama
-    for name in FOUR:
-        merv.ENCODERS[name] = replace(merv.ENCODERS[f"miniature-{name}"], name=name)
-
-
 def measure(folder: str, tokenizer: str) -> None:
     """Load in bfloat16; print the size of the model and the peak of allocated memory, in bytes."""
     use_small_model(LLAMA)
@@ -150,3 +143,10 @@ def measure(folder: str, tokenizer: str) -> None:
     watcher.join()
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     print(json.dumps({"model": size, "peak": peak - before}))
+
+
+def use_small_model(llama: LlamaConfig) -> None:
+    """Replace the released encoders and LLaMA by small ones under the same names."""
+    merv.LLAMAS["llama2-7b"] = llama
+    for name in FOUR:
+        merv.ENCODERS[name] = replace(merv.ENCODERS[f"miniature-{name}"], name=name)

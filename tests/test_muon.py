@@ -19,23 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def float32_reference():
-    """Let torch.optim.Muon compute in float32, as ours does."""
-    return mock.patch.object(Tensor, "bfloat16", Tensor.float)
-
-
-def matrices_of_the_miniature(seed: int = 0) -> list[torch.nn.Parameter]:
-    """The matrices of its LLM's layers, with random values and gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    matrices = []
-    for parameter in Llama(LLAMAS["miniature"]).layers.parameters():
-        if parameter.ndim == 2:
-            matrix = torch.nn.Parameter(torch.randn(parameter.shape, generator=generator))
-            matrix.grad = torch.randn(parameter.shape, generator=generator)
-            matrices.append(matrix)
-    return matrices
-
-
 def test_singular_values_end_near_one():
     """Five iterations bring singular values between 0.01 and 1 to between 0.6 and 1.3."""
     generator = torch.Generator().manual_seed(0)
@@ -70,6 +53,23 @@ def test_five_steps_equal_torchs_in_float32(decay):
         by_hand.step()
     for mine, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5)
+
+
+def matrices_of_the_miniature(seed: int = 0) -> list[torch.nn.Parameter]:
+    """The matrices of its LLM's layers, with random values and gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    matrices = []
+    for parameter in Llama(LLAMAS["miniature"]).layers.parameters():
+        if parameter.ndim == 2:
+            matrix = torch.nn.Parameter(torch.randn(parameter.shape, generator=generator))
+            matrix.grad = torch.randn(parameter.shape, generator=generator)
+            matrices.append(matrix)
+    return matrices
+
+
+def float32_reference():
+    """Let torch.optim.Muon compute in float32, as ours does."""
+    return mock.patch.object(Tensor, "bfloat16", Tensor.float)
 
 
 def test_many_large_matrices_are_orthogonalised_a_few_at_a_time(monkeypatch):

@@ -24,69 +24,6 @@ from llama import LLAMAS, KVCache, Llama
 pytestmark = pytest.mark.slow
 
 
-def shallow(name: str, released_layers: int, **changes) -> EncoderConfig:
-    """The released encoder with fewer blocks; as many as in the release come after the features."""
-    full = ENCODERS[name]
-    taken = released_layers - (full.released_layers - full.num_layers)
-    return replace(full, released_layers=released_layers, num_layers=taken, **changes)
-
-
-@torch.no_grad()
-def oracle(model_class: type, config: transformers.PreTrainedConfig) -> nn.Module:
-    """A model of transformers with random weights with which every part matters.
-
-    They follow conftest.unit_scale, but are drawn in float32 and not initialised before that,
-    because there are 200 million of them.
-    """
-    with no_init_weights():
-        model = model_class(config).eval()
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in model.named_parameters():
-        parameter.normal_(generator=generator)
-        if name.endswith("bias"):
-            parameter.mul_(0.2)
-        elif name.endswith("weight") and parameter.ndim == 1:  # of a norm
-            parameter.mul_(0.2).add_(1)
-        elif "embed_tokens" in name:  # LLaMA's are about that small: the norm's epsilon matters
-            parameter.mul_(0.02)
-        elif name.endswith("weight") and "position" not in name:
-            parameter.div_(math.sqrt(parameter[0].numel()))
-    return model
-
-
-def frames_for(config: EncoderConfig) -> Tensor:
-    """(1, T, 3, 224, 224), of unit scale."""
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(
-        1, config.num_frames, 3, config.image_size, config.image_size, generator=generator
-    )
-
-
-def assert_equal_to_rounding(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
-    """The largest difference is below `tolerance` times the largest value, at unit scale."""
-    assert ours.shape == theirs.shape
-    assert ours.dtype == theirs.dtype == torch.float32
-    assert 0.2 < theirs.std() < 20
-    assert (ours - theirs).abs().max() < tolerance * theirs.abs().max()
-
-
-def write_as_timm(theirs: nn.Module, path: Path, blocks: str, names: dict[str, str]) -> None:
-    """Write a transformers model under timm's names; `names` maps timm's to transformers'.
-
-    blocks: the name of the list of blocks in transformers; names with "*" are within each block.
-    """
-    state, tensors = theirs.state_dict(), {}
-    count = 1 + max(int(name[len(blocks) :].split(".")[1]) for name in state if blocks in name)
-    for timm, name in names.items():
-        for i in range(count) if "*" in timm else [0]:
-            parts = [f"{blocks}.{i}.{part}" if "*" in timm else part for part in name.split()]
-            for leaf in (".weight", ".bias", ""):
-                if all(part + leaf in state for part in parts):
-                    tensor = torch.cat([state[part + leaf] for part in parts])
-                    tensors[timm.replace("*", str(i)) + leaf] = tensor.contiguous()
-    save_file(tensors, path)
-
-
 BLOCK = {
     "blocks.*.norm1": "layer_norm1",
     "blocks.*.attn.qkv": "self_attn.q_proj self_attn.k_proj self_attn.v_proj",
@@ -113,6 +50,52 @@ def test_vivit_at_full_width_equals_transformers_on_32_frames(tmp_path):
     assert encoder.position_embedding.shape == (1, 3137, 768)
     expected = theirs.vivit(frames).last_hidden_state[:, 1:].unflatten(1, (16, 14, 14))
     assert_equal_to_rounding(encoder(frames), expected)
+
+
+@torch.no_grad()
+def oracle(model_class: type, config: transformers.PreTrainedConfig) -> nn.Module:
+    """A model of transformers with random weights with which every part matters.
+
+    They follow conftest.unit_scale, but are drawn in float32 and not initialised before that,
+    because there are 200 million of them.
+    """
+    with no_init_weights():
+        model = model_class(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        parameter.normal_(generator=generator)
+        if name.endswith("bias"):
+            parameter.mul_(0.2)
+        elif name.endswith("weight") and parameter.ndim == 1:  # of a norm
+            parameter.mul_(0.2).add_(1)
+        elif "embed_tokens" in name:  # LLaMA's are about that small: the norm's epsilon matters
+            parameter.mul_(0.02)
+        elif name.endswith("weight") and "position" not in name:
+            parameter.div_(math.sqrt(parameter[0].numel()))
+    return model
+
+
+def shallow(name: str, released_layers: int, **changes) -> EncoderConfig:
+    """The released encoder with fewer blocks; as many as in the release come after the features."""
+    full = ENCODERS[name]
+    taken = released_layers - (full.released_layers - full.num_layers)
+    return replace(full, released_layers=released_layers, num_layers=taken, **changes)
+
+
+def frames_for(config: EncoderConfig) -> Tensor:
+    """(1, T, 3, 224, 224), of unit scale."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(
+        1, config.num_frames, 3, config.image_size, config.image_size, generator=generator
+    )
+
+
+def assert_equal_to_rounding(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
+    """The largest difference is below `tolerance` times the largest value, at unit scale."""
+    assert ours.shape == theirs.shape
+    assert ours.dtype == theirs.dtype == torch.float32
+    assert 0.2 < theirs.std() < 20
+    assert (ours - theirs).abs().max() < tolerance * theirs.abs().max()
 
 
 @torch.no_grad()
@@ -144,6 +127,23 @@ def test_siglip_at_full_width_equals_transformers_before_its_last_block(tmp_path
     assert encoder.position_embedding.shape == (1, 196, 768)
     expected = theirs(frames[0], output_hidden_states=True).hidden_states[-2]
     assert_equal_to_rounding(encoder(frames)[0], expected.unflatten(1, (14, 14)))
+
+
+def write_as_timm(theirs: nn.Module, path: Path, blocks: str, names: dict[str, str]) -> None:
+    """Write a transformers model under timm's names; `names` maps timm's to transformers'.
+
+    blocks: the name of the list of blocks in transformers; names with "*" are within each block.
+    """
+    state, tensors = theirs.state_dict(), {}
+    count = 1 + max(int(name[len(blocks) :].split(".")[1]) for name in state if blocks in name)
+    for timm, name in names.items():
+        for i in range(count) if "*" in timm else [0]:
+            parts = [f"{blocks}.{i}.{part}" if "*" in timm else part for part in name.split()]
+            for leaf in (".weight", ".bias", ""):
+                if all(part + leaf in state for part in parts):
+                    tensor = torch.cat([state[part + leaf] for part in parts])
+                    tensors[timm.replace("*", str(i)) + leaf] = tensor.contiguous()
+    save_file(tensors, path)
 
 
 @torch.no_grad()

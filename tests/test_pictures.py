@@ -38,11 +38,6 @@ STORED: dict[int, Callable] = {  # EXIF orientation -> what the camera stored of
 WITH_EXIF = ["jpg", "png", "webp", "tif"] + ["avif"] * features.check("avif")
 
 
-def as_picture(frame: torch.Tensor) -> np.ndarray:
-    """A frame (3, H, W) as (H, W, 3)."""
-    return frame.permute(1, 2, 0).numpy()
-
-
 @pytest.mark.parametrize("extension", WITH_EXIF)
 @pytest.mark.parametrize("orientation", STORED)
 def test_photos_are_shown_upright(tmp_path, extension, orientation):
@@ -55,6 +50,11 @@ def test_photos_are_shown_upright(tmp_path, extension, orientation):
     frame = as_picture(load_video(path, 1)[0])
     assert frame.shape == FOUR_COLOURS.shape
     assert np.abs(frame.astype(int) - FOUR_COLOURS).mean() < 6
+
+
+def as_picture(frame: torch.Tensor) -> np.ndarray:
+    """A frame (3, H, W) as (H, W, 3)."""
+    return frame.permute(1, 2, 0).numpy()
 
 
 @pytest.mark.parametrize("mode", ["L", "I;16", "RGBA", "RGB"])
@@ -202,6 +202,15 @@ LEVELS = [0, 60, 120, 180]
 ANIMATED = ["webp", "png"] + ["avif"] * features.check("avif")
 
 
+@pytest.mark.parametrize("extension", ANIMATED)
+def test_an_animation_is_a_video_of_all_its_frames(tmp_path, extension):
+    """It used to be a still of its first frame."""
+    path = write_animation(tmp_path / f"moving.{extension}", [100, 100, 100, 100])
+    assert levels_of(load_video(path, 4)) == pytest.approx(LEVELS, abs=2)
+    assert levels_of(load_video(path, 2)) == pytest.approx([0, 180], abs=2)
+    assert levels_of(load_video(path, 2, end_frame=1)) == pytest.approx([0, 60], abs=2)
+
+
 def write_animation(path: Path, delays: list[int], **options) -> Path:
     """Save four grey frames that are shown for the given milliseconds."""
     frames = [Image.new("RGB", (48, 32), (level,) * 3) for level in LEVELS]
@@ -213,15 +222,6 @@ def write_animation(path: Path, delays: list[int], **options) -> Path:
 
 def levels_of(frames: torch.Tensor) -> list[int]:
     return [round(frame.float().mean().item()) for frame in frames]
-
-
-@pytest.mark.parametrize("extension", ANIMATED)
-def test_an_animation_is_a_video_of_all_its_frames(tmp_path, extension):
-    """It used to be a still of its first frame."""
-    path = write_animation(tmp_path / f"moving.{extension}", [100, 100, 100, 100])
-    assert levels_of(load_video(path, 4)) == pytest.approx(LEVELS, abs=2)
-    assert levels_of(load_video(path, 2)) == pytest.approx([0, 180], abs=2)
-    assert levels_of(load_video(path, 2, end_frame=1)) == pytest.approx([0, 60], abs=2)
 
 
 @pytest.mark.parametrize("extension", [*ANIMATED, "gif"])

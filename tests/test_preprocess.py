@@ -46,6 +46,15 @@ def test_squashing_is_pillows_antialiased_resize(name, size):
     assert (pixels - expected).abs().max() <= 1 / 255 + 1e-6
 
 
+@pytest.mark.parametrize("size", ODD_SIZES)
+def test_languagebind_is_scaled_by_its_short_side_and_cropped(size):
+    """Normalising before or after interpolating is the same (both are linear): within 1e-5."""
+    frame = noise(*size)
+    got = preprocess(frame, ENCODERS["languagebind"])
+    assert got.shape == (1, 3, 224, 224)
+    assert (got[0] - languagebind_pixels(frame[0])).abs().max() < 1e-5
+
+
 def languagebind_pixels(frame: Tensor) -> Tensor:
     """The released order: normalise, scale the short side (long side floored), crop the centre."""
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
@@ -59,15 +68,6 @@ def languagebind_pixels(frame: Tensor) -> Tensor:
     x = F.interpolate(x, size=size, mode="bilinear", align_corners=False, antialias=False)
     top, left = (round((length - 224) / 2.0) for length in size)
     return x[0, :, top : top + 224, left : left + 224]
-
-
-@pytest.mark.parametrize("size", ODD_SIZES)
-def test_languagebind_is_scaled_by_its_short_side_and_cropped(size):
-    """Normalising before or after interpolating is the same (both are linear): within 1e-5."""
-    frame = noise(*size)
-    got = preprocess(frame, ENCODERS["languagebind"])
-    assert got.shape == (1, 3, 224, 224)
-    assert (got[0] - languagebind_pixels(frame[0])).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["languagebind", "dinov2", "vivit", "siglip"])

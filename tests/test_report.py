@@ -117,14 +117,6 @@ def test_the_baseline_stands_beside_each_accuracy(runs, page):
         assert f'<td class="number dim">{100 * row.baseline:.1f}</td>' in page
 
 
-def clip_question(clip: str, text: str, expected: str, share: float, **more):
-    """A question about a clip of which the first of two encoders gets that share."""
-    mixing_weights = (share, 1 - share)
-    return benchmarks.Question(
-        clip + text, clip, text, expected, mixing_weights=mixing_weights, **more
-    )
-
-
 def test_mixing_weights_are_shown_by_what_the_clip_shows():
     """Means over clips with the same answer, not over questions; the distribution counts clips."""
     questions = [
@@ -139,6 +131,14 @@ def test_mixing_weights_are_shown_by_what_the_clip_shows():
     first, second = report.quartiles(questions)
     assert first == [0.25, 0.5, 0.75, 0.875, 1.0]
     assert second == [0.0, 0.125, 0.25, 0.5, 0.75]
+
+
+def clip_question(clip: str, text: str, expected: str, share: float, **more):
+    """A question about a clip of which the first of two encoders gets that share."""
+    mixing_weights = (share, 1 - share)
+    return benchmarks.Question(
+        clip + text, clip, text, expected, mixing_weights=mixing_weights, **more
+    )
 
 
 @pytest.mark.parametrize("answers", [["red"] * 20, [f"word {n}" for n in range(20)]])

@@ -31,58 +31,6 @@ STEPS = ("--global-batch", "4", "--epochs", "2", "--cache-features", "none", "--
 DATA = ("--data", "data/miniature/train", "--tokenizer", "data/miniature/tokenizer.model")
 
 
-def curve(workplace: Path, name: str) -> list[tuple]:  # noqa: F811
-    """What a run logged, without the times."""
-    lines = (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines()
-    keys = ("step", "loss", "learning_rate", "gradient_norm", "mixing_weights")
-    return [tuple(json.loads(line)[key] for key in keys) for line in lines]
-
-
-def assert_same_run(workplace: Path, name: str, other: str) -> None:  # noqa: F811
-    """The same curve, step for step, and the same weights, bit for bit."""
-    assert curve(workplace, name) == curve(workplace, other)
-    first, second = (
-        load_file(workplace / "runs" / one / "checkpoint" / "model.safetensors")
-        for one in (name, other)
-    )
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[key], second[key]) for key in first)
-
-
-def start(workplace: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:  # noqa: F811
-    """train.py on two processes under torchrun, in the background; into a file, because a pipe that
-    nobody reads fills up and stops who writes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [*launcher, str(ROOT / "train.py"), "--workers", "0", *DATA, *options]
-    command += ["--dtype", workplace.name]
-    output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
-    process = subprocess.Popen(command, cwd=workplace, stdout=output, stderr=subprocess.STDOUT)
-    process.stdout = output
-    return process
-
-
-def output_of(process: subprocess.Popen) -> str:
-    """All that it printed until its end."""
-    process.wait(timeout=300)
-    process.stdout.seek(0)
-    return process.stdout.read()
-
-
-def ranks(parent: int) -> list[int]:
-    """The processes that a torchrun has started."""
-    children = Path(f"/proc/{parent}/task/{parent}/children")
-    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
-
-
-def wait_for_steps(process: subprocess.Popen, log: Path, steps: int) -> None:
-    """Until so many steps are logged; fails if the run ends before that."""
-    limit = time.monotonic() + 240
-    while not log.exists() or len(log.read_text().splitlines()) < steps:
-        assert process.poll() is None, output_of(process)
-        assert time.monotonic() < limit
-        time.sleep(0.02)
-
-
 @pytest.fixture(scope="module")
 def straight(workplace):  # noqa: F811
     """A run of ten steps that nobody disturbs; Muon and AdamW, all its saves kept."""
@@ -91,17 +39,6 @@ def straight(workplace):  # noqa: F811
     assert done.returncode == 0, done.stderr
     assert len(losses(workplace, "straight")) == 10
     return "straight"
-
-
-def copy_until(workplace: Path, straight: str, name: str, step: int) -> None:  # noqa: F811
-    """A run as it is when it is killed in the middle of the save after `step` + 2."""
-    home = workplace / "runs" / name
-    shutil.copytree(workplace / "runs" / straight, home)
-    shutil.rmtree(home / "checkpoint")
-    for save in (home / "saves").iterdir():
-        if int(save.name) > step + 2:
-            shutil.rmtree(save)
-    (home / "saves" / f"{step + 2:08d}").rename(home / "saves" / f"{step + 2:08d}.partial")
 
 
 @pytest.mark.slow
@@ -119,6 +56,58 @@ def test_after_a_kill_torchrun_starts_the_run_again_and_it_ends_bit_for_bit(work
     assert_same_run(workplace, "restarted", straight)
     kept = sorted(f.name for f in (workplace / "runs" / "restarted" / "saves").iterdir())
     assert kept == ["00000008", "00000010"]
+
+
+def start(workplace: Path, *options: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:  # noqa: F811
+    """train.py on two processes under torchrun, in the background; into a file, because a pipe that
+    nobody reads fills up and stops who writes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [*launcher, str(ROOT / "train.py"), "--workers", "0", *DATA, *options]
+    command += ["--dtype", workplace.name]
+    output = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+    process = subprocess.Popen(command, cwd=workplace, stdout=output, stderr=subprocess.STDOUT)
+    process.stdout = output
+    return process
+
+
+def wait_for_steps(process: subprocess.Popen, log: Path, steps: int) -> None:
+    """Until so many steps are logged; fails if the run ends before that."""
+    limit = time.monotonic() + 240
+    while not log.exists() or len(log.read_text().splitlines()) < steps:
+        assert process.poll() is None, output_of(process)
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def output_of(process: subprocess.Popen) -> str:
+    """All that it printed until its end."""
+    process.wait(timeout=300)
+    process.stdout.seek(0)
+    return process.stdout.read()
+
+
+def ranks(parent: int) -> list[int]:
+    """The processes that a torchrun has started."""
+    children = Path(f"/proc/{parent}/task/{parent}/children")
+    return [int(pid) for pid in children.read_text().split()] if children.exists() else []
+
+
+def assert_same_run(workplace: Path, name: str, other: str) -> None:  # noqa: F811
+    """The same curve, step for step, and the same weights, bit for bit."""
+    assert curve(workplace, name) == curve(workplace, other)
+    first, second = (
+        load_file(workplace / "runs" / one / "checkpoint" / "model.safetensors")
+        for one in (name, other)
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def curve(workplace: Path, name: str) -> list[tuple]:  # noqa: F811
+    """What a run logged, without the times."""
+    lines = (workplace / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    keys = ("step", "loss", "learning_rate", "gradient_norm", "mixing_weights")
+    return [tuple(json.loads(line)[key] for key in keys) for line in lines]
 
 
 @pytest.mark.slow
@@ -164,6 +153,17 @@ def test_a_run_goes_on_with_another_number_of_processes(workplace, straight):  #
     assert not partials
 
 
+def copy_until(workplace: Path, straight: str, name: str, step: int) -> None:  # noqa: F811
+    """A run as it is when it is killed in the middle of the save after `step` + 2."""
+    home = workplace / "runs" / name
+    shutil.copytree(workplace / "runs" / straight, home)
+    shutil.rmtree(home / "checkpoint")
+    for save in (home / "saves").iterdir():
+        if int(save.name) > step + 2:
+            shutil.rmtree(save)
+    (home / "saves" / f"{step + 2:08d}").rename(home / "saves" / f"{step + 2:08d}.partial")
+
+
 @pytest.mark.slow
 @also_as_on_cuda
 def test_a_commit_in_between_does_not_begin_another_run(workplace, straight):  # noqa: F811
@@ -179,16 +179,16 @@ def test_a_commit_in_between_does_not_begin_another_run(workplace, straight):  #
     assert_same_run(workplace, "committed", straight)
 
 
+def test_a_run_to_resume_that_is_not_there_is_explained(tmp_path):
+    assert "No run at runs/nowhere" in resume(tmp_path, "runs/nowhere")
+
+
 def resume(workplace: Path, *options: str) -> str:  # noqa: F811
     """Errors of `train.py --resume OPTIONS`, which must fail without a traceback."""
     command = [sys.executable, str(ROOT / "train.py"), "--resume", *options]
     done = subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     return done.stderr
-
-
-def test_a_run_to_resume_that_is_not_there_is_explained(tmp_path):
-    assert "No run at runs/nowhere" in resume(tmp_path, "runs/nowhere")
 
 
 @pytest.mark.slow

@@ -33,10 +33,14 @@ def test_files_are_joined_in_order():
     assert list(joined) == [*ROWS, {"id": 1}]
 
 
-def own_memory() -> int:
-    """Bytes that this process does not share with its parent (Linux)."""
-    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) * 1024
+@pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc").exists(), reason="Linux only")
+def test_a_worker_that_reads_all_rows_copies_none():
+    """Python writes to an object's count of references when it reads it, so a forked process gets
+    a copy of every page of a list of dictionaries. The list is measured too."""
+    plain = [{"id": n, "conversations": ["x" * 50, {"y": n}]} for n in range(50_000)]
+    rows = Rows(plain)
+    assert growth_in_a_fork(plain) > 8e6
+    assert growth_in_a_fork(rows) < 4e6
 
 
 def growth_in_a_fork(rows) -> int:
@@ -55,14 +59,10 @@ def growth_in_a_fork(rows) -> int:
     return growth
 
 
-@pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc").exists(), reason="Linux only")
-def test_a_worker_that_reads_all_rows_copies_none():
-    """Python writes to an object's count of references when it reads it, so a forked process gets
-    a copy of every page of a list of dictionaries. The list is measured too."""
-    plain = [{"id": n, "conversations": ["x" * 50, {"y": n}]} for n in range(50_000)]
-    rows = Rows(plain)
-    assert growth_in_a_fork(plain) > 8e6
-    assert growth_in_a_fork(rows) < 4e6
+def own_memory() -> int:
+    """Bytes that this process does not share with its parent (Linux)."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_Dirty")) * 1024
 
 
 def test_held_out_rows_without_answers_have_no_loss(tmp_path, tiny_tokenizer, monkeypatch):

@@ -154,11 +154,6 @@ def test_a_process_whose_torchrun_ended_before_it_began_ends_too():
 # ------------------------------------------------------------------------- ended, or killed near it
 
 
-def new_run(name: str) -> runs.Run:
-    """Open the run of a command, with no process left from before."""
-    return runs.open_run(TrainConfig(name=name))
-
-
 def test_a_run_that_was_killed_after_its_checkpoint_is_finished_and_not_doubled(
     tmp_path, monkeypatch
 ):
@@ -171,6 +166,11 @@ def test_a_run_that_was_killed_after_its_checkpoint_is_finished_and_not_doubled(
     runs.close_run(again)
     assert not (again.folder / "lock").exists()
     assert new_run("late").folder == Path("runs/late-2")
+
+
+def new_run(name: str) -> runs.Run:
+    """Open the run of a command, with no process left from before."""
+    return runs.open_run(TrainConfig(name=name))
 
 
 def test_a_run_that_has_its_checkpoint_keeps_all_its_metrics(tmp_path, monkeypatch):
@@ -237,6 +237,27 @@ def trained(tmp_path, monkeypatch):
     dist.destroy_process_group()
 
 
+@pytest.mark.parametrize(
+    "how", ["flipped", "cut", "hashes", "index", "emptied", ".metadata", "__0_0.distcp"]
+)
+def test_a_damaged_newest_save_is_named_and_the_one_before_is_taken(trained, capsys, how):
+    """Of three flipped bits two gave other weights, silently. A save that lacked a file was passed
+    over without a word, or ended in a traceback; the next save of that step could not be written
+    beside it."""
+    model, optimizer, run = trained
+    expected = bias_after(run, 4)
+    spoil(runs.save_folder(run, 6), how)
+    again = new_run("saved")
+    error = capsys.readouterr().err
+    assert "00000006 is damaged" in error and "00000004 is used" in error
+    assert again.done == 4
+    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 4
+    runs.load_state(model, [optimizer], again)
+    assert torch.equal(model.bias, expected)
+    runs.save_state(model, [optimizer], again, 6)
+    assert new_run("saved").done == 6
+
+
 def bias_after(run: runs.Run, step: int) -> torch.Tensor:
     """What the log says of the model."""
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
@@ -262,27 +283,6 @@ def spoil(save: Path, how: str) -> None:
         save.mkdir()
     else:
         (save / how).unlink()
-
-
-@pytest.mark.parametrize(
-    "how", ["flipped", "cut", "hashes", "index", "emptied", ".metadata", "__0_0.distcp"]
-)
-def test_a_damaged_newest_save_is_named_and_the_one_before_is_taken(trained, capsys, how):
-    """Of three flipped bits two gave other weights, silently. A save that lacked a file was passed
-    over without a word, or ended in a traceback; the next save of that step could not be written
-    beside it."""
-    model, optimizer, run = trained
-    expected = bias_after(run, 4)
-    spoil(runs.save_folder(run, 6), how)
-    again = new_run("saved")
-    error = capsys.readouterr().err
-    assert "00000006 is damaged" in error and "00000004 is used" in error
-    assert again.done == 4
-    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 4
-    runs.load_state(model, [optimizer], again)
-    assert torch.equal(model.bias, expected)
-    runs.save_state(model, [optimizer], again, 6)
-    assert new_run("saved").done == 6
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])

@@ -36,32 +36,18 @@ from tests.foreign_files import write_checkpoint
 STEPS = ("--global-batch", "4", "--epochs", "1", "--cache-features", "none", *ADAMW)
 
 
-def begin(workplace: Path, name: str, *options: str, processes: int = 1, tokenizer=None):  # noqa: F811
-    """train.py without --tokenizer, unless one is given: a checkpoint and an LLM have their own."""
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
-    command += ["--standalone", str(ROOT / "train.py"), "--name", name, "--workers", "0"]
-    command += ["--data", "data/miniature/train", *STEPS, *options]
-    if tokenizer:
-        command += ["--tokenizer", str(tokenizer)]
-    return subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=300)
-
-
-def checked(done: subprocess.CompletedProcess) -> str:
-    """What a run printed; it must have succeeded."""
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def weights_of(workplace: Path, name: str) -> dict[str, torch.Tensor]:  # noqa: F811
-    return load_file(workplace / "runs" / name / "checkpoint" / "model.safetensors")
-
-
 @pytest.fixture(scope="module")
 def aligned(workplace):  # noqa: F811
     """A run of stage 1 alone, with two encoders and another projector than the miniature's."""
     options = ("--recipe", "align", "--encoders", "dinov2,vivit", "--projector", "attn2d")
     checked(run(workplace, "aligned", *STEPS, *options))
     return workplace
+
+
+def checked(done: subprocess.CompletedProcess) -> str:
+    """What a run printed; it must have succeeded."""
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 # --------------------------------------------------------------------------------------------- from
@@ -80,6 +66,20 @@ def test_stage_2_from_a_run_of_stage_1_is_the_two_stage_recipe(aligned):
     straight, resumed = weights_of(aligned, "both"), weights_of(aligned, "second")
     assert straight.keys() == resumed.keys()
     assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+
+
+def begin(workplace: Path, name: str, *options: str, processes: int = 1, tokenizer=None):  # noqa: F811
+    """train.py without --tokenizer, unless one is given: a checkpoint and an LLM have their own."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
+    command += ["--standalone", str(ROOT / "train.py"), "--name", name, "--workers", "0"]
+    command += ["--data", "data/miniature/train", *STEPS, *options]
+    if tokenizer:
+        command += ["--tokenizer", str(tokenizer)]
+    return subprocess.run(command, cwd=workplace, capture_output=True, text=True, timeout=300)
+
+
+def weights_of(workplace: Path, name: str) -> dict[str, torch.Tensor]:  # noqa: F811
+    return load_file(workplace / "runs" / name / "checkpoint" / "model.safetensors")
 
 
 def test_the_run_knows_its_beginning_and_its_checkpoint_needs_no_other(aligned):

@@ -74,6 +74,25 @@ def workplace(request, tmp_path_factory):
     return folder
 
 
+STEPS = ("--global-batch", "4", "--epochs", "1", "--cache-features", "none")
+MUON, ADAMW = ("--optimizer", "muon"), ("--optimizer", "adamw")
+
+
+@pytest.fixture(scope="module")
+def alone(workplace):
+    """One process that takes every global batch at once, by each optimizer when first asked for."""
+
+    @functools.cache
+    def run_alone(optimizer: tuple[str, str]) -> str:
+        name = f"alone{optimizer[1]}"
+        done = run(workplace, name, *STEPS, "--micro-batch", "4", *optimizer)
+        assert done.returncode == 0, done.stderr
+        assert len(losses(workplace, name)) == math.ceil(18 / 4)
+        return name
+
+    return run_alone
+
+
 def run(workplace: Path, name: str, *options: str, processes: int = 1, script: str = "train.py"):
     """Run a script of the repository under torchrun in the workplace; what it printed."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}"]
@@ -92,25 +111,6 @@ def loss_of(folder: Path) -> list[float]:
     """The loss of every step of the run in this folder."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
-
-
-STEPS = ("--global-batch", "4", "--epochs", "1", "--cache-features", "none")
-MUON, ADAMW = ("--optimizer", "muon"), ("--optimizer", "adamw")
-
-
-@pytest.fixture(scope="module")
-def alone(workplace):
-    """One process that takes every global batch at once, by each optimizer when first asked for."""
-
-    @functools.cache
-    def run_alone(optimizer: tuple[str, str]) -> str:
-        name = f"alone{optimizer[1]}"
-        done = run(workplace, name, *STEPS, "--micro-batch", "4", *optimizer)
-        assert done.returncode == 0, done.stderr
-        assert len(losses(workplace, name)) == math.ceil(18 / 4)
-        return name
-
-    return run_alone
 
 
 @pytest.mark.parametrize(
@@ -463,13 +463,6 @@ cli.exit_now()
 """
 
 
-def run_spoiled(workplace: Path, name: str, spoil: str, *options: str):
-    """train.py on two processes, with something done to every batch."""
-    script = workplace / f"{name}.py"
-    script.write_text(SPOILED.format(root=str(ROOT), spoil=spoil))
-    return run(workplace, name, *STEPS, *options, processes=2, script=str(script))
-
-
 @pytest.mark.slow
 @also_as_on_cuda
 def test_unusable_rows_are_written_down_once_and_stop_the_run_when_too_many(workplace):
@@ -481,6 +474,13 @@ def test_unusable_rows_are_written_down_once_and_stop_the_run_when_too_many(work
     lines = (workplace / "runs" / "bad" / "bad_examples.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
     assert json.loads(lines[0])["reason"] == "no frames"
+
+
+def run_spoiled(workplace: Path, name: str, spoil: str, *options: str):
+    """train.py on two processes, with something done to every batch."""
+    script = workplace / f"{name}.py"
+    script.write_text(SPOILED.format(root=str(ROOT), spoil=spoil))
+    return run(workplace, name, *STEPS, *options, processes=2, script=str(script))
 
 
 @pytest.mark.slow
@@ -500,25 +500,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_what_reproduces_it(w
     again = Batch(**dumps[0]["batches"][0])
     assert again.num_labels > 0 and len(again.lengths) == 2
     assert (folder / ".metadata").exists()  # the weights
-
-
-def run_on_two_nodes(folders: tuple[Path, Path], name: str, *options: str) -> list[tuple[int, str]]:
-    """One torchrun in each folder, as on two machines: status and output of both."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        endpoint = f"localhost:{free.getsockname()[1]}"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
-    command += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
-    command += ["--rdzv-id", name, str(ROOT / "train.py"), "--name", name, "--workers", "0"]
-    command += ["--data", "data/miniature/train", *STEPS, "--micro-batch", "2", *options]
-    started, ended = [], []
-    for folder in folders:
-        with (folder / f"{name}.log").open("w") as log:
-            how = {"cwd": folder, "stdout": log, "stderr": subprocess.STDOUT}
-            started.append(subprocess.Popen(command, **how))
-    for folder, process in zip(folders, started, strict=True):
-        ended.append((process.wait(timeout=300), (folder / f"{name}.log").read_text()))
-    return ended
 
 
 @pytest.mark.slow
@@ -544,3 +525,22 @@ def test_two_nodes_need_one_common_run_folder(workplace, tmp_path):
     for status, output in run_on_two_nodes(nodes, "together", *saves):
         assert status != 0
         assert "1 processes do not see runs/together/saves/00000002/.metadata" in output
+
+
+def run_on_two_nodes(folders: tuple[Path, Path], name: str, *options: str) -> list[tuple[int, str]]:
+    """One torchrun in each folder, as on two machines: status and output of both."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"]
+    command += ["--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint]
+    command += ["--rdzv-id", name, str(ROOT / "train.py"), "--name", name, "--workers", "0"]
+    command += ["--data", "data/miniature/train", *STEPS, "--micro-batch", "2", *options]
+    started, ended = [], []
+    for folder in folders:
+        with (folder / f"{name}.log").open("w") as log:
+            how = {"cwd": folder, "stdout": log, "stderr": subprocess.STDOUT}
+            started.append(subprocess.Popen(command, **how))
+    for folder, process in zip(folders, started, strict=True):
+        ended.append((process.wait(timeout=300), (folder / f"{name}.log").read_text()))
+    return ended

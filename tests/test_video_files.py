@@ -27,14 +27,6 @@ CASES = Path(__file__).parent / "cases"
 EXPECTED = json.loads((CASES / "expected.json").read_text())
 
 
-def shown_levels(frame: Tensor) -> list[float]:
-    """The means of the top left, top right and bottom left corners, and of the frame (3, H, W)."""
-    frame = frame.float()
-    side = min(frame.shape[1:]) // 4
-    corners = (frame[:, :side, :side], frame[:, :side, -side:], frame[:, -side:, :side])
-    return [part.mean().item() for part in (*corners, frame)]
-
-
 @pytest.mark.filterwarnings("ignore:.*concealed")
 @pytest.mark.parametrize("name", [name for name, value in EXPECTED.items() if type(value) is dict])
 def test_a_file_as_people_have_it_shows_the_frames_of_a_player(name):
@@ -48,6 +40,14 @@ def test_a_file_as_people_have_it_shows_the_frames_of_a_player(name):
     assert torch.equal(few, frames[sample_indices(expected["frames"], 3)])
 
 
+def shown_levels(frame: Tensor) -> list[float]:
+    """The means of the top left, top right and bottom left corners, and of the frame (3, H, W)."""
+    frame = frame.float()
+    side = min(frame.shape[1:]) // 4
+    corners = (frame[:, :side, :side], frame[:, :side, -side:], frame[:, -side:, :side])
+    return [part.mean().item() for part in (*corners, frame)]
+
+
 @pytest.mark.parametrize("name", [name for name, value in EXPECTED.items() if type(value) is str])
 def test_a_song_is_no_video_although_its_cover_is_a_video_stream(name):
     """FFmpeg shows the cover of an mp3 as a video of one frame."""
@@ -56,22 +56,6 @@ def test_a_song_is_no_video_although_its_cover_is_a_video_stream(name):
 
 
 # ------------------------------------------------------------------------------------------ jumping
-
-
-def write_with_every_packet_marked(path: Path, codec: str, rate=25, **options: str) -> Path:
-    """Encode 40 numbered frames into a file whose index calls each packet a key frame."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = *SIZE, "yuv420p"
-        stream.gop_size = 12
-        for picture in [*numbered_frames(40), None]:
-            frame = picture
-            if picture is not None:
-                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            for packet in stream.encode(frame):
-                packet.is_keyframe = True
-                container.mux(packet)
-    return path
 
 
 MISMARKED = {
@@ -94,6 +78,22 @@ def test_a_key_frame_is_believed_only_if_the_decoder_began_there(tmp_path, name,
     for num_frames in (2, 5, 40):
         wanted = reference[sample_indices(40, num_frames)]
         assert torch.equal(load_video(path, num_frames), wanted), f"{num_frames} frames"
+
+
+def write_with_every_packet_marked(path: Path, codec: str, rate=25, **options: str) -> Path:
+    """Encode 40 numbered frames into a file whose index calls each packet a key frame."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate, options=options)
+        stream.height, stream.width, stream.pix_fmt = *SIZE, "yuv420p"
+        stream.gop_size = 12
+        for picture in [*numbered_frames(40), None]:
+            frame = picture
+            if picture is not None:
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            for packet in stream.encode(frame):
+                packet.is_keyframe = True
+                container.mux(packet)
+    return path
 
 
 def test_a_fragmented_mp4_is_read_like_any_other(tmp_path):
@@ -230,6 +230,15 @@ def test_seconds_choose_by_time_in_every_container(tmp_path, extension):
 # ------------------------------------------------------------------------------------------ streams
 
 
+def test_a_thumbnail_that_is_the_first_stream_is_not_the_video(tmp_path):
+    """Cameras put a preview of one frame before the film."""
+    thumbnail = [np.full((64, 64, 3), 255, np.uint8)]
+    path = two_streams(tmp_path / "camera.mp4", thumbnail, numbered_frames(20))
+    frames = load_video(path, 20)
+    assert frames.shape == (20, 3, *SIZE)
+    assert (frames[:, 0, 20, 20].float() - 5 * torch.arange(20)).abs().max() < 4
+
+
 def two_streams(path: Path, first: list[np.ndarray], second: list[np.ndarray]) -> Path:
     """A file with two video streams: JPEG pictures first, then H.264."""
     with av.open(str(path), "w") as container:
@@ -245,15 +254,6 @@ def two_streams(path: Path, first: list[np.ndarray], second: list[np.ndarray]) -
                 container.mux(stream.encode(frame))
             container.mux(stream.encode())
     return path
-
-
-def test_a_thumbnail_that_is_the_first_stream_is_not_the_video(tmp_path):
-    """Cameras put a preview of one frame before the film."""
-    thumbnail = [np.full((64, 64, 3), 255, np.uint8)]
-    path = two_streams(tmp_path / "camera.mp4", thumbnail, numbered_frames(20))
-    frames = load_video(path, 20)
-    assert frames.shape == (20, 3, *SIZE)
-    assert (frames[:, 0, 20, 20].float() - 5 * torch.arange(20)).abs().max() < 4
 
 
 # -------------------------------------------------------------------------------------- orientation
@@ -319,17 +319,6 @@ def test_two_streams_joined_are_one_film_in_the_size_of_the_first(tmp_path, exte
     assert torch.equal(piece, frames[[10, 29]])
 
 
-def damaged_inside(path: Path, first: int, last: int) -> Path:
-    """Overwrite the packets with the given numbers, in place."""
-    content = bytearray(path.read_bytes())
-    with av.open(str(path)) as container:
-        for number, packet in enumerate(container.demux(video=0)):
-            if packet.size and first <= number <= last:
-                content[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
-    path.write_bytes(content)
-    return path
-
-
 @pytest.mark.filterwarnings("ignore:.*concealed")
 def test_damage_inside_a_file_costs_only_the_frames_it_hit(tmp_path):
     """Frames 15 to 17 of 40 are unreadable; every key frame and its other frames still are."""
@@ -341,6 +330,17 @@ def test_damage_inside_a_file_costs_only_the_frames_it_hit(tmp_path):
     assert torch.equal(load_video(path, 8, start=0.72, end=1.04), reference[18:26])
     with pytest.raises(VideoError, match="frame 15 is lost"):
         load_video(path, 40)
+
+
+def damaged_inside(path: Path, first: int, last: int) -> Path:
+    """Overwrite the packets with the given numbers, in place."""
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        for number, packet in enumerate(container.demux(video=0)):
+            if packet.size and first <= number <= last:
+                content[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
+    path.write_bytes(content)
+    return path
 
 
 def test_a_file_that_was_cut_off_still_shows_its_beginning(tmp_path):

@@ -537,14 +537,6 @@ def test_loading_resizes_dinov2s_positions(tmp_path):
     assert torch.equal(encoder.position_embedding, resize_positions(positions, 3, 3))
 
 
-def cubic(x: float) -> float:
-    """The kernel of an antialiased bicubic resize: Keys, with a = -1/2."""
-    x = abs(x)
-    if x < 1:
-        return 1.5 * x**3 - 2.5 * x**2 + 1
-    return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
-
-
 def resize_matrix(old: int, new: int) -> Tensor:
     """(new, old) weights: a new sample is a mean of old ones; shrinking widens the kernel."""
     scale = old / new
@@ -554,6 +546,14 @@ def resize_matrix(old: int, new: int) -> Tensor:
     ]
     weights = torch.tensor(rows, dtype=torch.float64)
     return weights / weights.sum(1, keepdim=True)
+
+
+def cubic(x: float) -> float:
+    """The kernel of an antialiased bicubic resize: Keys, with a = -1/2."""
+    x = abs(x)
+    if x < 1:
+        return 1.5 * x**3 - 2.5 * x**2 + 1
+    return -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2 if x < 2 else 0.0
 
 
 # ----------------------------------------------------------------------------- manifests, full size
