@@ -11,7 +11,6 @@ a GPU are needed. Read before: train.py.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,11 +74,7 @@ class PlanConfig:
 
 def read_options(arguments: list[str] | None = None) -> PlanConfig:
     """Read the command line. --model and --recipe choose a preset of train.py, as they do there."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--model", default="miniature", choices=list(MERVS))
-    first.add_argument("--recipe", default="frozen", choices=list(train.RECIPES))
-    first.add_argument("--llm")
-    chosen = first.parse_known_args(arguments)[0]
+    chosen = train.preset_parser().parse_known_args(arguments)[0]
     training = train.preset_with_llm(chosen.model, chosen.recipe, chosen.llm)
     settings = {"cached_features": training.cache_features is not None}
     for f in fields(PlanConfig):
@@ -157,18 +152,18 @@ def make_batch(config: PlanConfig, model: MERV, still: bool) -> Batch:
 
 
 def simulate_step(
-    config: PlanConfig, what: MERVConfig, stage: train.Stage, measure: Callable, still: bool
+    config: PlanConfig, model_config: MERVConfig, stage: train.Stage, measure: Callable, still: bool
 ) -> tuple:
     """Run forward and backward of one micro-batch on rank 0, on tensors without memory.
 
-    what: the model to build. measure: given the model, makes the context manager that observes it.
+    measure: given the model, makes the context manager that observes it.
     Returns what that context manager gives, the model, and the optimizers.
     """
     mesh = train.make_mesh("cpu", config.replicas)
     # WHY: the memory tracker fails on modules that are sharded and never run.
     place = "copy" if config.cached_features else config.place_encoders
     with FakeTensorMode():
-        model = build(what).train()
+        model = build(model_config).train()
         if config.lora is not None:
             alpha = 16.0  # any: it changes no cost
             lora.add_adapters(model.llm, config.lora, alpha)
@@ -188,13 +183,15 @@ GATHERED = ("UNSHARDED_PARAM", "ALL_GATHER", "UNSHARDED_GRAD", "REDUCE_SCATTER")
 
 
 def memory_of(
-    config: PlanConfig, what: MERVConfig, stage: train.Stage
+    config: PlanConfig, model_config: MERVConfig, stage: train.Stage
 ) -> tuple[dict[str, float], MERV]:
     """The memory of rank 0 at the peak of a backward pass: GB by purpose; also the model.
 
     The peak is that of the second step and later ones, when the optimizer's state exists.
     """
-    tracker, model, optimizers = simulate_step(config, what, stage, FSDPMemTracker, still=False)
+    tracker, model, optimizers = simulate_step(
+        config, model_config, stage, FSDPMemTracker, still=False
+    )
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     held = {}  # bytes by the tracker's name for a kind of tensor; TOTAL is all of them
     for kind, size in peak.items():
@@ -231,10 +228,10 @@ def count_operations(model: nn.Module) -> FlopCounterMode:
 
 
 def operations_of(
-    config: PlanConfig, what: MERVConfig, stage: train.Stage, still: bool
+    config: PlanConfig, model_config: MERVConfig, stage: train.Stage, still: bool
 ) -> dict[str, float]:
     """Operations of one row, forward and backward, by part of the model: 10^12."""
-    counter, model, _ = simulate_step(config, what, stage, count_operations, still)
+    counter, model, _ = simulate_step(config, model_config, stage, count_operations, still)
     rows = dict.fromkeys([*model.encoders, "LLM layers"], 0)
     for name, counts in counter.get_flop_counts().items():
         path = name.split(".")[1:]  # MERV.encoders.siglip -> [encoders, siglip]
@@ -258,24 +255,24 @@ def print_plan(config: PlanConfig) -> None:
 
     Raises UserError if the run does not fit into the memory of the GPUs.
     """
-    what = architecture(config)
+    model_config = architecture(config)
     total = 0.0  # 10^12 operations
     with simulated_processes(config.gpus):
         stages = train.stages_of(training_options(config))
         for number, stage in enumerate(stages, start=1):
             print(f"stage {number} trains {', '.join(stage.trained)}")
-            print_memory(config, what, stage)
-            total += print_operations(config, what, stage)
+            print_memory(config, model_config, stage)
+            total += print_operations(config, model_config, stage)
     hours = total / (config.gpus * config.tflops) / 3600
     print(f"{hours:.1f} hours on {config.gpus} GPUs that achieve {config.tflops:g} TFLOP/s each")
 
 
-def print_memory(config: PlanConfig, what: MERVConfig, stage: train.Stage) -> None:
+def print_memory(config: PlanConfig, model_config: MERVConfig, stage: train.Stage) -> None:
     """Print the memory of each GPU at its peak. UserError: it is more than the GPUs have."""
-    needs, model = memory_of(config, what, stage)
+    needs, model = memory_of(config, model_config, stage)
     needs["all"] = sum(needs.values())
     if needs["all"] > config.gpu_memory:
-        raise does_not_fit(config, what, stage, needs["all"])
+        raise does_not_fit(config, model_config, stage, needs["all"])
     trained = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -287,10 +284,10 @@ def print_memory(config: PlanConfig, what: MERVConfig, stage: train.Stage) -> No
         print(f"    {purpose:<30}{size:>8.2f}")
 
 
-def print_operations(config: PlanConfig, what: MERVConfig, stage: train.Stage) -> float:
+def print_operations(config: PlanConfig, model_config: MERVConfig, stage: train.Stage) -> float:
     """Print the operations of a row; return those of the stage in 10^12, on the paper's data."""
-    clip = operations_of(config, what, stage, still=False)
-    still = operations_of(config, what, stage, still=True)
+    clip = operations_of(config, model_config, stage, still=False)
+    still = operations_of(config, model_config, stage, still=True)
     print("  10^12 operations for            a clip   a still")
     for part in clip:
         print(f"    {part:<30}{clip[part]:>6.2f}{still[part]:>10.2f}")
@@ -303,14 +300,14 @@ def print_operations(config: PlanConfig, what: MERVConfig, stage: train.Stage) -
 
 
 def does_not_fit(
-    config: PlanConfig, what: MERVConfig, stage: train.Stage, needed: float
+    config: PlanConfig, model_config: MERVConfig, stage: train.Stage, needed: float
 ) -> UserError:
     """The error for a run that needs too much memory: it names a micro-batch that fits, if any."""
     problem = f"A micro-batch of {config.micro_batch} needs {needed:.2f} GB of each GPU."
     why = f"each has {config.gpu_memory:g} GB."
     smaller = config.micro_batch // 2
     while smaller:
-        needs, _ = memory_of(replace(config, micro_batch=smaller), what, stage)
+        needs, _ = memory_of(replace(config, micro_batch=smaller), model_config, stage)
         size = sum(needs.values())
         if size <= config.gpu_memory:
             return UserError(problem, why, f"--micro-batch {smaller} needs {size:.2f} GB.")

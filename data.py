@@ -415,7 +415,7 @@ class Batch:
     bad: list[dict] = field(default_factory=list)  # rows that could not be used
 
     @property
-    def num_encoded(self) -> int:
+    def num_to_encode(self) -> int:
         """Rows whose video or image must still go through the encoders."""
         return len(self.visual_rows) - len(next(iter(self.pooled.values()), ()))
 

@@ -277,13 +277,19 @@ def preset_from(checkpoint: str, recipe: str, llm: str | None) -> TrainConfig:
     )
 
 
-def read_options(arguments: list[str] | None = None) -> TrainConfig:
-    """Read the command line. --model, --recipe and --llm, or --from, choose a preset, and --resume
-    the options of a run. Every other option overrides one value of that preset or run."""
+def preset_parser() -> argparse.ArgumentParser:
+    """Reads the options that choose a preset, before all others are read."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default="miniature", choices=list(MERVS))
     first.add_argument("--recipe", default="frozen", choices=list(RECIPES))
     first.add_argument("--llm")
+    return first
+
+
+def read_options(arguments: list[str] | None = None) -> TrainConfig:
+    """Read the command line. --model, --recipe and --llm, or --from, choose a preset, and --resume
+    the options of a run. Every other option overrides one value of that preset or run."""
+    first = preset_parser()
     first.add_argument("--from", dest="from_")
     first.add_argument("--resume")
     chosen = first.parse_known_args(arguments)[0]
@@ -691,7 +697,7 @@ class Counts:
     bad: int  # rows that could not be used
     stop: int  # processes that have received SIGTERM
     visual_rows: list[int]  # rows with a video or image, for each micro-batch
-    encoded: list[int]  # of these, the rows without cached features, for each micro-batch
+    to_encode: list[int]  # of these, the rows without cached features, for each micro-batch
 
 
 def count_over_processes(batches: list[data.Batch], stop: bool) -> Counts:
@@ -700,8 +706,8 @@ def count_over_processes(batches: list[data.Batch], stop: bool) -> Counts:
     tokens = sum(sum(batch.lengths) for batch in batches)
     bad = sum(len(batch.bad) for batch in batches)
     visual_rows = [len(batch.visual_rows) for batch in batches]
-    encoded = [batch.num_encoded for batch in batches]
-    counts = torch.tensor([labels, tokens, bad, int(stop), *visual_rows, *encoded])
+    to_encode = [batch.num_to_encode for batch in batches]
+    counts = torch.tensor([labels, tokens, bad, int(stop), *visual_rows, *to_encode])
     dist.all_reduce(counts)
     all_labels, all_tokens, all_bad, all_stop, *per_batch = counts.tolist()
     half = len(batches)
@@ -729,7 +735,7 @@ def forward_backward(
     last = len(batches) - 1
     for number, batch in enumerate(batches):
         # One process may have text or cached features while another has clips to encode.
-        join = encoders_are_sharded(config) and counts.encoded[number] > 0
+        join = encoders_are_sharded(config) and counts.to_encode[number] > 0
         if config.replicas > 1:
             model.set_requires_all_reduce(number == last)  # replicas add up once per step
         loss, mixing_weights_be = model(batch.to(model.device), join=join)

@@ -65,7 +65,7 @@ def test_cached_features_and_pixels_may_stand_in_one_batch():
     batch = collate([seen, Example(ids, ids), cached, seen])
     assert batch.visual_rows == [2, 0, 3]
     assert len(batch.pooled["x"]) == 1
-    assert len(batch.pixels["x"]) == batch.num_encoded == 2
+    assert len(batch.pixels["x"]) == batch.num_to_encode == 2
 
 
 def test_a_batch_moves_to_a_device_with_all_its_tensors(mixed):
