@@ -284,7 +284,7 @@ def parse_letter(reply: str, options: tuple[str, ...]) -> str:
         "I think (B)."  "It is [B]"                               B     a letter in brackets
         "Not (A). The answer is B"  "B: it is not (A)"            B     the first of these rules
         "blue"  "Blue."                                           B     the words of one option
-        "A cat"  "a cat"                                          D     (the article is no letter)
+        "A cat"  "a cat"                                          D     ("A" is the article)
         "b"  "E"  "Both"  "A man opens a door"  "I think a"  ""   none  no letter that is meant
         "B is on the board"  "C major is played"                  none  a word of a sentence
         "A or B"  "B; C"  "(A) or maybe (B)"  "Options A and B"   none  two letters

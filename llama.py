@@ -549,5 +549,5 @@ class Tokenizer:
         return self.pieces.encode(text)
 
     def decode(self, ids: list[int]) -> str:
-        """Ids -> text. An LLM may have more ids than its tokenizer has pieces: they are no text."""
+        """Ids -> text. Ids beyond the tokenizer's pieces, which an LLM may have, are left out."""
         return self.pieces.decode([token for token in ids if token < self.vocab_size])

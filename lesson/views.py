@@ -165,17 +165,19 @@ def whose_view_matters(model: MERV, clips: list[Asked]) -> Counter:
         own, backwards, *changed = answers_of(reader, clip, changes)
         for question, turn in zip(own, backwards, strict=True):
             kind = question.kind
-            counts["right", kind] += question.correct
-            counts["turning", kind] += question.answer != turn.answer
+            if question.correct:
+                counts["right", kind] += 1
+            if question.answer != turn.answer:
+                counts["turning", kind] += 1
         for encoder in model.config.encoders:
             swapped, replayed, *changed = changed
             answers = zip(own, backwards, swapped, replayed, strict=True)
             for question, turn, swap, replay in answers:
                 key = (encoder.label, question.kind)
-                lost = question.correct and not swap.correct
-                turned = question.answer != turn.answer == replay.answer
-                counts["lost", *key] += lost
-                counts["turned", *key] += turned
+                if question.correct and not swap.correct:
+                    counts["lost", *key] += 1
+                if replay.answer == turn.answer and turn.answer != question.answer:
+                    counts["turned", *key] += 1
     return counts
 
 

@@ -66,7 +66,7 @@ def run(row: str, options: str, seed: int) -> Path:
     if not (folder / "checkpoint").exists():
         call("train.py", f"{train} --name {RUNS.name}/{folder.name}")
     if not (folder / RESULT).exists():
-        test = FOLDER / ("two_kinds/test" if row.startswith("split") else "test")
+        test = FOLDER / ("two_kinds/test" if "two_kinds" in options else "test")
         call("eval.py", f"--data {test} --workers 0 --checkpoint {folder}")
     return folder
 

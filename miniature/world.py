@@ -26,7 +26,7 @@ from support.processes import run_on_all_cores
 SIZE = 32  # height and width of a frame in pixels
 NUM_FRAMES = 8  # of a clip
 FPS = 8  # frames per second
-CLIPS = {"train": 8000, "val": 200, "test": 600}  # sizes and rates were chosen on val
+CLIPS = {"train": 8000, "val": 200, "test": 600}  # sizes and learning rates were chosen on val
 VOCAB_SIZE = 640  # of the tokenizer: 256 bytes, the letters, and the words of the world
 
 # Clip n of a split has the seed FIRST_SEED[split] + n, so no two splits share a clip.

@@ -272,7 +272,7 @@ def find_object(text: str) -> dict:
     literal_eval only reads literals: it calls nothing and looks up no names.
     """
     written = text[text.find("{") : text.rfind("}") + 1]
-    # WHY a limit: Python may need minutes to find out that a million characters are no object.
+    # WHY a limit: Python may need minutes to find out that a million characters are not an object.
     if len(written) > LONGEST_OBJECT:
         return {}
     for read in (json.loads, ast.literal_eval):

@@ -20,7 +20,7 @@ NO_NOUN = (
     r"|which|with|(?:is|was|seems|looks|(?:would|must)\s+be)\s+(?:\w+ly\s+)?"
     r"(?:the|my|right|correct|true|best|most))\b"
 )
-NOT_WRONG = r"(?!.\)?\s+(?:is|are)\s+(?:not|wrong|incorrect|false)\b)"  # "A is wrong" is no choice
+NOT_WRONG = r"(?!.\)?\s+(?:is|are)\s+(?:not|wrong|incorrect|false)\b)"  # not "A is wrong"
 NOT_DENIED = r"(?<![Nn]ot )(?<!n't )"  # nor is "not option A"
 
 # " is option ", ": ", " would be " between a word such as "answer" and the letter

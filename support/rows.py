@@ -27,7 +27,7 @@ TAG_WORDS = r"(?:(?:is|are|was|has|does|can|should|must|will|and|or|in|tags?|ele
 def tidy(row: object) -> dict:
     """Remove the turns before the first human one, as LLaVA does: a system prompt or a greeting.
 
-    A row that is no object becomes {}. Anything else is left for `data.render_prompt` to judge.
+    A row that is not an object becomes {}. Anything else is left for `data.render_prompt` to judge.
     """
     if not isinstance(row, dict):
         return {}
@@ -65,7 +65,7 @@ def find_media(row: dict, folder: Path, allow_outside: bool) -> Path | None:
 
     folder: what names are relative to. allow_outside: whether a name may lead out of it. Whether
     the file exists and can be decoded is for load_video to say. Raises DataError if the row names
-    several files or something that is no file.
+    several files or something that is not a file.
     """
     names = names_of(row, "video") + names_of(row, "image")
     if not names:

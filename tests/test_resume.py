@@ -1,4 +1,4 @@
-"""A run that is killed, stopped or goes wrong: it goes on bit for bit, or says what was wrong."""
+"""A run that is killed, stopped or goes wrong: it resumes bit for bit, or says what was wrong."""
 
 import io
 import json
