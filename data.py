@@ -278,7 +278,7 @@ class ConversationDataset(Dataset):
                 raise ValueError("it is not a file.")
             rows = json.loads(file.read_bytes())
             if not isinstance(rows, list) or not rows:
-                raise ValueError("it holds no list of rows.")
+                raise ValueError("it is not a list, or has no rows.")
             self.rows = Rows(map(tidy, rows))
         except (OSError, ValueError, RecursionError) as error:
             fix = f"check the path and the file: a dataset is a JSON list of {ROW}."

@@ -501,9 +501,9 @@ def run_command(config: EvalConfig) -> None:
         bad = check_benchmark(config.benchmark, config.data, config.workers)
         sys.exit(1 if bad else 0)
     if config.runs and not (config.judge or config.report):
-        what = f"What is to be done with {config.runs[0]}?"
-        fix = f"to answer questions: --checkpoint {config.runs[0]}."
-        raise UserError(what, "a RUN is for --judge or --report.", fix)
+        what = f"{config.runs[0]} is given without --judge or --report."
+        fix = f"to answer questions, use --checkpoint {config.runs[0]}."
+        raise UserError(what, "only these two read a RUN.", fix)
     runs = list(config.runs) or [config.checkpoint or str(latest_run())]
     if config.judge:
         if config.judge_model is None:

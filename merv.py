@@ -19,7 +19,7 @@ Shape letters, also used as suffixes of names, so x_bend is (b, e, n, d); full-s
     x_e of all encoders    -> mixer   -> visual tokens (b, n, d)               equation 2
     [BOS] + visual tokens + text -> LLaMA-2 -> answer
 
-Read first: from here to the end of class MERV. Then read encoders.py, llama.py and data.py, and
+Read first: from here down to the class MERV. Then read encoders.py, llama.py and data.py, and
 after them the rest of this file. Read next: eval.py, train.py.
 """
 
@@ -195,7 +195,7 @@ class MERV(nn.Module):
         """
         pooled = pooled or {}
         if videos:
-            pooled = join(pooled, self.pooled_features(videos))
+            pooled = join_pooled(pooled, self.pooled_features(videos))
         dtype = next(self.projectors.parameters()).dtype
         x_e = [project_e(pooled[name].to(dtype)) for name, project_e in self.projectors.items()]
         return self.mixer(torch.stack(x_e, dim=1))
@@ -541,7 +541,7 @@ class Answer:
     weights: Tensor  # mixing weights (e,), float32, in the order of the config; (0,) without video
 
 
-def join(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
+def join_pooled(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
     """Join two batches of pooled features, encoder by encoder; the first may be empty."""
     if not one:
         return other

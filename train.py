@@ -91,7 +91,7 @@ TRAINABLE_PARTS = ("projectors", "mixer", "llm")
 
 # Stage 1 aligns visual tokens with text, on captions: it trains projectors and mixer, or all parts.
 # Stage 2 trains on questions. The learning rates 2e-5 and 1e-4 and the batch of 128 are the paper's
-# (section 3.3), 1e-3 and the batch of 256 those of the authors' code.
+# (section 4), 1e-3 and the batch of 256 those of the authors' code.
 ALIGN = Stage((CAPTIONS,), ALIGNING_PARTS, learning_rate=1e-3, global_batch=256, weight_decay=0.0)
 ALIGN_ALL = Stage((CAPTIONS,), TRAINABLE_PARTS, learning_rate=1e-4, global_batch=256)
 INSTRUCT = Stage((CONVERSATIONS,), TRAINABLE_PARTS, learning_rate=2e-5, global_batch=128)
@@ -278,7 +278,7 @@ def preset_from(checkpoint: str, recipe: str, llm: str | None) -> TrainConfig:
 
 
 def preset_parser() -> argparse.ArgumentParser:
-    """Reads the options that choose a preset, before all others are read."""
+    """A parser of the options that choose a preset; they are read before all others."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--model", default="miniature", choices=list(MERVS))
     first.add_argument("--recipe", default="frozen", choices=list(RECIPES))
@@ -453,7 +453,7 @@ def cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype, device: str = "
 
 
 def cast_trained(parameters: Iterable[nn.Parameter], frozen_dtype: torch.dtype) -> None:
-    """Change parameters to float32, and frozen ones (an LLM with adapters) to `frozen_dtype`."""
+    """Change parameters to float32, but those of an LLM with adapters to `frozen_dtype`."""
     for parameter in parameters:
         cast([parameter], torch.float32 if parameter.requires_grad else frozen_dtype)
 
@@ -673,7 +673,7 @@ def refresh_dtypes(model: MERV) -> None:
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """The learning rate of a step: linear warm-up, then half a cosine down to 0 (paper 3.3).
+    """The learning rate of a step: linear warm-up, then half a cosine down to 0 (paper 4).
 
     With 100 steps and warmup 0.03: steps 0, 1, 2 have 1/3, 2/3 and 3/3 of the peak, step 51 about
     half of it, step 99 almost nothing. The warm-up gives AdamW time to estimate its moments.

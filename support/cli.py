@@ -155,7 +155,7 @@ def in_range(number: float, least: float) -> bool:
 def value_reader(hint: object, choices: Iterable[str] | None, least: float) -> dict:
     """How argparse reads values of a type: `int`, `float | None`, `tuple[float, ...]` and so on.
 
-    Numbers below `least` are refused, and so are NaN and infinity.
+    Numbers below `least` are rejected, and so are NaN and infinity.
     """
     how: dict = {}
     kind = hint

@@ -34,7 +34,7 @@ Ctrl-C stops an answer, Ctrl-D leaves."""
 
 
 class TextStream:
-    """Turns the ids of one answer into text, and hands on each piece as soon as it is final.
+    """Turns the ids of one answer into text, and passes on each piece as soon as it is final.
 
     A character may consist of several tokens, one for each byte, so an incomplete one waits. White
     space waits too, because an answer does not end with it.

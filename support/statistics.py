@@ -1,5 +1,5 @@
-"""Compare runs that answered the same questions: differences, standard errors, verdicts. And a
-linear probe, which shows what features contain.
+"""Compare runs that answered the same questions: differences, standard errors, verdicts. A linear
+probe, which shows what features contain, is here too.
 
 Runs are identified by a row of a table and a seed: answers[row, seed] is a list of Questions.
 """

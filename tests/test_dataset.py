@@ -230,8 +230,9 @@ def test_a_path_out_of_the_data_folder_is_refused_unless_allowed(
         data.read(0)
     assert "--allow-outside" in str(caught.value)
     assert data.media(data.rows[0]) == ("text", None)
-    data.allow_outside = True
-    assert data.read(0).pixels
+    folder = tmp_path / "data"
+    allowed = dataset_of(folder, tiny_tokenizer, json.dumps(rows), allow_outside=True)
+    assert allowed.read(0).pixels
 
 
 def outside_of(folder: Path, clip: Path) -> dict[str, str]:
@@ -321,10 +322,10 @@ def test_what_is_no_file_never_makes_training_wait(tmp_path, tiny_tokenizer, kin
         data.read(0)
 
 
-def test_a_file_without_rows_is_no_dataset(tmp_path, tiny_tokenizer):
+def test_a_file_without_rows_is_not_a_dataset(tmp_path, tiny_tokenizer):
     """Training on it would take no step and save an untrained model."""
     for text in ("[]", "{}"):
-        with pytest.raises(DataError, match="it holds no list of rows"):
+        with pytest.raises(DataError, match="is not a list, or has no rows"):
             dataset_of(tmp_path, tiny_tokenizer, text)
 
 

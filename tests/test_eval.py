@@ -537,7 +537,7 @@ def test_an_unknown_benchmark_is_explained(capsys):
 
 def test_a_run_that_would_be_ignored_is_an_error():
     """RUN is for --judge and --report: without them, another run would answer."""
-    with pytest.raises(SystemExit, match="to answer questions: --checkpoint runs/a"):
+    with pytest.raises(SystemExit, match="to answer questions, use --checkpoint runs/a"):
         eval.main(["runs/a"])
 
 
