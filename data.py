@@ -277,8 +277,10 @@ class ConversationDataset(Dataset):
             if file.exists() and not file.is_file():
                 raise ValueError("it is not a file.")
             rows = json.loads(file.read_bytes())
-            if not isinstance(rows, list) or not rows:
-                raise ValueError("it is not a list, or has no rows.")
+            if not isinstance(rows, list):
+                raise ValueError("it holds no list.")
+            if not rows:
+                raise ValueError("it holds no rows.")
             self.rows = Rows(map(tidy, rows))
         except (OSError, ValueError, RecursionError) as error:
             fix = f"check the path and the file: a dataset is a JSON list of {ROW}."
