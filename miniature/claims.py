@@ -1,7 +1,7 @@
 """Check the paper's claims in miniature (paper 4 and 5) and write a page about it.
 
-    python -m miniature claims            most tables, into docs/results.md: three and a half hours
-    python -m miniature claims --more     all tables, into docs/results.md: about two hours more
+    python -m miniature claims            most tables, into docs/results.md: almost four hours
+    python -m miniature claims --more     all tables, into docs/results.md: about three hours more
     python -m miniature claims --quick    one seed of the main table and its controls, 250 steps
 
 Runs train.py and eval.py many times. claims.toml lists the runs, claims.jinja the tables and the
