@@ -51,6 +51,7 @@ TOLERANCE = 1e-4  # between two losses of the same step, in nats a token
 
 def unpack(folder: Path) -> None:
     """Unpack the files of COMMIT, which is in every clone that has the whole history."""
+    folder.mkdir()
     packed = folder / "code.zip"
     subprocess.run(["git", "archive", "--output", packed, COMMIT], cwd=ROOT, check=True)
     shutil.unpack_archive(packed, folder)

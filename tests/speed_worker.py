@@ -87,7 +87,8 @@ def options(folder: Path) -> training.TrainConfig:
         config = training.TrainConfig(**common, muon_lr=0.01, global_batch=32, save_every=0)
         return training.settle(config)
     preset = training.preset("miniature", "frozen")
-    preset = replace(preset, muon_learning_rate=0.01, muon_parts="llm", learning_rate=(2e-3,))
+    muon = {"muon_learning_rate": 0.01, "muon_parts": "llm", "muon_weight_decay": 0.0}
+    preset = replace(preset, **muon, learning_rate=(2e-3,))
     return replace(preset, **common, global_batch=(32,), micro_batch=32, save_every=None)
 
 
