@@ -43,7 +43,7 @@ def linked_name(link: re.Match) -> str:
 def line_count(name: str) -> int:
     """Lines of a Python file, or of all Python files directly in a folder."""
     path = ROOT / name
-    files = sorted(path.glob("*.py")) if path.is_dir() else [path]
+    files = sorted(path.rglob("*.py")) if path.is_dir() else [path]
     return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
