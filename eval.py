@@ -497,13 +497,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run_command(config: EvalConfig) -> None:
     """Check a benchmark, judge or report stored results, or evaluate a checkpoint."""
-    if config.check:
-        bad = check_benchmark(config.benchmark, config.data, config.workers)
-        sys.exit(1 if bad else 0)
     if config.runs and not (config.judge or config.report):
         what = f"{config.runs[0]} is given without --judge or --report."
         fix = f"to answer questions, use --checkpoint {config.runs[0]}."
         raise UserError(what, "only these two read a RUN.", fix)
+    if config.check:
+        bad = check_benchmark(config.benchmark, config.data, config.workers)
+        sys.exit(1 if bad else 0)
     runs = list(config.runs) or [config.checkpoint or str(latest_run())]
     if config.judge:
         if config.judge_model is None:
