@@ -248,16 +248,15 @@ class MERV(nn.Module):
         visual (v, n, d): tokens of the rows with a video or image, in the order of visual_rows.
         """
         texts = self.llm.embed_tokens(batch.input_ids)  # (b, s, d)
-        clips = {}
-        if visual is not None:
-            clips = dict(zip(batch.visual_rows, visual.to(texts.dtype).unbind(), strict=True))
-        sequences = []
-        for row, text in enumerate(texts.unbind()):
-            text = text[: batch.lengths[row]]
-            if row in clips:
-                text = torch.cat([text[:1], clips[row], text[1:]])
-            sequences.append(text)
-        return torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+        if visual is None:
+            return texts
+        n = visual.shape[1]
+        sequences = nn.functional.pad(texts, (0, 0, 0, n))  # (b, s + n, d): texts, then zeros
+        of_clips = texts[batch.visual_rows]
+        parts = [of_clips[:, :1], visual.to(texts.dtype), of_clips[:, 1:]]
+        sequences[batch.visual_rows] = torch.cat(parts, dim=1)
+        ends = [batch.lengths[row] + n for row in batch.visual_rows]
+        return sequences[:, : max(ends + batch.lengths)]
 
     # ---- answers
 
