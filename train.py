@@ -499,7 +499,7 @@ def fill_cache(model: MERV, dataset: data.ConversationDataset, config: TrainConf
     # Sorted by kind, so that few batches mix stills and clips (ledger F8).
     media = sorted({dataset.media(row) for row in dataset.rows} - {("text", None)})
     mine = media[dist.get_rank() :: dist.get_world_size()]
-    missing = [file for _, file in mine if not cache.has(file)]
+    missing = [file for _, file in mine if not cache.find(file)]
     load = partial(decode, encoders=dataset.encoders)
     loader = LoadAhead(missing, config.workers, load, batch_size=config.micro_batch)
     with processes.cores_left_to(config.workers):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from support.errors import CheckpointError
@@ -67,21 +68,23 @@ class FeatureCache:
         key = known_by.hexdigest()
         return Path(self.folder, "hashes", key[:2], key)
 
-    def has(self, file: Path) -> bool:
-        """Whether all encoders have features of a clip."""
+    def find(self, file: Path) -> dict[str, Path]:
+        """The files with the features of a clip: encoder -> path, or {} if one is missing."""
         readable = file.is_file() or file.is_dir()  # reading a pipe could wait for ever
-        if not readable or not self.fingerprints:
-            return False
-        return all(path.exists() for path in self.paths(file).values())
+        if not readable:
+            return {}
+        paths = self.paths(file)
+        return paths if all(path.exists() for path in paths.values()) else {}
 
     def get(self, file: Path) -> dict[str, Tensor] | None:
         """Load encoder -> (t, h, w, d_e), or None unless all encoders have features of the clip.
 
         Raises CheckpointError if a file of them is damaged.
         """
-        if not self.has(file):
+        paths = self.find(file)
+        if not paths:
             return None
-        return {encoder: read_features(path) for encoder, path in self.paths(file).items()}
+        return {encoder: read_features(path) for encoder, path in paths.items()}
 
     def put(self, file: Path, pooled: dict[str, Tensor]) -> None:
         """Save encoder -> (t, h, w, d_e) in bfloat16, the dtype in which encoders run on a GPU.
@@ -90,11 +93,12 @@ class FeatureCache:
         """
         paths = self.paths(file)
         for encoder, tensor in pooled.items():
-            steps = torch.tensor(len(tensor))
+            steps = {}
             if torch.equal(tensor, tensor[:1].expand_as(tensor)):
+                steps["steps"] = torch.tensor(len(tensor))
                 tensor = tensor[:1]
             features = tensor.bfloat16().cpu().contiguous()
-            save_tensors({"features": features, "steps": steps}, paths[encoder])
+            save_tensors({"features": features, **steps}, paths[encoder])
 
 
 def parts_of(clip: Path) -> list[Path]:
@@ -107,11 +111,14 @@ def parts_of(clip: Path) -> list[Path]:
 def read_features(path: Path) -> Tensor:
     """Read the pooled features (t, h, w, d_e) that `FeatureCache.put` wrote for one encoder."""
     try:
-        stored = load_file(path)
+        # WHY not load_file: it maps the file into memory, which takes longer for small ones.
+        stored = load(path.read_bytes())
         features = stored["features"]
-        if features.ndim != 4 or not features.is_floating_point() or not features.isfinite().all():
-            raise ValueError(f"it holds {features.dtype} {list(features.shape)}, or not numbers")
-        if "steps" in stored:  # absent from older files
+        if features.ndim != 4 or not features.is_floating_point():
+            raise ValueError(f"it holds {features.dtype} {list(features.shape)}")
+        if not math.isfinite(features.sum(dtype=torch.float32)):  # so one of them is not
+            raise ValueError("it holds numbers that are infinite or not a number")
+        if "steps" in stored:  # of a still
             steps = int(stored["steps"])
             if not 1 <= steps <= MAX_STEPS:
                 raise ValueError(f"it has {steps} time steps")

@@ -317,7 +317,7 @@ def test_what_is_no_file_never_makes_training_wait(tmp_path, tiny_tokenizer, kin
     data = dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows), allow_outside=True)
     if with_cache:
         data.cache = FeatureCache(tmp_path / "cache", {c.name: c.name for c in SMALL})
-        assert not data.cache.has(file)
+        assert not data.cache.find(file)
     with pytest.raises(DataError):
         data.read(0)
 
