@@ -215,6 +215,11 @@ class TrainConfig:
     )
     evaluate: bool = option(False, "with --data miniature, then score test clips", group="run")
 
+    @property
+    def uses_drawn_clips(self) -> bool:
+        """Whether it trains on the miniature's clips, which are drawn if they are missing."""
+        return self.data == "miniature"
+
 
 # Former option -> what to use now.
 MOVED = dict.fromkeys(
@@ -471,7 +476,7 @@ def make_datasets(model: MERV, stage: Stage, config: TrainConfig, cache) -> Conc
 
 def data_folder(config: TrainConfig) -> Path:
     """The folder of stage1.json and stage2.json."""
-    return small.FOLDER / "train" if config.data == "miniature" else Path(config.data)
+    return small.FOLDER / "train" if config.uses_drawn_clips else Path(config.data)
 
 
 def read_rows(
@@ -877,7 +882,7 @@ def begin(config: TrainConfig, device: torch.device) -> Run:
     opened: list[Run | UserError | None] = [None]
     if dist.get_rank() == 0:
         try:
-            if config.data == "miniature":
+            if config.uses_drawn_clips:
                 print(small.BANNER, flush=True)
                 miniature.prepare(small.FOLDER, config.encoder_seed, str(device))
             opened = [runs.open_run(config)]
@@ -974,7 +979,7 @@ def main(arguments: list[str] | None = None) -> None:
         run = train(read_options(arguments))
         complete = dist.get_rank() == 0
         dist.destroy_process_group()
-        if run.config.evaluate and run.config.data == "miniature":
+        if run.config.evaluate and run.config.uses_drawn_clips:
             complete = evaluate(run)
         if complete:
             runs.close_run(run)
