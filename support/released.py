@@ -246,7 +246,7 @@ def convert_positions(
     (class_token,) = released_names("class_token", table)
     if position not in tensors:
         return tensors
-    converted = dict(tensors)
+    converted = type(tensors)(tensors)  # Mapped stays Mapped
     positions = tensors[position]
     if positions.ndim == 2:
         positions = positions[None]

@@ -115,8 +115,12 @@ def read_json(path: Path) -> dict:
 def refuse_pointer(path: Path) -> None:
     """Raise CheckpointError if a file is empty, or a Git LFS pointer: what `git clone` leaves in
     place of a large file if Git LFS is not installed."""
-    with path.open("rb") as file:
-        beginning = file.read(40)
+    try:
+        with path.open("rb") as file:
+            beginning = file.read(40)
+    except OSError as error:
+        fix = "check that it is a file, and its permissions."
+        raise CheckpointError(f"Cannot read {path}.", f"{error.strerror}.", fix) from error
     if not beginning:
         fix = "delete it and download or copy it again."
         raise CheckpointError(f"Cannot read {path}.", "the file is empty.", fix)
@@ -168,7 +172,8 @@ def check_fields(
             kinds = int if isinstance(least, int) else (int, float)
             right = isinstance(value, kinds) and not isinstance(value, bool)
             if not right or not least <= value <= most:
-                wanted = f"a number from {least} to {most}, whole if these are"
+                number = "whole number" if kinds is int else "number"
+                wanted = f"a {number} from {least} to {most}"
         elif field in FLAGS and not isinstance(value, bool):
             wanted = "true or false"
         elif field in TEXTS and not is_short_text(value):
@@ -248,9 +253,6 @@ class Mapped(dict[str, Tensor]):
     the file. So a model may keep them. Tensors of pickles are not safe in this way (read_pickle).
     """
 
-    def __or__(self, other: dict[str, Tensor]) -> Mapped:
-        return Mapped({**self, **other})
-
 
 def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor]:
     """Read name -> tensor from the first of `files` that the source has.
@@ -265,7 +267,10 @@ def read_tensors(source: str | Path, files: tuple[str, ...]) -> dict[str, Tensor
         shards = read_index(path)
         tensors = read_tensors(folder, (shards[0],))
         for shard in shards[1:]:
-            tensors |= read_tensors(folder, (shard,))
+            more = read_tensors(folder, (shard,))
+            if not isinstance(more, Mapped):
+                tensors = dict(tensors)
+            tensors |= more
         return tensors
     try:
         if path.suffix == ".safetensors":

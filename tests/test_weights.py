@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import pickle
 from dataclasses import asdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub.errors as hub_errors
@@ -85,6 +86,45 @@ def test_an_index_names_files_beside_it_and_never_itself(shard, tmp_path):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"Cannot read .*index\.json"):
         read_tensors(folder, FILES)
+
+
+@pytest.mark.parametrize("name", ["languagebind", "dinov2", "vivit", "siglip"])
+def test_weights_of_each_encoder_stay_mapped_to_their_file(name, tmp_path, monkeypatch):
+    """DINOv2 and SigLIP were copied into memory as a whole, because of their positions."""
+    file = tmp_path / "encoder.safetensors"
+    save_encoder(load_encoder(f"miniature-{name}"), file)
+    read = []
+    assign = weights.assign_weights
+    monkeypatch.setattr(
+        weights, "assign_weights", lambda *how: read.append(type(how[1])) or assign(*how)
+    )
+    load_encoder(f"miniature-{name}", file, dtype=None)
+    assert read == [weights.Mapped]
+
+
+def test_shards_of_two_formats_are_not_taken_for_mapped_ones(tmp_path):
+    """A model that is trained would otherwise write into the pickle's file."""
+    save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
+    torch.save({"y": torch.zeros(2)}, tmp_path / "b.bin")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.bin"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    tensors = read_tensors(tmp_path, FILES)
+    assert sorted(tensors) == ["x", "y"]
+    assert type(tensors) is dict
+
+
+@pytest.mark.parametrize("read", [weights.read_json, lambda path: read_tensors(path, FILES)])
+def test_a_file_that_cannot_be_opened_is_named(read, tmp_path, monkeypatch):
+    """Without permission to read it, for example."""
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"{}")
+
+    def refuse(*how):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors(?s:.*)Permission denied"):
+        read(path)
 
 
 def test_a_pickle_of_before_torch_1_6_is_read(tmp_path):
