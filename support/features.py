@@ -54,6 +54,8 @@ class FeatureCache:
                 return stored
         content = hashlib.sha256()
         for part in parts_of(clip):
+            if part != clip:  # the names decide the order of the frames
+                content.update(os.fsencode(part.name) + b"\0")
             content.update(part.read_bytes())
         write_file(memory, content.hexdigest())
         return content.hexdigest()
@@ -73,7 +75,10 @@ class FeatureCache:
         readable = file.is_file() or file.is_dir()  # reading a pipe could wait for ever
         if not readable:
             return {}
-        paths = self.paths(file)
+        try:
+            paths = self.paths(file)
+        except OSError:  # load_pixels will say why it cannot be read
+            return {}
         return paths if all(path.exists() for path in paths.values()) else {}
 
     def get(self, file: Path) -> dict[str, Tensor] | None:

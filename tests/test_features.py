@@ -94,6 +94,33 @@ def test_an_unchanged_clip_is_read_once_ever(tmp_path, monkeypatch):
     assert reads.count(clip) == 1
 
 
+def test_frames_in_another_order_are_another_clip(tmp_path):
+    """Frames are shown in natural order, so a 10.png that sorts before 2.png is the last one."""
+    cache = FeatureCache(tmp_path / "cache", {"a": "print"})
+    for folder, names in (
+        ("first", ("1.png", "10.png", "2.png")),
+        ("second", ("1.png", "2.png", "3.png")),
+    ):
+        (tmp_path / folder).mkdir()
+        for name, content in zip(names, (b"A", b"B", b"C"), strict=True):
+            (tmp_path / folder / name).write_bytes(content)
+    cache.put(tmp_path / "first", {"a": torch.ones(1, 1, 1, 4)})
+    assert cache.get(tmp_path / "first") is not None
+    assert cache.get(tmp_path / "second") is None
+
+
+def test_a_clip_that_cannot_be_read_is_not_in_the_cache(tmp_path, monkeypatch):
+    """Decoding it then fails with a DataError, which counts as a bad row and does not end a run."""
+    clip = tmp_path / "clip.mp4"
+    clip.write_bytes(b"a film")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert FeatureCache(tmp_path / "cache", {"a": "print"}).get(clip) is None
+
+
 def test_a_still_is_stored_once_and_read_as_a_clip(tmp_path):
     """Its 16 time steps are alike; stored 16 times, stills would fill most of the disk."""
     cache = FeatureCache(tmp_path, {"a": "print"})
