@@ -53,7 +53,7 @@ def sample_indices(total, num_frames, fps=None, start=None, end=None, end_frame=
         first = min(max(0.0, start * fps), last)
     if end_frame is not None:
         last = min(last, end_frame)
-    elif end is not None:
+    if end is not None:
         last = min(last, end * fps - 1)
     return np.linspace(first, max(first, last), num_frames).astype(int).tolist()
 
@@ -124,14 +124,14 @@ class Span:
         start, end = self.start, self.end
         by_seconds = start is not None or end is not None
         if by_seconds and times and not evenly_spaced(times, fps):
-            # Count frames instead of seconds: from the frame on screen at `start` to the last one
-            # that appears before `end`.
-            fps = 1
+            # From the frame on screen at `start` to the last one that appears before `end`. One
+            # frame a second, so that the numbers of frames are also their times.
             if start is not None:
                 start = bisect_right(times, start + EPSILON) - 1
             if end is not None:
                 end = bisect_left(times, end - EPSILON)
-        elif by_seconds and not fps:
+            return sample_indices(total, self.num_frames, 1, start, end, self.end_frame)
+        if by_seconds and not fps:
             what = f"{self.path}: its frame rate is unknown."
             fix = "pass fps, for example 3 for VLEP."
             raise VideoError(what, "start and end in seconds need a frame rate.", fix)

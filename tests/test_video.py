@@ -53,6 +53,8 @@ def test_end_frame_is_the_last_frame_allowed():
     assert sample_indices(300, 4, end_frame=30) == [0, 10, 20, 30]
     assert sample_indices(300, 4, end_frame=5000) == [0, 99, 199, 299]
     assert sample_indices(300, 3, end_frame=0) == [0, 0, 0]
+    assert sample_indices(300, 4, fps=10, end=3.1, end_frame=60) == [0, 10, 20, 30]
+    assert sample_indices(300, 4, fps=10, end=9.1, end_frame=30) == [0, 10, 20, 30]
 
 
 def test_a_clip_with_too_few_frames_repeats_them_in_order():
