@@ -551,10 +551,11 @@ def order_data(dataset: ConcatDataset, stage: Stage, config: TrainConfig) -> tup
     """
     world = dist.get_world_size()
     rows = max(1, min(config.micro_batch, stage.global_batch // world))
-    sizes = (stage.global_batch, rows, dist.get_rank(), world, config.seed)
     order: list[list[int]] = []
     for epoch in range(config.epochs):
-        order += data.GroupedBatchSampler(dataset, *sizes, epoch)
+        order += data.GroupedBatchSampler(
+            dataset, stage.global_batch, rows, dist.get_rank(), world, config.seed, epoch
+        )
     accumulation = stage.global_batch // (rows * world)
     steps = len(order) // accumulation
     if config.max_steps is not None:
@@ -583,7 +584,10 @@ def read_held_out(model: MERV, config: TrainConfig, cache) -> HeldOut | None:
     batches = []
     for first in range(0, count, config.micro_batch):
         part = mine[first : first + config.micro_batch]
-        batches.append(data.collate([dataset[row] for row in part]))
+        batch = data.collate([dataset[row] for row in part])
+        for reason in sorted({bad["reason"] for bad in batch.bad}):
+            print(f"held-out rows: {reason}\nAnother row takes its place.", file=sys.stderr)
+        batches.append(batch)
     return HeldOut(dataset, batches, rows[:: max(1, len(rows) // 3)], encoders_are_sharded(config))
 
 
@@ -872,7 +876,8 @@ def due(number: int, every: int | None) -> bool:
 
 
 def begin(config: TrainConfig, device: torch.device) -> Run:
-    """Make the miniature's data if --data names it; open the run's folder on every process."""
+    """On rank 0, make the miniature's data if --data names it, and open the run's folder. Every
+    process returns the same Run."""
     if config.data is None:
         why = f"the model {config.model} comes without data."
         raise UserError("--data is missing.", why, "see docs/train.md.")

@@ -58,8 +58,10 @@ class HeldOut:
                 answered = len(turns) // 2
                 if answered == 0:
                     continue
-                turn = 2 * (number % answered)  # another kind of question for each row
-                question = re.sub(r"<(image|video)>\s*", "", turns[turn]["value"])
+                turn = 2 * (number % answered)  # not always the first question
+                question = turns[turn]["value"]
+                if video is not None:
+                    question = re.sub(r"<(image|video)>\s*", "", question)
                 reply = model.answer(video, question, max_new_tokens=16)[0].text
             except DataError:
                 continue

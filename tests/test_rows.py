@@ -85,3 +85,20 @@ def test_held_out_rows_without_answers_have_no_loss(tmp_path, tiny_tokenizer, mo
     held_out = HeldOut(dataset, [batch], [0, 1, 2], join=False)
     assert held_out.loss(Model()) == 0
     assert held_out.answers(Model()) == [("what", "what None", "red")]
+
+
+def test_a_question_about_a_tag_is_asked_as_it_was_trained_on(tmp_path, tiny_tokenizer):
+    """Without a clip, <video> is a word of the question."""
+    rows = [{"conversations": talk("What is the <video> tag?", "HTML")}]
+    dataset = dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows))
+    asked = []
+
+    class Model:
+        eval = train = unshard = reshard = lambda self: self
+
+        def answer(self, video, question, max_new_tokens):
+            asked.append(question)
+            return [Answer("HTML", torch.zeros(0))]
+
+    HeldOut(dataset, [], [0], join=False).answers(Model())
+    assert asked == ["What is the <video> tag?"]

@@ -242,6 +242,28 @@ def test_a_run_describes_itself(workplace):
     assert [scalar.value for scalar in board.Scalars("loss")] == pytest.approx(loss_of(moved))
 
 
+def test_a_held_out_row_that_another_replaces_is_reported(workplace, tmp_path, monkeypatch, capsys):
+    """Otherwise the loss on fixed rows would silently be one on other rows."""
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    world = workplace / "data" / "miniature"
+    shutil.copy(world / "train" / "videos" / "clip_000000.mp4", tmp_path / "good.mp4")
+    (tmp_path / "bad.mp4").write_bytes(b"no video")
+    rows = [{"video": name, "conversations": TEXT} for name in ("good.mp4", "bad.mp4")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+
+    class Model:
+        tokenizer = Tokenizer(world / "tokenizer.model")
+        config = MERVS["miniature"]
+
+    config = TrainConfig(held_out=str(tmp_path / "rows.json"), micro_batch=64)
+    held_out = train.read_held_out(Model(), config, None)
+    assert len(held_out.batches) == 1
+    error = capsys.readouterr().err
+    assert "bad.mp4" in error
+    assert error.count("Another row takes its place.") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
