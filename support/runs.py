@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from support import files
-from support.cli import allows, option_name
+from support.cli import allows, option_name, show
 from support.errors import CheckpointError, DataError, UserError
 from support.records import Record, as_record, clean, parse_json, read_object
 from support.weights import find_file
@@ -147,25 +147,27 @@ def newest_save(folder: Path) -> int:
 
     Damaged ones are named and renamed to NUMBER.damaged. CheckpointError if no save is intact.
     """
+    intact = None
     damaged = []
     for save in reversed(numbered_saves(folder)):
         fault = fault_of(save)
         if not fault:
+            intact = save
             break
         damaged.append(save)
         print(f"{save} is damaged: {fault}.", file=sys.stderr)
-    else:
-        if damaged:
-            why = f"files of {', '.join(save.name for save in damaged)} are missing or changed."
-            fix = f"restore {folder / 'saves'}, or delete it: the run then begins at step 1."
-            raise CheckpointError(f"No save of {folder} is intact.", why, fix)
+    if intact is None and not damaged:
         return 0
-    for other in damaged:
-        moved = other.with_suffix(".damaged")
+    if intact is None:
+        why = f"files of {', '.join(save.name for save in damaged)} are missing or changed."
+        fix = f"restore {folder / 'saves'}, or delete it: the run then begins at step 1."
+        raise CheckpointError(f"No save of {folder} is intact.", why, fix)
+    for save in damaged:
+        moved = save.with_suffix(".damaged")
         shutil.rmtree(moved, ignore_errors=True)
-        other.rename(moved)
-        print(f"it is now {moved}, and {save} is used.", file=sys.stderr)
-    return int(save.name)
+        save.rename(moved)
+        print(f"it is now {moved}, and {intact} is used.", file=sys.stderr)
+    return int(intact.name)
 
 
 def fault_of(save: Path) -> str:
@@ -204,7 +206,7 @@ def hash_files(paths: list[Path]) -> dict[str, str]:
 
 
 def check_steps(run: Run, steps: int) -> None:
-    """UserError if a run of so many steps resumed from a save after a later step."""
+    """CheckpointError if the save that the run resumed from is beyond its last step, `steps`."""
     if run.done > steps:
         save = save_folder(run, run.done)
         fix = f"delete {save}, and restore the saves of this run."
@@ -344,7 +346,8 @@ def check_resumed(config, began) -> None:
         if value != getattr(began, name) and name not in RESUME_MAY_CHANGE:
             option = option_name(name)
             what = f"{option} contradicts {config.resume}/config.json."
-            why = f"the run began with {getattr(began, name)}, and a resumed run stays the same."
+            first = show(getattr(began, name))
+            why = f"the run began with {first}, and a resumed run stays the same."
             allowed = ", ".join(sorted(RESUME_MAY_CHANGE))
             raise UserError(what, why, f"leave {option} out; these may change: {allowed}.")
 
@@ -362,8 +365,8 @@ def check_from(config, began, folder: Path) -> None:
         value = getattr(config, name)
         if value != getattr(began, name):
             option = option_name(name)
-            what = f"{option} {value} contradicts --from {config.from_}."
-            why = f"that model has {getattr(began, name)}, and its weights fit nothing else."
+            what = f"{option} {show(value)} contradicts --from {config.from_}."
+            why = f"that model has {show(getattr(began, name))}, and its weights fit nothing else."
             if name not in FIXED_BY_FROM:
                 why = "that model comes with its encoders, and was trained on their features."
             raise UserError(what, why, f"leave {option} out.")
@@ -528,7 +531,7 @@ def log(run: Run, metrics: dict) -> None:
         if run.board is None:
             return
         for name, value in metrics.items():
-            if name != "step" and not isinstance(value, list):
+            if name != "step" and isinstance(value, int | float):
                 run.board.add_scalar(name, value, metrics["step"])
 
 

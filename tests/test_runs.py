@@ -472,3 +472,19 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "runs").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot be written.\nWhy: Not a directory"):
         files.lock(tmp_path / "runs" / "name" / "lock")
+
+
+def test_a_metric_without_a_value_is_not_sent_to_tensorboard(tmp_path):
+    """On Windows memory_gb is None; the first step of a run then ended in a traceback."""
+    sent = []
+
+    class Board:
+        def add_scalar(self, name, value, step):
+            sent.append((name, value, step))
+
+    run = runs.Run(TrainConfig(), tmp_path, done=0, bad=0)
+    run.board = Board()
+    metrics = {"step": 3, "loss": 1.5, "memory_gb": None, "mixing_weights": [0.5, 0.5]}
+    runs.log(run, metrics)
+    assert sent == [("loss", 1.5, 3)]
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == metrics
