@@ -205,6 +205,10 @@ def memory_of(
     rows["gathered parameters, gradients"] = sum(held[kind] for kind in GATHERED)
     rows["activations, logits, features"] = held["TOTAL"] - sum(rows.values())
     rows["optimizer"] = optimizer_state(optimizers)
+    if config.cached_features and config.place_encoders == "shard":
+        # simulate_step leaves the idle encoders whole, but training shards them.
+        whole = sum(parameter.nbytes for parameter in model.encoders.parameters())
+        rows["parameters"] -= whole - whole * config.replicas // dist.get_world_size()
     return {purpose: size / 1e9 for purpose, size in rows.items()}, model
 
 
@@ -318,7 +322,7 @@ def does_not_fit(
 
 # -------------------------------------------------------------------------------------------- table
 
-TEXT = 880  # text tokens; the paper drew a random string for each row, so the last three differ
+TEXT = 880  # text tokens; the paper drew a random string for each row, and its last three differ
 
 
 class PaperRow(NamedTuple):

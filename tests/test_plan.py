@@ -74,6 +74,17 @@ def test_cached_features_have_the_shape_that_the_projector_pools_to(projector):
     assert with_cache["miniature-vivit"] == 0 < without["miniature-vivit"]
 
 
+def test_encoders_that_stay_idle_are_sharded_in_the_plan_as_in_training():
+    """With cached features, they were counted whole on each of 4 GPUs."""
+    parameters = []
+    for more in (["--no-cached-features"], ["--cached-features"]):
+        config = cost.read_options(["plan", "--encoders", "dinov2,vivit", "--gpus", "4", *more])
+        with cost.simulated_processes(4):
+            rows, _ = cost.memory_of(config, cost.architecture(config), train.RECIPES["frozen"][0])
+        parameters.append(rows["parameters"])
+    assert parameters[1] == pytest.approx(parameters[0], rel=0.01)
+
+
 def run_cost(*options: str) -> subprocess.CompletedProcess:
     """cost.py as a user runs it, in a folder without any data."""
     command = [sys.executable, ROOT / "cost.py", *options]
