@@ -567,7 +567,10 @@ def order_data(dataset: ConcatDataset, stage: Stage, config: TrainConfig) -> tup
 
 
 def read_held_out(model: MERV, config: TrainConfig, cache) -> HeldOut | None:
-    """The rows of --held-out; None if there is no such file, and then no loss on it is logged."""
+    """The rows of --held-out; None if there is no such file, and then no loss on it is logged.
+
+    A row that cannot be used is reported once, and another row takes its place in every evaluation.
+    """
     if config.held_out is None:
         return None
     file = Path(config.held_out)
