@@ -563,7 +563,7 @@ def _cut(rows: list[int], size: int) -> list[list[int]]:
 class DataOptions:
     """The command line of `python data.py`."""
 
-    folders: tuple[str, ...] = option((), "folders, as for train.py --data", positional=True)
+    folders: tuple[str, ...] = option((), "folders, as for train.py --data")
     check: bool = option(False, "list the rows that cannot be used")
     show: int = option(0, "number of rows of each file to print, with tokens and labels")
     tokenizer: str = option("tokenizer.model", "LLaMA-2's, for --show; --check uses it if present")

@@ -826,7 +826,7 @@ class AskConfig:
     """The command line of merv.py."""
 
     ask: tuple[str, ...] = option(
-        (), "a video, GIF, image or folder of images, then questions; none: chat", positional=True
+        (), "a video, GIF, image or folder of images, then questions; none: chat"
     )
     trace: bool = option(False, "print the shape of every stage and stop")
     checkpoint: str | None = option(

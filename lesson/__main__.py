@@ -31,7 +31,7 @@ USAGE = "python -m lesson figures, page RUN VIDEO, or check N"
 class LessonConfig:
     """The command line of the lesson."""
 
-    command: tuple[str, ...] = option((), "figures, page RUN VIDEO, or check N", positional=True)
+    command: tuple[str, ...] = option((), "figures, page RUN VIDEO, or check N")
     checkpoint: str | None = option(None, "a run, a folder or a released name; none: latest run")
     video: str | None = option(None, "the clip to draw; none: the first one of --data")
     ask: tuple[str, ...] = option(

@@ -8,7 +8,8 @@ from support import dataset_writer, drawing, errors
 from support.dataset_writer import digest_files, new_folder
 from support.files import lock, writing
 
-MAKERS = (world, drawing, dataset_writer, specialists, encoders)  # the code that decides the result
+# If one of these changes, the folder is made again.
+MAKERS = (world, drawing, dataset_writer, specialists, encoders)
 
 
 def prepare(folder: str | Path = "data/miniature", seed: int = 0, device: str = "cpu") -> Path:
@@ -26,11 +27,11 @@ def prepare(folder: str | Path = "data/miniature", seed: int = 0, device: str = 
         why = "it was not made by miniature.prepare, which would replace it."
         raise errors.UserError(f"{folder} is in the way.", why, "remove it, or run elsewhere.")
     if not folder.exists() or made_by.read_text() != digest:
-        with lock(in_work), writing(folder), new_folder(folder) as partial:
+        with lock(in_work, folder), writing(folder), new_folder(folder) as partial:
             world.write_world(partial, world.CLIPS)
             (partial / made_by.name).write_text(digest)
     models = folder / f"encoders-{seed}"
     if not models.exists():
-        with lock(in_work), writing(models), new_folder(models) as partial:
+        with lock(in_work, folder), writing(models), new_folder(models) as partial:
             specialists.pretrain(partial, seed, device)
     return folder

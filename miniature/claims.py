@@ -96,10 +96,11 @@ def write_page(folders: dict[tuple[str, int], Path], **extent) -> str:
 
     folders: of the run of each row and seed. extent: steps, quick and more, as in `main`.
     """
-    answers, losses = {}, {}
+    answers, by_row = {}, {}
     for (row, seed), folder in folders.items():
         answers[row, seed] = read_result(folder / RESULT)["questions"]
-        losses[row] = mean_losses([other for (name, _), other in folders.items() if name == row])
+        by_row.setdefault(row, []).append(folder)
+    losses = {row: mean_losses(of_row) for row, of_row in by_row.items()}
     results = {"answers": answers, "losses": losses} | extent
     machine = f"{os.cpu_count()} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
     origin = {"machine": machine, "today": date.today(), "commit": commit()}

@@ -146,7 +146,7 @@ def motion(scene: Scene) -> np.ndarray:
 def draw_clip(seed: int, count: int | None = None) -> tuple[Scene, np.ndarray]:
     """Draw a clip: its scene, and its frames as uint8 (T, 3, H, W).
 
-    count: how many objects; None: one, two and three in turn, so that each number is as frequent.
+    count: how many objects; None: one, two and three in turn, so that all are equally frequent.
     """
     rng = default_rng(seed)
     scene = sample_scene(rng, count or 1 + seed % 3)

@@ -39,17 +39,15 @@ def option(
     text: str,
     choices: Iterable[str] | None = None,
     group: str = "options",
-    positional: bool = False,
     least: float = 0,
 ):
     """Declare a command-line option as a field of a dataclass.
 
     text: what `--help` says. choices: the values that are allowed. group: its heading in `--help`.
-    positional: for a tuple that collects the arguments without a name. least: the smallest number
-    that is allowed.
+    least: the smallest number that is allowed. A field whose default is () collects the arguments
+    without a name.
     """
-    positional = positional or default == ()
-    about = {"help": text, "choices": choices, "group": group, "positional": positional}
+    about = {"help": text, "choices": choices, "group": group, "positional": default == ()}
     return field(default=default, metadata=about | {"least": least})
 
 
@@ -81,9 +79,7 @@ def parse_options(
         parser.error(what)
     settings = vars(values)
     for name, value in settings.items():
-        if value == [None]:  # the word `none`
-            settings[name] = None
-        elif isinstance(value, list):
+        if isinstance(value, list):
             settings[name] = tuple(value)
     return cls(**settings)
 
@@ -297,7 +293,7 @@ def explain(error: Exception, fix: str) -> str:
 
 
 def exit_now(status: int = 0) -> typing.NoReturn:
-    """End this process without taking Python down.
+    """End this process without Python's own shutdown.
 
     WHY: DTensor's caches keep the process group alive, and with it gloo's threads. One that drops a
     tensor while Python shuts down aborts ("terminate called without an active exception", pytorch

@@ -1,7 +1,7 @@
 """Write a video dataset from known facts, in the formats that data.py and eval.py read.
 
-miniature/world.py draws clips and knows what they show; this file makes videos, conversations,
-benchmark questions and a tokenizer of it. The same input gives the same bytes.
+miniature/world.py draws clips and knows what they show; this file turns that into videos,
+conversations, benchmark questions and a tokenizer. The same input gives the same bytes.
 """
 
 from __future__ import annotations
@@ -135,9 +135,9 @@ def evaluation_files(
 ) -> dict[str, list]:
     """For each clip one question of each kind, open-ended and as multiple choice (mcq).
 
-    Of several questions of a kind, the one whose answer was the right one least often is asked. So
-    the answers of a kind are about equally frequent, and none is a good guess. Files that end in _q
-    hold the questions, files that end in _a the answers.
+    Of several questions of a kind, it asks the one whose answer has been right least often so far,
+    so that the answers of a kind are about equally frequent, and none is a good guess. Files that
+    end in _q hold the questions, files that end in _a the answers.
     """
     rng = default_rng(seed)
     open_questions, mcq_questions, answers = [], [], []

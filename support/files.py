@@ -25,8 +25,10 @@ else:
 MAKE_ROOM = "make room, or make the folder writable; the same command then continues."
 
 
-def lock(path: Path) -> TextIO:
+def lock(path: Path, protected: Path | None = None) -> TextIO:
     """Lock a file, which is made if it is missing, until the returned file is closed.
+
+    protected: the folder that the lock is for (default: the folder of the file).
 
     UserError if another process holds the lock; it names the host and the process. The system
     releases a lock when its process ends, however that ends: a file that is left over does not
@@ -49,7 +51,7 @@ def lock(path: Path) -> TextIO:
             file.close()
             why = f"{holder} has locked {path}, and two at once would spoil each other's files."
             fix = "wait until it has ended, or end it; its work is kept. Or choose another folder."
-            raise UserError(f"{path.parent} is in use.", why, fix) from error
+            raise UserError(f"{protected or path.parent} is in use.", why, fix) from error
         print(f"{path}: {error.strerror}; start this command only once.", file=sys.stderr)
     with writing(path):
         file.truncate(0)

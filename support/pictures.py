@@ -47,10 +47,10 @@ UPRIGHT = {
 def check_size(path: Path, width: int, height: int, most: int = MAX_PIXELS) -> None:
     """Raise VideoError for frames that would need too much memory, now or after resizing."""
     if width * height > most:
-        why = f"a frame may have {most:,} pixels."
+        why = f"a frame may have at most {most:,} pixels."
         raise VideoError(f"{path}: has frames of {width} x {height}.", why, "scale it down.")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        why = f"one side may be {MAX_ASPECT} times as long as the other."
+        why = f"one side may be at most {MAX_ASPECT} times as long as the other."
         raise VideoError(f"{path}: has frames of {width} x {height}.", why, "crop it.")
 
 
@@ -105,7 +105,8 @@ def refuse_heif(path: Path) -> None:
 def _open_unmapped(path: Path) -> Image.Image:
     """Open a TIFF file that Pillow does not map into memory, because it is not told the name.
 
-    If it does, it reads a file that is grey and on its side with width and height exchanged.
+    WHY: from a mapped file, it reads a grey picture that is on its side with width and height
+    exchanged.
     """
     return Image.open(path.open("rb"), formats=FORMATS)
 

@@ -63,7 +63,7 @@ def result_files(run: Path) -> list[Path]:
 
 
 def read_results(run: Path) -> list[dict]:
-    """The contents of these files, with their questions as Questions."""
+    """The contents of a run's result files, with their questions as Questions."""
     results = []
     for file in result_files(run):
         results.append(read_result(file) | {"run": run.name})

@@ -113,7 +113,7 @@ def require_text(row: dict) -> None:
 
 
 def check_place(path: Path, folder: Path, allow_outside: bool) -> None:
-    """Raise DataError unless a path is in a folder, all links followed, or nothing at all.
+    """Raise DataError if a path, with all links followed, leads out of a folder.
 
     Pipes and devices are refused too, because reading one may never end. In a folder of frames each
     link is followed.

@@ -17,7 +17,7 @@ from support.benchmarks import Question
 
 Answers = dict[tuple[str, int], list[Question]]
 STANDARD_ERRORS = 3  # between a difference and a bound, for a verdict
-TIE = 0.02  # a difference that is surely smaller is a tie
+TIE = 0.02  # a difference whose size is surely below this is a tie
 
 
 def inside(question: Question, subset: str) -> bool:
@@ -88,12 +88,11 @@ def compare(
 
 
 def verdict(difference: float, error: float, low: float = 0, high: float = 1) -> str:
-    """Whether a claim "holds": the difference is between low and high, beyond doubt.
+    """The verdict on a claim that a difference lies between low and high.
 
-    "does not hold": it is outside, beyond doubt. Beyond doubt is STANDARD_ERRORS standard errors
-    away from the bound. "tie": neither, and the difference is smaller than TIE with two standard
-    errors to spare; only if the claim is that one row is above another, which are the default
-    bounds. Anything else is "undecided".
+    "holds": it does, by STANDARD_ERRORS standard errors or more. "does not hold": it lies outside
+    by that much. "tie": neither, and its size plus two standard errors is below TIE; only a claim
+    with the default bounds, that one row is above another, can be a tie. "undecided": all others.
     """
     margin = STANDARD_ERRORS * error
     if low < difference - margin and difference + margin < high:
