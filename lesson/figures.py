@@ -274,7 +274,8 @@ NEEDS = {"5-matters": "clips", "6-mixing": "clips", "10-learning": "claims"}  # 
 def write_figures(lab: Lab, folder: Path) -> list[str]:
     """Draw all figures that can be drawn, and README.md with their captions; the lines to print."""
     page = "# Pictures of MERV, drawn from real tensors\n\n"
-    page += f"`python -m lesson figures` drew them from the model `{lab.model.config.name}`.\n"
+    command = f"python -m lesson figures --clips {len(lab.clips)}"
+    page += f"`{command}` drew them from the model `{lab.model.config.name}`.\n"
     report = []
     for name, numbers in FIGURES.items():
         need = NEEDS.get(name)
