@@ -514,16 +514,20 @@ class MERV(nn.Module):
         return model.to(device).eval()
 
     def fingerprints(self) -> dict[str, str]:
-        """Hash what determines each encoder's pooled features: weights, settings and pooling."""
+        """Hash what determines each encoder's pooled features: weights, settings and pooling, and
+        how many frames of a clip are loaded.
+
+        All encoders share the frames that the most demanding one wants. Of 8 frames, an encoder of
+        4 sees numbers 0, 2, 4, 6; without an encoder of 8, it sees the first, the last and two
+        between them.
+        """
+        frames = max(config.num_frames for config in self.config.encoders)
         fingerprints = {}
         for name, encoder in self.encoders.items():
-            # Name and source change no feature. Older caches had no label, and no MLP size unless
-            # it differs from the usual one.
-            settings = asdict(replace(encoder.config, name="", source=""))
-            del settings["label"]
-            if settings["mlp_size"] is None:
-                del settings["mlp_size"]
-            known = [settings, self.config.pooled_side, self.config.projector]
+            settings = asdict(encoder.config)
+            for without_effect in ("name", "label", "source"):
+                del settings[without_effect]
+            known = [settings, frames, self.config.pooled_side, self.config.projector]
             digest = hashlib.sha256(json.dumps(known).encode())
             for key, tensor in sorted(encoder.state_dict().items()):
                 digest.update(key.encode())

@@ -61,6 +61,7 @@ def run(row: str, options: str, seed: int) -> Path:
     train += f" --seed {seed} --encoder-seed {seed} --no-evaluate {options}"
     # Other code, data or options are another run, with another digest in its name.
     code = [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("support/*.py"))]
+    code.append(ROOT / "miniature/preset.py")
     digest = digest_files([*code, FOLDER / "made_by.txt"], train)
     folder = RUNS / f"{row}-{seed}-{digest[:8]}"
     if not (folder / "checkpoint").exists():

@@ -25,8 +25,8 @@ class FeatureCache:
     """Pooled features of clips on disk, so that frozen encoders run once per clip, not per epoch.
 
     folder/FINGERPRINT/ab/abcdef....safetensors, where FINGERPRINT is a hash of an encoder's
-    weights, its preprocessing and the pooled size, and abcdef... a hash of the clip's bytes. If any
-    of these changes the path changes, so stale features are never found.
+    weights, its preprocessing, the frames that are loaded and the pooled size, and abcdef... a hash
+    of the clip's bytes. If any of these changes the path changes, so stale features are never found.
     """
 
     folder: str | Path

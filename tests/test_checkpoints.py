@@ -13,9 +13,10 @@ from conftest import REPOSITORY
 from safetensors.torch import load_file, save_file
 from tiny_merv import QUESTIONS, TINY, random_pixels
 
-from merv import MERV
+from merv import MERV, MERVS
 from support.errors import CheckpointError, UserError
 from support.features import FeatureCache
+from support.video import sample_indices
 
 pytest_plugins = ["tiny_merv"]  # fixtures: model, saved, short_clip, tokenizer
 pytestmark = pytest.mark.usefixtures("no_hub")
@@ -223,6 +224,21 @@ def test_features_of_clips_and_stills_go_into_the_cache(saved, short_clip, tmp_p
     found = cache.get(short_clip)
     for name in features:
         assert torch.equal(found[name], features[name].bfloat16())
+
+
+def test_an_encoder_that_sees_other_frames_has_another_fingerprint(tokenizer):
+    """ViViT wants 8 frames, and beside it the others see every second of them. Alone, an encoder of
+    4 frames sees others, so it must not find the features that were cached beside ViViT.
+    """
+    four = MERV.create(MERVS["miniature"], tokenizer)
+    encoders = four.config.encoders
+    without_vivit = tuple(e for e in encoders if e.label != "vivit")
+    three = MERV.create(replace(four.config, encoders=without_vivit), tokenizer)
+    for config in without_vivit:
+        three.encoders[config.name].load_state_dict(four.encoders[config.name].state_dict())
+        assert three.fingerprints()[config.name] != four.fingerprints()[config.name]
+    assert sample_indices(30, 8)[::2] == [0, 8, 16, 24]
+    assert sample_indices(30, 4) == [0, 9, 19, 29]
 
 
 def test_fingerprints_follow_weights_and_preprocessing(tokenizer):
