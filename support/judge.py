@@ -26,7 +26,7 @@ from support.benchmarks import Question
 from support.cli import progress
 from support.errors import UserError
 from support.files import Journal
-from support.records import clean
+from support.records import clean, unique_keys
 
 JUDGE_PROMPT = """\
 You grade answers to questions about a video. Compare the given answer with the correct one: they \
@@ -74,18 +74,26 @@ def judge_answers(questions: list[Question], judge: Judge, folder: Path) -> dict
     """
     depends_on = {"model": judge.model, "prompt": JUDGE_PROMPT}
     journal = Journal(folder, depends_on)
+    asked = {question.id: question for question in questions}
     records = {}
     for stored in journal.records():
         if not {"reply", "refusal"} & stored.values.keys():
             raise stored.wrong("reply", "the judge's reply")
+        question = asked.get(stored.text("id"))
+        if question is None:
+            continue
         record = stored.values | {"date": stored.text("date"), "reply": stored.text("reply", "")}
-        records[stored.text("id"), stored.text("answer", "")] = record
+        # Older records have neither the question nor the expected answer.
+        text = stored.text("text", question.text)
+        expected = stored.text("expected", question.expected)
+        records[question.id, text, expected, stored.text("answer", "")] = record
     answered = [question for question in questions if not question.failure]
-    missing = [q for q in answered if (q.id, q.answer) not in records]
+    missing = [question for question in answered if key_of(question) not in records]
     endpoint = Endpoint(judge)
 
     def ask(question: Question) -> None:
-        record = {"id": question.id, "answer": question.answer, "date": date.today().isoformat()}
+        record = {"id": question.id, "text": question.text, "expected": question.expected}
+        record |= {"answer": question.answer, "date": date.today().isoformat()}
         try:
             record["reply"] = ask_judge(question, endpoint, judge)
         except Refusal as refusal:
@@ -95,7 +103,7 @@ def judge_answers(questions: list[Question], judge: Judge, folder: Path) -> dict
                 return
         record["parameters"] = endpoint.parameters
         journal.append(record)
-        records[question.id, question.answer] = record
+        records[key_of(question)] = record
 
     with ThreadPoolExecutor(judge.parallel) as pool:
         for _ in progress(pool.map(ask, missing), "judge", len(missing)):
@@ -104,7 +112,7 @@ def judge_answers(questions: list[Question], judge: Judge, folder: Path) -> dict
     dates = set()
     parameters = []
     for question in answered:
-        record = records.get((question.id, question.answer), {"reply": None})
+        record = records.get(key_of(question), {"reply": None})
         if "refusal" in record:
             question.verdict, question.mark, how = "refused", 0, "refused"
         else:
@@ -118,6 +126,11 @@ def judge_answers(questions: list[Question], judge: Judge, folder: Path) -> dict
     return {**depends_on, "url": judge.url, **found}
 
 
+def key_of(question: Question) -> tuple[str, str, str, str]:
+    """What a verdict is about: the judge is asked again if any of these has changed."""
+    return question.id, question.text, question.expected, question.answer
+
+
 # ---------------------------------------------------------------------------------------- requests
 
 
@@ -129,10 +142,14 @@ def chat_url(base: str) -> str:
     https://HOST/chat/completions   -> the same
     http://localhost:8000           -> http://localhost:8000/v1/chat/completions
     """
-    parts = urlsplit(base.strip())
+    fix = "give a URL like https://api.openai.com/v1."
+    try:
+        parts = urlsplit(base.strip())
+    except ValueError as error:
+        raise UserError(f"--judge is {base}.", f"{error}.", fix) from error
     if parts.scheme not in ("http", "https") or not parts.netloc:
         why = "the address of an endpoint begins with http:// or https://."
-        raise UserError(f"--judge is {base}.", why, "give a URL like https://api.openai.com/v1.")
+        raise UserError(f"--judge is {base}.", why, fix)
     path = parts.path.rstrip("/") or "/v1"
     if not path.endswith("/chat/completions"):
         path += "/chat/completions"
@@ -147,7 +164,11 @@ class Endpoint:
     """
 
     def __init__(self, judge: Judge):
-        key = os.environ.get("JUDGE_API_KEY", "none")
+        # WHY "none": without a key, the client would send the user's own of the Hugging Face hub.
+        key = os.environ.get("JUDGE_API_KEY", "").strip() or "none"
+        if not (key.isascii() and key.isprintable()):
+            why = "it has characters that no header of a request may have."
+            raise UserError("JUDGE_API_KEY is not a key.", why, "copy it again.")
         self.client = InferenceClient(base_url=chat_url(judge.url), api_key=key, timeout=60)
         self.model = judge.model
         self.parameters = dict(PARAMETERS)
@@ -249,7 +270,7 @@ def read_reply(reply: str | None) -> tuple[str, int, str]:
     if reply is None:
         return "no reply", 0, "no reply"
     try:
-        found = json.loads(reply)
+        found = json.loads(reply, object_pairs_hook=unique_keys)
         pred, mark = found["pred"], found["score"]
         # type(), not isinstance(): True is an int to isinstance.
         if pred in ("yes", "no") and type(mark) is int and 0 <= mark <= 5:
@@ -259,6 +280,8 @@ def read_reply(reply: str | None) -> tuple[str, int, str]:
     found = find_object(re.sub(r"(?s)^.*</think>|<think>.*", "", reply))
     pred = str(found.get("pred")).strip().lower()
     mark = found.get("score")
+    if type(mark) is int and not 0 <= mark <= 5:
+        return "unparsable", 0, "unparsable"
     if isinstance(mark, bool) or not re.fullmatch(r"\s*[0-5](\.0+)?\s*", str(mark)):
         return "unparsable", 0, "unparsable"
     if pred not in ("yes", "no"):
@@ -275,6 +298,9 @@ def find_object(text: str) -> dict:
     # WHY a limit: Python may need minutes to find out that a million characters are not an object.
     if len(written) > LONGEST_OBJECT:
         return {}
+    for key in ("pred", "score"):
+        if len(re.findall(rf"[\"']{key}[\"']\s*:", written)) > 1:
+            return {}  # it says two things
     for read in (json.loads, ast.literal_eval):
         try:
             found = read(written)

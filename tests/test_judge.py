@@ -117,6 +117,9 @@ def endpoint():
         ("{" + "[" * 10_000 + "}", ("unparsable", 0)),
         ("{'a': " + "-" * 10_000 + "1}", ("unparsable", 0)),
         ("__import__('os').system('true')", ("unparsable", 0)),
+        ('{"pred": "yes", "pred": "no", "score": 4}', ("unparsable", 0)),
+        ("{'pred': 'yes', 'score': 1, 'score': 4}", ("unparsable", 0)),
+        ("{'pred': 'yes', 'score': 0x" + "f" * 5000 + "}", ("unparsable", 0)),
         ("no", ("unparsable", 0)),
         ("", ("unparsable", 0)),
     ],
@@ -223,6 +226,40 @@ def test_a_rerun_asks_only_what_has_no_reply_yet(endpoint, tmp_path, monkeypatch
     down.clear()
     assert judge(path, server)["1"]["verdict"] == "yes"
     assert server.counts == {"red": 1, "blue": 4}
+
+
+def test_a_verdict_about_another_right_answer_is_not_used_again(endpoint, tmp_path):
+    """Where the annotations were corrected, or the question was, the judge is asked again."""
+    server = endpoint(lambda answer, nth: (200, '{"pred": "no", "score": 1}'))
+    path = result_file(tmp_path, ["red"])
+    judge(path, server)
+    judge(path, server)
+    assert server.counts == {"red": 1}
+    result = json.loads(path.read_text())
+    for times, field in ((2, "expected"), (3, "text")):
+        result["questions"][0][field] += " now"
+        path.write_text(json.dumps(result))
+        judge(path, server)
+        assert server.counts == {"red": times}
+
+
+@pytest.mark.parametrize("key", ["", "  ", None])
+def test_without_a_key_the_judge_is_sent_no_other_one(key, endpoint, tmp_path, monkeypatch):
+    """The client would send the token with which the user has logged in to the Hugging Face hub."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.delenv("JUDGE_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("JUDGE_API_KEY", key)
+    server = endpoint(lambda answer, nth: (200, '{"pred": "yes", "score": 4}'))
+    judge(result_file(tmp_path, ["red"]), server)
+    assert [sent for _, _, sent in server.seen] == ["Bearer none"]
+
+
+def test_a_key_that_no_header_may_have_is_explained(endpoint, tmp_path, monkeypatch):
+    """Once seven attempts for each question, and no reply."""
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-\N{CYRILLIC SMALL LETTER KA}")
+    with pytest.raises(UserError, match="JUDGE_API_KEY"):
+        judge(result_file(tmp_path, ["red"]), endpoint(lambda answer, nth: (200, "")))
 
 
 def test_questions_are_judged_at_once(endpoint, tmp_path):
@@ -394,7 +431,7 @@ def test_the_path_of_a_base_url_is_used_as_it_is_given(base, path, endpoint, tmp
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "", "api.openai.com/v1", "file:///etc", "http://"]
+    "url", ["localhost:8000", "", "api.openai.com/v1", "file:///etc", "http://", "http://[bad"]
 )
 def test_a_judge_without_a_web_address_is_explained(url, tmp_path):
     """Once a traceback, or a model of this name at another provider."""
