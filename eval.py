@@ -21,6 +21,7 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -87,7 +88,7 @@ def stack_clips(items: list[tuple[int, dict, str]]) -> tuple[list[int], list[str
 def check_benchmark(name: str, folder: str | Path, workers: int) -> int:
     """Print which clips are missing or cannot be decoded. Returns how many; needs no model."""
     questions = load_questions(name, folder)
-    clips = Clips(questions, folder, [ENCODERS["siglip"]])  # any encoder: all decode alike
+    clips = Clips(questions, folder, [ENCODERS["vivit"]])  # it sees the most frames
     expected = {question.video for question in questions}
     found = 0
     for video in expected:
@@ -137,7 +138,7 @@ def evaluate(
         "encoders": [encoder.name for encoder in model.config.encoders],
     }
     journal = Journal(output / f"{name}.answers", settings, rank)
-    done = stored_answers(journal)
+    done = stored_answers(journal, questions)
 
     # This process answers every num_processes-th clip, unless its answers are stored already.
     clips = Clips(questions, folder, model.config.encoders)
@@ -158,7 +159,7 @@ def evaluate(
 
     # Other processes may still be at work. The last one to finish sees all answers; if there was
     # nothing left to do for anyone, process 0 writes the result.
-    done = stored_answers(journal)
+    done = stored_answers(journal, questions)
     had_work = bool(mine)
     if unanswered(questions, done) or not (had_work or rank == 0):
         return None
@@ -180,17 +181,35 @@ def trained_digest(model: MERV) -> str:
     return digest.hexdigest()[:16]
 
 
-def stored_answers(journal: Journal) -> dict[str, dict]:
+def asked(questions: list[Question]) -> dict[str, str]:
+    """Question id -> a hash of what the model is asked: the part of a video, and the prompt."""
+    hashes = {}
+    for question in questions:
+        what = json.dumps([question.video, question.cut, question.prompt])
+        hashes[question.id] = hashlib.sha256(what.encode()).hexdigest()[:16]
+    return hashes
+
+
+def stored_answers(journal: Journal, questions: Sequence[Question] = ()) -> dict[str, dict]:
     """Question id -> its answer, mixing weights and failure, from all processes.
 
-    Older journals say "weights" for mixing_weights. A damaged record raises DataError.
+    An answer is left out if one of `questions` has changed since, so that it is asked again. Older
+    journals do not say what was asked, and say "weights" for mixing_weights. A damaged record
+    raises DataError.
     """
+    asked_now = asked(questions)
     found = {}
     for record in journal.records():
         answers = record.record("answers")
+        asked_then = {}
+        if "asked" in record.values:
+            asked_then = record.record("asked").values
         mixing_weights = record.numbers("mixing_weights") or record.numbers("weights")
         failure = record.text("failure", "")
         for id in answers.values:
+            known = id in asked_then and id in asked_now
+            if known and asked_then[id] != asked_now[id]:
+                continue
             found[id] = {"answer": answers.text(id, ""), "failure": failure}
             found[id]["mixing_weights"] = mixing_weights
     return found
@@ -231,19 +250,20 @@ def answer_batch(model: MERV, batch: tuple, clips: Clips, config: EvalConfig) ->
     numbers, failures, stacked = batch
     row = 0
     for number, failure in zip(numbers, failures, strict=True):
-        asked = clips.groups[number]
-        answers = {question.id: "" for question in asked}
-        records.append({"answers": answers, "mixing_weights": [], "failure": failure})
+        questions = clips.groups[number]
+        answers = {question.id: "" for question in questions}
+        record = {"answers": answers, "mixing_weights": [], "failure": failure}
+        records.append(record | {"asked": asked(questions)})
         if failure:
             continue
         clip = {name: frames[row] for name, frames in stacked.items()}
         row += 1
-        if config.mcq_rule == "likelihood" and asked[0].options:
-            answers.update(likely_letters(model, clip, asked))
+        if config.mcq_rule == "likelihood" and questions[0].options:
+            answers.update(likely_letters(model, clip, questions))
             continue
         readable.append(records[-1])
         pixels.append(clip)
-        prompts.append([question.prompt for question in asked])
+        prompts.append([question.prompt for question in questions])
     replies_of_clips = model.answer(pixels, prompts, config.max_new_tokens)
     for record, replies in zip(readable, replies_of_clips, strict=True):
         texts = [reply.text for reply in replies]
@@ -269,9 +289,13 @@ def likely_letters(model: MERV, pixels: dict[str, Tensor], asked: list[Question]
 
 
 def normalise(text: str) -> str:
-    """Lower case without punctuation and articles: "A red Square." -> "red square"."""
+    """Lower case without punctuation and articles: "A red Square." -> "red square".
+
+    If nothing else is there, they stay: "A" -> "a", "+" -> "+".
+    """
     words = re.sub(r"[^\w\s]", " ", text.lower()).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    kept = [word for word in words if word not in ("a", "an", "the")]
+    return " ".join(kept) or text.strip().lower()
 
 
 def parse_letter(reply: str, options: tuple[str, ...]) -> str:
@@ -300,7 +324,7 @@ def parse_letter(reply: str, options: tuple[str, ...]) -> str:
             return ""
     words = [normalise(option) for option in options]
     chosen = normalise(reply)
-    if words.count(chosen) == 1:
+    if chosen and words.count(chosen) == 1:
         return LETTERS[words.index(chosen)]
     return ""
 
@@ -325,7 +349,7 @@ def score(question: Question, rule: str) -> None:
             letter = question.answer[:1]
         else:
             letter = parse_letter(question.answer, question.options)
-        question.correct = letter == question.expected
+        question.correct = letter == question.expected and not question.failure
         return
     if question.failure:
         question.correct = False

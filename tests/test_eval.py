@@ -163,6 +163,39 @@ def test_words_are_compared_without_case_punctuation_and_articles():
     """Exact match is on the words."""
     assert eval.normalise("A red  Square.") == eval.normalise("the RED square") == "red square"
     assert eval.normalise("no") != eval.normalise("know")
+    assert len({eval.normalise(text) for text in ("A", "the", "+", "")}) == 4
+
+
+def test_an_empty_reply_is_never_right():
+    """Not where the right option is an article, and not where the video has failed."""
+    options = ("A", "B", "C")
+    assert eval.parse_letter("", options) == eval.parse_letter("...", options) == ""
+    failed = benchmarks.Question("1", "v", "Which?", "A", options=options, failure="no video")
+    for rule in ("parse", "released"):
+        eval.score(failed, rule)
+        assert not failed.correct
+    dot = benchmarks.Question("1", "v", "Which letter?", "A", answer=".")
+    eval.score(dot, "parse")
+    assert not dot.correct
+
+
+def test_a_question_that_has_changed_is_asked_again(world, model, tmp_path):
+    """Its stored answer belongs to the old one. All others keep theirs."""
+    folder = tmp_path / "data"
+    shutil.copytree(world / "test", folder)
+    out = tmp_path / "out"
+    eval.evaluate(model, "miniature-open", folder, out, QUICK)
+    file = folder / "open_q.json"
+    rows = json.loads(file.read_text())
+    changed = next(row for row in rows if row["video_name"] == "clip_000000")
+    changed["question"] += " Now?"
+    file.write_text(json.dumps(rows))
+    journal = out / "miniature-open.answers" / "0.jsonl"
+    before = journal.read_text().splitlines()
+    for _ in range(2):  # the second time, nothing is asked
+        eval.evaluate(model, "miniature-open", folder, out, QUICK)
+        (again,) = journal.read_text().splitlines()[len(before) :]
+        assert str(changed["question_id"]) in json.loads(again)["answers"]
 
 
 def test_videos_that_cannot_be_read_are_failed_answers(world, model, tmp_path):
