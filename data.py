@@ -594,7 +594,8 @@ def print_rows(dataset: ConversationDataset, count: int) -> None:
     for index, row in enumerate(dataset.rows[:count]):
         modality, path = dataset.media(row)
         turns, _ = dataset.parse(index)
-        print(f"\n{dataset.file}, row {index}  id {row.get('id')}  {modality} {path or ''}")
+        name = f"{dataset.file}, row {index}  id {row.get('id')}  {modality} {path or ''}"
+        print(f"\n{clean(name)}")
         for text, is_answer in turns:
             kind = "answer" if is_answer else "prompt"
             print(f"  {kind}  {text!r}")

@@ -17,7 +17,6 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
@@ -184,7 +183,7 @@ def respond(conversation: Conversation, line: str, load, max_new_tokens: int) ->
         if not argument:
             fix = "write it after the command, as in /video b.mp4."
             raise UserError("/video needs the path of a video.", "it looks at another one.", fix)
-        return Conversation(model, load(str(Path(argument).expanduser())))
+        return Conversation(model, load(os.path.expanduser(argument)))
     if command == "/text":
         return Conversation(model, {})
     if command == "/help":

@@ -26,7 +26,7 @@ class FeatureCache:
 
     folder/FINGERPRINT/ab/abcdef....safetensors, where FINGERPRINT is a hash of an encoder's
     weights, its preprocessing, the frames that are loaded and the pooled size, and abcdef... a hash
-    of the clip's bytes. If any of these changes the path changes, so stale features are never found.
+    of the clip's bytes. If any of these changes, the path changes: stale features are never found.
     """
 
     folder: str | Path

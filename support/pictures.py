@@ -196,7 +196,8 @@ def flatten(picture: Image.Image) -> np.ndarray:
 def _grey(path: Path, picture: Image.Image) -> np.ndarray:
     """Convert grey of 16 bits (I;16, I) or floats (F) to uint8 (H, W, 3).
 
-    Integers go from 0 to 65535. Floats go from 0 to 1, or, if any is larger, from 0 to 255.
+    Integers go from 0 to 65535. Floats go from 0 to 1, or, if any is larger, from 0 to 255. A PNG
+    may name one level that is transparent, and so becomes white.
     """
     extremes = []
     for _, strip in _strips(picture):
@@ -208,7 +209,11 @@ def _grey(path: Path, picture: Image.Image) -> np.ndarray:
     if not all(0 <= value <= white for value in extremes):  # also if one is not a number
         why = f"its grey levels do not lie between 0 and {white}."
         raise VideoError(f"{path}: has no agreed black and white.", why, "save it with 8 bits.")
+    transparent = picture.info.get("transparency")
     pixels = np.empty((picture.height, picture.width, 3), np.uint8)
     for rows, strip in _strips(picture):
-        pixels[rows] = np.rint(np.asarray(strip) * (255 / white))[..., None]
+        levels = np.asarray(strip)
+        pixels[rows] = np.rint(levels * (255 / white))[..., None]
+        if isinstance(transparent, int):
+            pixels[rows][levels == transparent] = 255
     return pixels

@@ -222,6 +222,10 @@ def read_csv(path: Path, key: str) -> list[Record]:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     rows = []
     try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            why = f"its header is {', '.join(map(repr, names))}."
+            raise DataError(f"{path}: two columns have one name.", why, LAYOUT)
         for row in reader:
             if None in row:
                 why = f"its header names {len(reader.fieldnames)} cells; is a comma not in quotes?"

@@ -8,6 +8,7 @@ docs/files.md lists what is read, how, and what is rejected.
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
@@ -165,7 +166,7 @@ def is_still(path: str | Path) -> bool:
     Decided by content: an animated WebP or PNG is a video. Raises VideoError as load_video does.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         return False
     _check_file(path)
     picture = _open_picture(path)
@@ -184,7 +185,11 @@ def _open_picture(path: Path) -> Image.Image | None:
 
 def _check_file(path: Path) -> None:
     """Raise VideoError unless the path is a file. Reading a pipe would wait for ever."""
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except (OSError, ValueError) as error:  # a name that is too long, for example
+        raise VideoError(f"{path}: cannot be looked up.", f"{error}.", "check the path.") from error
+    if not exists:
         raise VideoError(f"{path}: no such video.", "no file has this name.", "check the path.")
     if not path.is_file():
         why = "it is a pipe or a device."

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import write_images
 from PIL import Image
 
 import eval
@@ -172,6 +173,11 @@ def test_check_lists_what_is_missing_before_anything_runs(tmp_path, videos):
     assert "3 questions, 2/3 videos found" in done.stdout
     assert "bad  gone:" in done.stdout and "bad  bad:" in done.stdout
     assert "1/3 clips can be decoded" in done.stdout
+    # A folder whose second frame is damaged; an encoder of few frames would not look at it.
+    frames = write_images(folder / "videos" / "gone", [f"{number}.png" for number in range(32)])
+    (frames / "1.png").write_bytes(b"no picture")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert "bad  gone:" in done.stdout and "1.png" in done.stdout
     (folder / "test_a.json").unlink()
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1 and "test_a.json" in done.stderr and "Traceback" not in done.stderr
@@ -455,6 +461,14 @@ def test_a_row_that_does_not_fit_its_header_is_refused(row, message, tmp_path):
     with pytest.raises(DataError, match=r"val\.csv") as caught:
         benchmarks.load_questions("nextqa", tmp_path)
     assert message in str(caught.value)
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path):
+    """The last one was taken in silence."""
+    header = "video,frame_count,width,height,question,answer,qid,type,a0,a1,a2,a3,a4,answer"
+    (tmp_path / "val.csv").write_text(f"{header}\nclip_a,8,32,32,why,3,0,CW,1,2,3,4,5,0\n")
+    with pytest.raises(DataError, match="two columns have one name"):
+        benchmarks.load_questions("nextqa", tmp_path)
 
 
 NASTY = [

@@ -216,9 +216,10 @@ def test_without_a_video_the_conversation_is_about_text(model, saved, short_clip
 
 def test_an_error_in_a_pipe_is_told_and_the_next_line_is_answered(model, saved):
     """At the end, the exit status says that there were errors."""
-    found = pipe(b"/video missing.mp4\n/video\n/nope\nwhat\n", saved)
+    long = b"/video " + 300 * b"a" + b".mp4\n/video ~nobody-here/a.mp4\n"
+    found = pipe(long + b"/video missing.mp4\n/video\n/nope\nwhat\n", saved)
     assert found.returncode == 1
-    assert found.stderr.count(b"error: ") == found.stderr.count(b"Fix: ") == 3
+    assert found.stderr.count(b"error: ") == found.stderr.count(b"Fix: ") == 5
     assert b"missing.mp4" in found.stderr
     assert found.stderr.count(b"There is no command") == 1  # /video is one
     assert b"Traceback" not in found.stderr

@@ -111,6 +111,15 @@ def test_show_escapes_a_piece_that_is_a_newline(mixed_folder, tmp_path):
     assert table[ids.index(newline)].split() == [str(newline), "\\n", "-"]
 
 
+def test_show_prints_half_an_emoji_as_a_replacement(mixed_folder, llama2_tokenizer, tmp_path):
+    """In the name of a row; it cannot be written to a terminal."""
+    rows = json.loads((mixed_folder / "rows.json").read_text())
+    (tmp_path / "stage2.json").write_text(json.dumps([rows[0] | {"id": "\ud83d"}]))
+    done = look_at(tmp_path, "--show", 1, "--tokenizer", llama2_tokenizer.path)
+    assert done.returncode == 0, done.stderr
+    assert "row 0  id \N{REPLACEMENT CHARACTER}" in done.stdout
+
+
 def test_a_command_without_a_folder_asks_for_one():
     done = look_at("--check")
     assert done.returncode != 0 and "Which folder?" in done.stderr

@@ -148,10 +148,12 @@ def test_transparent_parts_are_white_in_every_mode(tmp_path):
     palette.save(tmp_path / "p.png", transparency=0)
     keyed = Image.fromarray(np.where(alpha[..., None] > 0, colour, 7).astype(np.uint8))
     keyed.save(tmp_path / "rgb.png", transparency=(7, 7, 7))
-    for name in ("rgba.png", "rgba.webp", "rgba.tif", "la.png", "p.png", "rgb.png"):
+    deep = Image.fromarray(np.where(alpha > 0, 60 * 257, 0).astype(np.uint16))
+    deep.save(tmp_path / "deep.png", transparency=0)
+    for name in ("rgba.png", "rgba.webp", "rgba.tif", "la.png", "p.png", "rgb.png", "deep.png"):
         frame = load_video(tmp_path / name, 1)[0]
         assert (frame[:, :, :4] == 255).all(), name
-        shown = [60] * 3 if name == "la.png" else [200, 0, 0]
+        shown = [60] * 3 if name in ("la.png", "deep.png") else [200, 0, 0]
         assert (frame[:, 0, 6] - torch.tensor(shown)).abs().max() <= 1, name
 
 
