@@ -659,7 +659,7 @@ def choose_encoders(config: MERVConfig, names: str) -> tuple[EncoderConfig, ...]
 
 CHOICES = {  # fields of config.json that name an entry of a table
     "projector": PROJECTORS, "mixer": MIXERS, "family": encoders.FAMILIES,
-    "activation": encoders.ACTIVATIONS, "template": TEMPLATES,
+    "activation": encoders.ACTIVATIONS, "template": sorted(TEMPLATES.keys() - {"caption"}),
     "resize": ("squash", "short_side"), "interpolation": ("bicubic", "bilinear"),
 }  # fmt: skip
 

@@ -131,7 +131,9 @@ class TrainConfig:
         8, "side of a pooled frame in tokens, table 2b", group="model", least=1
     )
     llm: str = option("llama2-7b", f"{', '.join(LLAMAS)}, a folder or a hub id", group="model")
-    template: str = option("base", "prompt format of the LLM", data.TEMPLATES, "model")
+    template: str = option(
+        "base", "prompt format of the LLM", sorted(data.TEMPLATES.keys() - {"caption"}), "model"
+    )
     from_: str | None = option(
         None, "begin from this run, folder or released MERV; none: a new model", group="model"
     )
@@ -315,8 +317,13 @@ def read_options(arguments: list[str] | None = None) -> TrainConfig:
 def stages_of(config: TrainConfig) -> list[Stage]:
     """The stages of the recipe, with the learning rates and batch sizes of the options.
 
-    With --lora, stages train adapters instead of the LLM itself.
+    With --lora, stages train adapters instead of the LLM itself. Raises UserError for options that
+    contradict each other.
     """
+    if config.lora is not None and config.optimizer == "muon" and config.muon_parts == "llm":
+        why = "it trains whole matrices of the LLM, and with --lora these are frozen."
+        fix = "use --optimizer adamw, or --muon-parts llm,projectors."
+        raise UserError("--optimizer muon has nothing to train.", why, fix)
     recipe = RECIPES[config.recipe]
     rates, sizes = config.learning_rate, config.global_batch
     for name, values in (("learning-rate", rates), ("global-batch", sizes)):
@@ -348,7 +355,7 @@ def model_config(config: TrainConfig) -> merv.MERVConfig:
     if config.encoder_files:
         files = [encoder_file(config, name) for name in config.encoders.split(",")]
         encoders = tuple(replace(e, source=f) for e, f in zip(encoders, files, strict=True))
-    return replace(
+    model = replace(
         model,
         encoders=encoders,
         projector=config.projector,
@@ -356,6 +363,12 @@ def model_config(config: TrainConfig) -> merv.MERVConfig:
         pooled_side=config.pooled_side,
         llm=replace(llm_config(config.llm, config.model), template=config.template),
     )
+    grids = {encoder.label: replace(model, encoders=(encoder,)).grid for encoder in encoders}
+    if len(set(grids.values())) > 1:
+        what = f"The features of --encoders {config.encoders} have different shapes."
+        why = f"(time, height, width) is {grids}, and the mixer mixes place by place."
+        raise UserError(what, why, "choose other --encoders, or another --projector.")
+    return model
 
 
 def encoder_file(config: TrainConfig, name: str) -> str:
@@ -486,11 +499,13 @@ def read_rows(
 
     With a cache, every clip that it lacks is encoded now. The encoders are frozen, so the pooled
     features of a clip are the same in every epoch, and for every mixer and LLM.
-    template: how questions become prompts, a key of data.TEMPLATES; None is the LLM's own.
+    template: how questions become prompts, a key of data.TEMPLATES; None is the LLM's own. Longer
+    rows are cut to the positions that the LLM has for text, at most 2048.
     """
     form = data.TEMPLATES[template or model.config.llm.template]
     encoders = list(model.config.encoders)
-    how = {"cache": cache, "allow_outside": config.allow_outside}
+    room = model.config.llm.max_positions - model.config.num_visual
+    how = {"cache": cache, "allow_outside": config.allow_outside, "max_length": min(2048, room)}
     dataset = data.ConversationDataset(file, model.tokenizer, form, encoders, **how)
     if cache:
         fill_cache(model, dataset, config)

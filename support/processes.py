@@ -34,6 +34,10 @@ def join_processes(device: str) -> torch.device:
     place = pick_device(device)
     backend = "gloo"
     if place.type == "cuda":
+        count = torch.cuda.device_count()
+        if place.index >= count:
+            what = f"There is no CUDA card for process {place.index + 1} of this machine."
+            raise UserError(what, f"torch sees {count} of them.", "lower --nproc-per-node.")
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"
     store, rank, world = dist.HashStore(), 0, 1

@@ -12,7 +12,7 @@ import cost
 import eval
 import merv
 import train
-from support import cli
+from support import cli, processes
 from support.cli import option, parse_options, pick_device
 from support.errors import UserError
 
@@ -117,12 +117,50 @@ def test_the_command_line_changes_fields_of_the_preset():
 LOOP = """
 import sys, time
 sys.path.insert(0, {root!r})
-from support import cli
+from support import cli, processes
 bar = cli.progress(range(40), "count")
 for number in bar:
     bar.set_postfix_str(f"loss {{number}}", refresh=False)
     time.sleep(0.005)
 """
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        (["--model", "merv", "--encoders", "dinov2,siglip", "--projector", "all"], "16, 14, 14"),
+        (["--model", "merv", "--encoders", "dinov2,miniature-siglip"], "miniature-siglip"),
+    ],
+)
+def test_encoders_whose_features_cannot_be_mixed_are_refused(options, wanted):
+    """Before anything is made. Once a RuntimeError of torch.stack, in the first step."""
+    with pytest.raises(UserError, match="have different shapes") as caught:
+        train.model_config(train.read_options(options))
+    assert wanted in str(caught.value)
+
+
+def test_muon_without_a_matrix_to_train_is_refused():
+    """With --lora the LLM is frozen, and AdamW trains the adapters."""
+    words = ["--model", "merv", "--lora", "8", "--optimizer", "muon"]
+    with pytest.raises(UserError, match="nothing to train"):
+        train.stages_of(train.read_options(words))
+    assert train.stages_of(train.read_options([*words, "--muon-parts", "llm,projectors"]))
+
+
+def test_the_prompt_of_captions_is_no_template_of_an_llm(capsys):
+    """It has no question: a model that is asked with it would see no text at all."""
+    with pytest.raises(SystemExit):
+        train.read_options(["--template", "caption"])
+    assert "invalid choice: 'caption'" in capsys.readouterr().err
+
+
+def test_a_process_without_a_card_is_refused(monkeypatch):
+    """Eight processes on a machine with one card. Once a traceback of torch."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "7")
+    with pytest.raises(UserError, match="no CUDA card for process 8"):
+        processes.join_processes("cuda")
 
 
 def test_a_log_gets_a_line_every_ten_seconds_not_one_a_step():
