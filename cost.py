@@ -322,7 +322,7 @@ def does_not_fit(
 
 # -------------------------------------------------------------------------------------------- table
 
-TEXT = 880  # text tokens; the paper drew a random string for each row, and its last three differ
+TEXT = 880  # text tokens; the paper drew random text for each row: the last three of PAPER differ
 
 
 class PaperRow(NamedTuple):

@@ -193,12 +193,12 @@ def asked(questions: list[Question]) -> dict[str, str]:
 def stored_answers(journal: Journal, questions: Sequence[Question] = ()) -> dict[str, dict]:
     """Question id -> its answer, mixing weights and failure, from all processes.
 
-    An answer is left out if one of `questions` has changed since, so that it is asked again. Older
-    journals do not say what was asked, and say "weights" for mixing_weights. A damaged record
-    raises DataError.
+    An answer is left out if its question in `questions` has changed since, so that it is asked
+    again. Older journals do not say what was asked, and say "weights" for mixing_weights. A damaged
+    record raises DataError.
     """
     asked_now = asked(questions)
-    found = {}
+    found, older, changed = {}, {}, set()
     for record in journal.records():
         answers = record.record("answers")
         asked_then = {}
@@ -207,11 +207,17 @@ def stored_answers(journal: Journal, questions: Sequence[Question] = ()) -> dict
         mixing_weights = record.numbers("mixing_weights") or record.numbers("weights")
         failure = record.text("failure", "")
         for id in answers.values:
-            known = id in asked_then and id in asked_now
-            if known and asked_then[id] != asked_now[id]:
-                continue
-            found[id] = {"answer": answers.text(id, ""), "failure": failure}
-            found[id]["mixing_weights"] = mixing_weights
+            answer = {"answer": answers.text(id, ""), "failure": failure}
+            answer["mixing_weights"] = mixing_weights
+            if id not in asked_then:
+                older[id] = answer
+            elif id not in asked_now or asked_then[id] == asked_now[id]:
+                found[id] = answer
+            else:
+                changed.add(id)
+    for id, answer in older.items():
+        if id not in changed:
+            found.setdefault(id, answer)
     return found
 
 
@@ -291,11 +297,11 @@ def likely_letters(model: MERV, pixels: dict[str, Tensor], asked: list[Question]
 def normalise(text: str) -> str:
     """Lower case without punctuation and articles: "A red Square." -> "red square".
 
-    If nothing else is there, they stay: "A" -> "a", "+" -> "+".
+    Articles stay if there are no other words, and punctuation if there are no words: "A." -> "a".
     """
     words = re.sub(r"[^\w\s]", " ", text.lower()).split()
     kept = [word for word in words if word not in ("a", "an", "the")]
-    return " ".join(kept) or text.strip().lower()
+    return " ".join(kept or words) or text.strip().lower()
 
 
 def parse_letter(reply: str, options: tuple[str, ...]) -> str:

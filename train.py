@@ -320,7 +320,9 @@ def stages_of(config: TrainConfig) -> list[Stage]:
     With --lora, stages train adapters instead of the LLM itself. Raises UserError for options that
     contradict each other.
     """
-    if config.lora is not None and config.optimizer == "muon" and config.muon_parts == "llm":
+    # Older runs could begin like this, with AdamW for all adapters. They may be resumed.
+    muon_is_idle = config.optimizer == "muon" and config.muon_parts == "llm"
+    if config.lora is not None and muon_is_idle and config.resume is None:
         why = "it trains whole matrices of the LLM, and with --lora these are frozen."
         fix = "use --optimizer adamw, or --muon-parts llm,projectors."
         raise UserError("--optimizer muon has nothing to train.", why, fix)
@@ -499,8 +501,8 @@ def read_rows(
 
     With a cache, every clip that it lacks is encoded now. The encoders are frozen, so the pooled
     features of a clip are the same in every epoch, and for every mixer and LLM.
-    template: how questions become prompts, a key of data.TEMPLATES; None is the LLM's own. Longer
-    rows are cut to the positions that the LLM has for text, at most 2048.
+    template: how questions become prompts, a key of data.TEMPLATES; None is the LLM's own. The
+    text of a row is cut to 2048 tokens, or to the positions beside the visual tokens if fewer.
     """
     form = data.TEMPLATES[template or model.config.llm.template]
     encoders = list(model.config.encoders)

@@ -41,7 +41,8 @@ class FeatureCache:
         return paths
 
     def hash_of(self, clip: Path) -> str:
-        """The hash of a clip's bytes: a video file, an image, or all files of a folder of images.
+        """The hash of a clip's bytes: of a video file, of an image, or of all files of a folder of
+        images and their names.
 
         WHY: a clip is often as large as its features, so reading it to find them would double the
         work. Its hash is kept in folder/hashes, for as long as its files keep path, size and time
@@ -62,7 +63,8 @@ class FeatureCache:
 
     def memory_of(self, clip: Path) -> Path:
         """The file that keeps the hash of a clip in its present state."""
-        known_by = hashlib.sha256()
+        # Of a folder of images, older versions hashed only the bytes, not the names.
+        known_by = hashlib.sha256(b"names and bytes")
         for part in parts_of(clip):
             about = part.stat()
             state = (os.path.abspath(part), about.st_size, about.st_mtime_ns)

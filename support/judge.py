@@ -164,7 +164,7 @@ class Endpoint:
     """
 
     def __init__(self, judge: Judge):
-        # WHY "none": without a key, the client would send the user's own of the Hugging Face hub.
+        # WHY "none": without a key, the client would send the user's token of the Hugging Face hub.
         key = os.environ.get("JUDGE_API_KEY", "").strip() or "none"
         if not (key.isascii() and key.isprintable()):
             why = "it has characters that no header of a request may have."

@@ -103,10 +103,9 @@ def refuse_heif(path: Path) -> None:
 
 
 def _open_unmapped(path: Path) -> Image.Image:
-    """Open a TIFF file that Pillow does not map into memory, because it is not told the name.
+    """Open a TIFF file without telling Pillow its name, so that Pillow does not map the file.
 
-    WHY: from a mapped file, it reads a grey picture that is on its side with width and height
-    exchanged.
+    WHY: if a grey picture is on its side and its file is mapped, Pillow exchanges width and height.
     """
     return Image.open(path.open("rb"), formats=FORMATS)
 

@@ -222,7 +222,7 @@ def read_csv(path: Path, key: str) -> list[Record]:
     reader = csv.DictReader(io.StringIO(read_text(path), newline=""), strict=True)
     rows = []
     try:
-        names = reader.fieldnames or []
+        names = [name for name in reader.fieldnames or [] if name]  # empty columns are not read
         if len(set(names)) < len(names):
             why = f"its header is {', '.join(map(repr, names))}."
             raise DataError(f"{path}: two columns have one name.", why, LAYOUT)

@@ -113,10 +113,10 @@ def require_text(row: dict) -> None:
 
 
 def check_place(path: Path, folder: Path, allow_outside: bool) -> None:
-    """Raise DataError if a path, with all links followed, leads out of a folder.
+    """Raise DataError if a path, with all links followed, is the data folder or leads out of it.
 
-    Pipes and devices are refused too, because reading one may never end. In a folder of frames each
-    link is followed.
+    allow_outside: it may lead out. Pipes and devices are refused too, because reading one may never
+    end. In a folder of frames each link is followed.
     """
     links = [path]
     if path.is_dir():

@@ -117,7 +117,7 @@ def test_the_command_line_changes_fields_of_the_preset():
 LOOP = """
 import sys, time
 sys.path.insert(0, {root!r})
-from support import cli, processes
+from support import cli
 bar = cli.progress(range(40), "count")
 for number in bar:
     bar.set_postfix_str(f"loss {{number}}", refresh=False)

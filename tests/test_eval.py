@@ -164,6 +164,7 @@ def test_words_are_compared_without_case_punctuation_and_articles():
     assert eval.normalise("A red  Square.") == eval.normalise("the RED square") == "red square"
     assert eval.normalise("no") != eval.normalise("know")
     assert len({eval.normalise(text) for text in ("A", "the", "+", "")}) == 4
+    assert eval.normalise("A.") == eval.normalise("a") == "a"
 
 
 def test_an_empty_reply_is_never_right():
@@ -180,7 +181,7 @@ def test_an_empty_reply_is_never_right():
 
 
 def test_a_question_that_has_changed_is_asked_again(world, model, tmp_path):
-    """Its stored answer belongs to the old one. All others keep theirs."""
+    """And with it the others about its clip. All other clips keep their answers."""
     folder = tmp_path / "data"
     shutil.copytree(world / "test", folder)
     out = tmp_path / "out"
