@@ -202,7 +202,8 @@ def make_clip(kind: str, split: str, number: int) -> tuple[np.ndarray, str, list
     scene, frames = draw_clip(seed)
     known = facts(scene)
     if kind == "shuffled":
-        _, frames = draw_clip(seed + 1)
+        # Not always the next clip: it would always have one object more, or one instead of three.
+        _, frames = draw_clip(seed + 1 + number // 3 % 3)
     if kind == "two_kinds":
         grey = number % 2 == 1
         if grey:
@@ -247,7 +248,7 @@ def write_world(folder: Path, clips: dict[str, int], kind: str = "plain") -> Non
     """Write clips, questions and a tokenizer into a new folder. clips: split -> how many.
 
     Two other kinds of world break the link between clips and questions on purpose:
-      shuffled   each clip is replaced by the next one, so the questions do not fit (a control)
+      shuffled   each clip is replaced by one of the next three, so questions do not fit (control)
       two_kinds  clips with odd numbers are grey and are asked only what happens; the others have
                  their frames in random order and are asked everything else
     """

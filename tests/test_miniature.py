@@ -270,7 +270,7 @@ def test_captions_name_objects_and_a_coarse_verb():
 
 
 def test_the_other_worlds_break_the_link_between_clips_and_questions(tmp_path):
-    """ "shuffled" shows the next clip. "two_kinds" asks grey clips what happens, and clips whose
+    """ "shuffled" shows another clip. "two_kinds" asks grey clips what happens, and clips whose
     frames are in random order everything else."""
     for kind in ("plain", "shuffled", "two_kinds"):
         write_world(tmp_path / kind, {"train": 12, "test": 4}, kind)
@@ -293,6 +293,20 @@ def test_the_other_worlds_break_the_link_between_clips_and_questions(tmp_path):
     mixed, before = film("two_kinds", 2), film("plain", 2)
     order = [int((before - frame).abs().sum((1, 2, 3)).argmin()) for frame in mixed]
     assert len({*order}) > 4 and order != sorted(order)
+
+
+def test_a_mismatched_clip_does_not_tell_how_many_objects_its_conversation_is_about():
+    """It is another clip, and with any number of objects each answer is equally frequent. It was
+    always the next clip, so the right answer followed from a count of the wrong objects.
+    """
+    pairs = []
+    for number in range(9):
+        frames, _, known = world.make_clip("shuffled", "train", number)
+        (answer,) = [fact.answer for fact in known if fact.kind == "how many"]
+        shown = [o for o in range(12) if np.array_equal(frames, world.draw_clip(o)[1])]
+        assert len(shown) == 1 and shown != [number]
+        pairs.append((answer, world.NUMBERS[shown[0] % 3]))
+    assert len(set(pairs)) == 9
 
 
 @pytest.mark.parametrize("name", specialists.RECIPES)
