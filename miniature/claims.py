@@ -101,8 +101,7 @@ def write_page(folders: dict[tuple[str, int], Path], **extent) -> str:
     for (row, seed), folder in folders.items():
         answers[row, seed] = read_result(folder / RESULT)["questions"]
         by_row.setdefault(row, []).append(folder)
-    # Of three seeds, as most rows have: the rows with five can then be compared with the others.
-    losses = {row: mean_losses(of_row[:3]) for row, of_row in by_row.items()}
+    losses = {row: mean_losses(of_row) for row, of_row in by_row.items()}
     results = {"answers": answers, "losses": losses} | extent
     machine = f"{os.cpu_count()} CPU cores ({torch.backends.cpu.get_cpu_capability()})"
     origin = {"machine": machine, "today": date.today(), "commit": commit()}
