@@ -129,9 +129,8 @@ def rope(positions: Tensor, config: LlamaConfig) -> RotaryTable:
         # QUIRK: the authors cast the model, and this table with it, to bfloat16 (ledger K1).
         frequencies = frequencies.bfloat16().float()
     angles = positions[:, None].float() * frequencies
-    cos = torch.cat([angles.cos(), angles.cos()], dim=-1)
-    sin = torch.cat([-angles.sin(), angles.sin()], dim=-1)
-    return RotaryTable(cos, sin)
+    cos, sin = angles.cos(), angles.sin()
+    return RotaryTable(torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1))
 
 
 def rotate(x: Tensor, rotary: RotaryTable) -> Tensor:
