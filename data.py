@@ -341,7 +341,7 @@ class ConversationDataset(Dataset):
         turns, path = self.parse(index)
         example = self.encode(turns)
         if path and self.cache:
-            example.pooled = self.cache.get(path) or {}
+            example.pooled = self.cache.get(path)
         if path and not example.pooled:
             example.pixels = load_pixels(path, self.encoders)
         return example

@@ -94,10 +94,11 @@ def make_parser(cls: type, description: str, preset: object) -> argparse.Argumen
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         default = getattr(preset, f.name)
-        text = f.metadata["help"].replace("%", "%%")
-        how = {"help": f"{text} (default: {show(default)})", "default": default}
+        text = f.metadata["help"]
+        if not f.metadata["positional"]:
+            text += f" (default: {show(default)})"
+        how = {"help": text.replace("%", "%%"), "default": default}
         if f.metadata["positional"]:
-            how["help"] = text
             groups[title].add_argument(f.name, nargs="*", **how)
             continue
         if hints[f.name] is bool:

@@ -17,6 +17,7 @@ import io
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
@@ -159,19 +160,18 @@ def read_lines(terminal: bool) -> Iterator[str]:
     """The lines of standard input that are not empty; a terminal is asked for each with "> "."""
     while True:
         try:
-            line = input("> ") if terminal else sys.stdin.readline()
-        except EOFError:  # Ctrl-D
-            print()
+            line = input("> " if terminal else "").strip()
+        except EOFError:  # Ctrl-D, or the end of a pipe
+            if terminal:
+                print()
             return
         except KeyboardInterrupt:
             if not terminal:
                 raise
             print()
             continue
-        if not terminal and not line:
-            return
-        if line.strip():
-            yield line.strip()
+        if line:
+            yield line
 
 
 def respond(conversation: Conversation, line: str, load, max_new_tokens: int) -> Conversation:
@@ -192,11 +192,6 @@ def respond(conversation: Conversation, line: str, load, max_new_tokens: int) ->
         what = f"There is no command {line}."
         raise UserError(what, "a line that begins with / is a command.", HELP)
     else:
-        conversation.ask(line, write_now, max_new_tokens)
+        conversation.ask(line, partial(print, end="", flush=True), max_new_tokens)
         print(flush=True)
     return conversation
-
-
-def write_now(piece: str) -> None:
-    """Print a piece of an answer without waiting for the end of the line."""
-    print(piece, end="", flush=True)

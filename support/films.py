@@ -361,7 +361,7 @@ def _load_from_start(path: Path, pick: Pick, keep: Keep, packets: Packets) -> li
         decoded = _decode_all(path, Loader(wanted, keep), faults > 0)
     if faults:
         message = f"{path}: {faults} damaged packets or frames were concealed."
-        warnings.warn(message, stacklevel=5)  # at the caller of load_video
+        warnings.warn(message, stacklevel=6)  # at the caller of load_video
     return [decoded.frames[number] for number in wanted]
 
 

@@ -12,7 +12,7 @@ import re
 import torch
 import torch.distributed as dist
 
-from support.errors import DataError
+from support.errors import UserError
 
 SAMPLES = 3  # questions that are shown with their answers
 
@@ -63,7 +63,7 @@ class HeldOut:
                 if video is not None:
                     question = re.sub(r"<(image|video)>\s*", "", question)
                 reply = model.answer(video, question, max_new_tokens=16)[0].text
-            except DataError:
+            except UserError:  # of the row, or too long for the LLM together with its answer
                 continue
             answers.append((question, reply, turns[turn + 1]["value"]))
         model.reshard()

@@ -14,7 +14,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -51,16 +50,6 @@ FILTER_WORDS = (  # endpoints say in these words that they will not read a certa
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Judge:
-    """A model behind an OpenAI-compatible endpoint. Its key comes from JUDGE_API_KEY."""
-
-    url: str  # base URL, such as https://api.openai.com/v1; see `chat_url`
-    model: str
-    parallel: int = 8  # requests at once
-    retries: int = 6  # attempts after the first one
-
-
 class Refusal(Exception):
     """The endpoint will not judge this one answer, for example because of a content filter."""
 
@@ -89,19 +78,18 @@ def judge_answers(questions: list[Question], judge: Judge, folder: Path) -> dict
         records[question.id, text, expected, stored.text("answer", "")] = record
     answered = [question for question in questions if not question.failure]
     missing = [question for question in answered if key_of(question) not in records]
-    endpoint = Endpoint(judge)
 
     def ask(question: Question) -> None:
         record = {"id": question.id, "text": question.text, "expected": question.expected}
         record |= {"answer": question.answer, "date": date.today().isoformat()}
         try:
-            record["reply"] = ask_judge(question, endpoint, judge)
+            record["reply"] = judge.ask(question)
         except Refusal as refusal:
             record["refusal"] = clean(str(refusal))
         else:
             if record["reply"] is None:
                 return
-        record["parameters"] = endpoint.parameters
+        record["parameters"] = judge.parameters
         journal.append(record)
         records[key_of(question)] = record
 
@@ -156,26 +144,62 @@ def chat_url(base: str) -> str:
     return urlunsplit(parts._replace(path=path))
 
 
-class Endpoint:
-    """A judge's endpoint, and the parameters that its model has been found to accept.
+class Judge:
+    """A model behind an OpenAI-compatible endpoint, and the parameters that it is known to accept.
+
+    url: the base URL, see `chat_url`. parallel: requests at once. retries: attempts after the
+    first one. The key comes from JUDGE_API_KEY.
 
     Newer models take `max_completion_tokens` in place of `max_tokens`, and no `temperature`. They
     say so with status 400; the parameter is then changed once, for all later requests.
     """
 
-    def __init__(self, judge: Judge):
+    def __init__(self, url: str, model: str, parallel: int = 8, retries: int = 6):
         # WHY "none": without a key, the client would send the user's token of the Hugging Face hub.
         key = os.environ.get("JUDGE_API_KEY", "").strip() or "none"
         if not (key.isascii() and key.isprintable()):
             why = "it has characters that no header of a request may have."
             raise UserError("JUDGE_API_KEY is not a key.", why, "copy it again.")
-        self.client = InferenceClient(base_url=chat_url(judge.url), api_key=key, timeout=60)
-        self.model = judge.model
+        self.client = InferenceClient(base_url=chat_url(url), api_key=key, timeout=60)
+        self.url = url
+        self.model = model
+        self.parallel = parallel
+        self.retries = retries
         self.parameters = dict(PARAMETERS)
         self.replied = False  # a request has been accepted
         self.lock = threading.Lock()
 
-    def ask(self, prompt: str) -> str:
+    def ask(self, question: Question) -> str | None:
+        """The raw reply about an answer, or None if all attempts fail.
+
+        Raises UserError at once if the endpoint rejects the request, as for a wrong key, and
+        Refusal if it refuses this question only.
+        """
+        prompt = JUDGE_PROMPT.format(
+            text=question.text, expected=question.expected, answer=question.answer
+        )
+        for attempt in range(self.retries + 1):
+            if attempt:
+                # 1, 2, 4 ... 60 s, shortened at random so that parallel requests do not all come
+                # back at the same moment.
+                time.sleep(min(60, 0.5 * 2**attempt) * random.uniform(0.5, 1))
+            try:
+                return self.request(clean(prompt))
+            except Refusal:
+                raise
+            except HfHubHTTPError as error:
+                status = error.response.status_code
+                may_pass = status >= 500 or status in (408, 429)  # time-out, too many requests
+                if not may_pass:
+                    what = f"The judge refuses the request: {error}"
+                    why = f"status {status} means that asking again would not help."
+                    fix = "check --judge, --judge-model and the key in JUDGE_API_KEY."
+                    raise UserError(what, why, fix) from error
+            except Exception as error:  # time-outs, cut connections, replies that are not JSON
+                print(f"judge: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+
+    def request(self, prompt: str) -> str:
         """The reply to a prompt. Raises Refusal if this text is refused, else HfHubHTTPError."""
         messages = [{"role": "user", "content": prompt}]
         while True:
@@ -215,44 +239,7 @@ class Endpoint:
             return False
 
 
-def ask_judge(question: Question, endpoint: Endpoint, judge: Judge) -> str | None:
-    """The judge's raw reply about an answer, or None if all attempts fail.
-
-    Raises UserError at once if the endpoint rejects the request, as for a wrong key, and Refusal if
-    it refuses this question only.
-    """
-    prompt = JUDGE_PROMPT.format(
-        text=question.text, expected=question.expected, answer=question.answer
-    )
-    for attempt in range(judge.retries + 1):
-        if attempt:
-            # 1, 2, 4 ... 60 s, shortened at random so that parallel requests do not all come back
-            # at the same moment.
-            time.sleep(min(60, 0.5 * 2**attempt) * random.uniform(0.5, 1))
-        try:
-            return endpoint.ask(clean(prompt))
-        except Refusal:
-            raise
-        except HfHubHTTPError as error:
-            status = error.response.status_code
-            may_pass = status >= 500 or status in (408, 429)  # time-out, too many requests
-            if not may_pass:
-                what = f"The judge refuses the request: {error}"
-                why = f"status {status} means that asking again would not help."
-                fix = "check --judge, --judge-model and the key in JUDGE_API_KEY."
-                raise UserError(what, why, fix) from error
-        except Exception as error:  # time-outs, cut connections, replies that are not JSON
-            print(f"judge: {type(error).__name__}: {error}", file=sys.stderr)
-    return None
-
-
 # ----------------------------------------------------------------------------------------- replies
-
-
-def parse_verdict(reply: str | None) -> tuple[str, int]:
-    """The verdict and the score in a judge's reply; `read_reply` has the rule."""
-    verdict, mark, _ = read_reply(reply)
-    return verdict, mark
 
 
 def read_reply(reply: str | None) -> tuple[str, int, str]:
@@ -278,15 +265,14 @@ def read_reply(reply: str | None) -> tuple[str, int, str]:
     except (ValueError, TypeError, KeyError, RecursionError):
         pass  # not JSON, not an object, or without these keys: perhaps lenient
     found = find_object(re.sub(r"(?s)^.*</think>|<think>.*", "", reply))
-    pred = str(found.get("pred")).strip().lower()
-    mark = found.get("score")
-    if type(mark) is int and not 0 <= mark <= 5:
-        return "unparsable", 0, "unparsable"
-    if isinstance(mark, bool) or not re.fullmatch(r"\s*[0-5](\.0+)?\s*", str(mark)):
-        return "unparsable", 0, "unparsable"
-    if pred not in ("yes", "no"):
-        return "unparsable", 0, "unparsable"
-    return pred, int(float(mark)), "lenient"
+    pred, mark = found.get("pred"), found.get("score")
+    if isinstance(pred, str):
+        pred = pred.strip().lower()
+    if isinstance(mark, str) and re.fullmatch(r"\s*[0-5](\.0+)?\s*", mark):
+        mark = float(mark)
+    if pred in ("yes", "no") and type(mark) in (int, float) and mark in range(6):
+        return pred, int(mark), "lenient"
+    return "unparsable", 0, "unparsable"
 
 
 def find_object(text: str) -> dict:

@@ -104,6 +104,13 @@ def test_help_shows_the_values_that_will_be_used(capsys, words, wanted):
         assert value.replace(" ", "") in text
 
 
+def test_help_shows_a_value_with_a_percent_sign(capsys):
+    """argparse takes %d in a help text for a format."""
+    with pytest.raises(SystemExit):
+        parse_options(train.TrainConfig, ["--help"], "", train.TrainConfig(data="runs/50%done"))
+    assert "50%done" in "".join(capsys.readouterr().out.split())
+
+
 def test_the_command_line_changes_fields_of_the_preset():
     """One learning rate for both stages, or one for each; else an error."""
     words = ["--model", "merv", "--recipe", "video-llava", "--learning-rate"]

@@ -120,13 +120,14 @@ def endpoint():
         ('{"pred": "yes", "pred": "no", "score": 4}', ("unparsable", 0)),
         ("{'pred': 'yes', 'score': 1, 'score': 4}", ("unparsable", 0)),
         ("{'pred': 'yes', 'score': 0x" + "f" * 5000 + "}", ("unparsable", 0)),
+        ("{'pred': 0x" + "f" * 5000 + ", 'score': 4}", ("unparsable", 0)),
         ("no", ("unparsable", 0)),
         ("", ("unparsable", 0)),
     ],
 )
 def test_a_verdict_is_json_or_nothing(reply, verdict):
     """Never evaluated as code, never guessed at, and never "no" because it cannot be read."""
-    assert judging.parse_verdict(reply) == verdict
+    assert judging.read_reply(reply)[:2] == verdict
     assert judging.read_reply(reply)[2] in ("strict", "unparsable", "no reply")
 
 

@@ -9,7 +9,7 @@ import torch
 from helpers import dataset_of, talk
 
 from data import collate
-from merv import Answer
+from merv import MERV, MERVS, Answer
 from support.held_out import HeldOut
 from support.rows import Rows
 
@@ -102,3 +102,13 @@ def test_a_question_about_a_tag_is_asked_as_it_was_trained_on(tmp_path, tiny_tok
 
     HeldOut(dataset, [], [0], join=False).answers(Model())
     assert asked == ["What is the <video> tag?"]
+
+
+def test_a_held_out_question_that_is_too_long_is_not_asked(tmp_path, tiny_tokenizer):
+    """Its loss can be measured, because rows are cut. It ended the run, again at each resume."""
+    rows = [{"conversations": talk("why " * 1500, "so")}, {"conversations": talk("what", "red")}]
+    dataset = dataset_of(tmp_path, tiny_tokenizer, json.dumps(rows))
+    model = MERV.create(MERVS["miniature"], tiny_tokenizer)
+    model.unshard = model.reshard = lambda: None  # of FSDP
+    questions = [question for question, _, _ in HeldOut(dataset, [], [0, 1], False).answers(model)]
+    assert questions == ["what"]
