@@ -45,31 +45,27 @@ class PlanConfig:
 
     command: tuple[str, ...] = option((), "plan or table", group="command")
 
-    model: str = option("merv", "which encoders and which LLM", MERVS, "model")
-    encoders: str = option(",".join(FOUR), "names, separated by commas", None, "model")
-    projector: str = option("avg2d", "a row of table 2a", PROJECTORS, "model")
-    mixer: str = option("cross_attention", "a row of table 2c", MIXERS, "model")
-    pooled_side: int = option(
-        8, "side of a pooled frame in tokens, table 2b", None, "model", least=1
-    )
-    llm: str = option("llama2-7b", "as in train.py", None, "model")
+    model: str = option("merv", "which encoders and which LLM", MERVS, group="model")
+    encoders: str = option(",".join(FOUR), "names, separated by commas")
+    projector: str = option("avg2d", "a row of table 2a", PROJECTORS)
+    mixer: str = option("cross_attention", "a row of table 2c", MIXERS)
+    pooled_side: int = option(8, "side of a pooled frame in tokens, table 2b", least=1)
+    llm: str = option("llama2-7b", "as in train.py")
 
-    recipe: str = option("frozen", "stages, and what each trains", train.RECIPES, "training")
-    lora: int | None = option(None, "rank of adapters; none: no LoRA", None, "training", least=1)
-    optimizer: str = option("adamw", "as in train.py", train.OPTIMIZERS, "training")
-    micro_batch: int = option(4, "rows that a process runs at once", None, "training", least=1)
-    text_tokens: int = option(512, "of each row, half of them answers", None, "training", least=1)
-    cached_features: bool = option(False, "without running encoders", None, "training")
-    activation_checkpointing: bool = option(True, "recompute LLM layers", None, "training")
-    replicas: int = option(1, "copies of the model, each on its GPUs", None, "training", least=1)
-    place_encoders: str = option("shard", "as in train.py", train.PLACES, "training")
-    dtype: str = option("bfloat16", "to compute in", ("bfloat16", "float32"), "training")
+    recipe: str = option("frozen", "stages, and what each trains", train.RECIPES, group="training")
+    lora: int | None = option(None, "rank of adapters; none: no LoRA", least=1)
+    optimizer: str = option("adamw", "as in train.py", train.OPTIMIZERS)
+    micro_batch: int = option(4, "rows that a process runs at once", least=1)
+    text_tokens: int = option(512, "of each row, half of them answers", least=1)
+    cached_features: bool = option(False, "without running encoders")
+    activation_checkpointing: bool = option(True, "recompute LLM layers")
+    replicas: int = option(1, "copies of the model, each on its GPUs", least=1)
+    place_encoders: str = option("shard", "as in train.py", train.PLACES)
+    dtype: str = option("bfloat16", "to compute in", ("bfloat16", "float32"))
 
-    gpus: int = option(8, "number of GPUs", None, "machine", least=1)
-    gpu_memory: float = option(48.0, "GB of each GPU", None, "machine", least=0.001)
-    tflops: float = option(
-        60.0, "10^12 operations a second that a GPU achieves", None, "machine", least=0.001
-    )
+    gpus: int = option(8, "number of GPUs", group="machine", least=1)
+    gpu_memory: float = option(48.0, "GB of each GPU", least=0.001)
+    tflops: float = option(60.0, "10^12 operations a second that a GPU achieves", least=0.001)
 
 
 def read_options(arguments: list[str] | None = None) -> PlanConfig:
@@ -100,6 +96,7 @@ def training_options(config: PlanConfig) -> train.TrainConfig:
         mixer=config.mixer,
         pooled_side=config.pooled_side,
         lora=config.lora,
+        optimizer=config.optimizer,
     )
 
 
@@ -123,7 +120,7 @@ def simulated_processes(count: int) -> Iterator[None]:
 
 def build(config: MERVConfig) -> MERV:
     """A model on the tensors of the surrounding context: the meta device, or fake tensors."""
-    encoders = [FAMILIES[e.family](e) for e in config.encoders]
+    encoders = [FAMILIES[e.family](e).requires_grad_(False) for e in config.encoders]
     return MERV(config, encoders, Llama(config.llm), None)
 
 
@@ -169,9 +166,7 @@ def simulate_step(
             lora.add_adapters(model.llm, config.lora, alpha)
         model.llm.activation_checkpointing = config.activation_checkpointing
         train.shard(model, mesh, place, getattr(torch, config.dtype))
-        # Any learning rate will do: with one, Muon has its matrices; with None, AdamW has all.
-        muon = 0.01 if config.optimizer == "muon" else None
-        optimizers = train.make_optimizers(model, stage, muon)
+        optimizers = train.make_optimizers(model, stage, training_options(config))
         batch = make_batch(config, model, still)
         with measure(model) as measured:
             loss, _ = model(batch)
@@ -226,16 +221,14 @@ def optimizer_state(optimizers: list[torch.optim.Optimizer]) -> int:
     return size
 
 
-def count_operations(model: nn.Module) -> FlopCounterMode:
-    """A context manager that counts the operations of Linears, convolutions and attention."""
-    return FlopCounterMode(display=False)
-
-
 def operations_of(
     config: PlanConfig, model_config: MERVConfig, stage: train.Stage, still: bool
 ) -> dict[str, float]:
     """Operations of one row, forward and backward, by part of the model: 10^12."""
-    counter, model, _ = simulate_step(config, model_config, stage, count_operations, still)
+    # Of Linears, convolutions and attention.
+    counter, model, _ = simulate_step(
+        config, model_config, stage, lambda model: FlopCounterMode(display=False), still
+    )
     rows = dict.fromkeys([*model.encoders, "LLM layers"], 0)
     for name, counts in counter.get_flop_counts().items():
         path = name.split(".")[1:]  # MERV.encoders.siglip -> [encoders, siglip]

@@ -610,7 +610,7 @@ def print_rows(dataset: ConversationDataset, count: int) -> None:
 def main(arguments: list[str] | None = None) -> None:
     """Run `python data.py`; the exit status is 1 if --check finds unusable rows."""
     options = read_options(arguments)
-    num_bad = 0
+    num_bad, datasets = 0, []
     try:
         if not options.folders:
             raise UserError("Which folder?", "none was given.", "python data.py DIR --check")
@@ -625,9 +625,11 @@ def main(arguments: list[str] | None = None) -> None:
                 template = TEMPLATES["caption" if file.name == "stage1.json" else "base"]
                 how = {"allow_outside": options.allow_outside}
                 dataset = ConversationDataset(file, tokenizer, template, encoders=[], **how)
-                print_rows(dataset, options.show)
+                datasets.append(dataset)
                 if options.check:
                     num_bad += print_bad_rows(dataset, options.workers)
+        for dataset in datasets:
+            print_rows(dataset, options.show)
     except UserError as error:
         sys.exit(f"error: {error}")
     if num_bad > 0:

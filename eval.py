@@ -150,7 +150,7 @@ def evaluate(
     mine.sort(key=lambda number: len(clips.groups[number]))
     size = config.batch_videos
     if size is None:
-        size = clips_at_once(model, questions, len(clips.groups), config)
+        size = clips_at_once(model, max(map(len, clips.groups)), config)
     batches = {"batch_size": size, "sampler": mine}
     loader = LoadAhead(clips, config.workers, stack_clips, **batches)
     with cores_left_to(config.workers):
@@ -226,11 +226,10 @@ def unanswered(questions: list[Question], done: dict[str, dict]) -> list[Questio
     return [question for question in questions if question.id not in done]
 
 
-def clips_at_once(
-    model: MERV, questions: list[Question], num_clips: int, config: EvalConfig
-) -> int:
+def clips_at_once(model: MERV, questions: int, config: EvalConfig) -> int:
     """How many clips to answer together: up to 16, as long as the KV cache stays below 4 GB.
 
+    questions: about the clip with most of them, because MERV.reply pads the others to as many.
     Small models gain most, because single rows leave the processor idle between small operations.
     With 7B and 5 questions about a clip, the cache of one clip takes 0.9 GB.
     """
@@ -238,8 +237,7 @@ def clips_at_once(
     element = model.llm.embed_tokens.weight.element_size()
     bytes_per_token = 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim * element
     tokens_per_question = 64 + config.max_new_tokens  # 64: a long question
-    tokens_per_clip = model.config.num_visual
-    tokens_per_clip += len(questions) * tokens_per_question // num_clips
+    tokens_per_clip = model.config.num_visual + questions * tokens_per_question
     fitting = int(4e9) // (bytes_per_token * tokens_per_clip)
     return min(16, max(1, fitting))
 
@@ -482,31 +480,29 @@ class EvalConfig:
 
     # What is asked.
     benchmark: str = option("miniature-open", "the benchmark", BENCHMARKS, group="questions")
-    data: str = option("data/miniature/test", "folder of annotations, videos/", group="questions")
-    check: bool = option(False, "only list missing and damaged videos", group="questions")
+    data: str = option("data/miniature/test", "folder of annotations, videos/")
+    check: bool = option(False, "only list missing and damaged videos")
     checkpoint: str | None = option(
-        None, "run, folder or released name; none: latest run", None, "model"
+        None, "run, folder or released name; none: latest run", group="model"
     )
-    tokenizer: str | None = option(None, "tokenizer.model, if it has none", group="model")
-    device: str = option("auto", "auto, cuda, mps or cpu", group="model")
-    dtype: str = option(
-        "auto", "to compute in; auto: 16 bits on CUDA, else float32", DTYPES, group="model"
-    )
+    tokenizer: str | None = option(None, "tokenizer.model, if it has none")
+    device: str = option("auto", "auto, cuda, mps or cpu")
+    dtype: str = option("auto", "to compute in; auto: 16 bits on CUDA, else float32", DTYPES)
     # How, and where the results go: by default to eval/ in the run, or to runs/NAME/eval.
     max_new_tokens: int = option(64, "longest answer, in tokens", group="answers", least=1)
-    mcq_rule: str = option("parse", "how a reply becomes a letter", MCQ_RULES, group="answers")
+    mcq_rule: str = option("parse", "how a reply becomes a letter", MCQ_RULES)
     batch_videos: int | None = option(
-        None, "clips at once; none: what 4 GB of KV cache hold, up to 16", group="answers", least=1
+        None, "clips at once; none: what 4 GB of KV cache hold, up to 16", least=1
     )
-    workers: int = option(2, "processes that decode videos ahead of the model", group="answers")
-    output: str | None = option(None, "folder for results; else eval/ in the run", group="answers")
+    workers: int = option(2, "processes that decode videos ahead of the model")
+    output: str | None = option(None, "folder for results; else eval/ in the run")
     # Stored results: `runs` are folders of train.py, or others with eval/*.json.
     runs: tuple[str, ...] = option((), "runs for --judge and --report", group="stored results")
-    report: str | None = option(None, "write RUNS to this HTML page", group="stored results")
-    judge: str | None = option(None, "base URL of an LLM that judges RUNS", group="stored results")
-    judge_model: str | None = option(None, "name of the judging model", group="stored results")
-    judge_parallel: int = option(8, "requests at once", group="stored results", least=1)
-    judge_retries: int = option(6, "attempts after a failed request", group="stored results")
+    report: str | None = option(None, "write RUNS to this HTML page")
+    judge: str | None = option(None, "base URL of an LLM that judges RUNS")
+    judge_model: str | None = option(None, "name of the judging model")
+    judge_parallel: int = option(8, "requests at once", least=1)
+    judge_retries: int = option(6, "attempts after a failed request")
 
 
 def read_options(arguments: list[str] | None = None) -> EvalConfig:

@@ -193,11 +193,14 @@ class MERV(nn.Module):
         videos: encoder -> preprocessed clips (b, T_e, 3, H, W). pooled: `pooled_features` of other
         clips, which were computed earlier; the tokens of these clips come first.
         """
-        pooled = pooled or {}
+        parts = [pooled] if pooled else []
         if videos:
-            pooled = join_pooled(pooled, self.pooled_features(videos))
+            parts.append(self.pooled_features(videos))
         dtype = next(self.projectors.parameters()).dtype
-        x_e = [project_e(pooled[name].to(dtype)) for name, project_e in self.projectors.items()]
+        x_e = []
+        for name, project_e in self.projectors.items():
+            features = torch.cat([part[name].to(dtype) for part in parts])
+            x_e.append(project_e(features))
         return self.mixer(torch.stack(x_e, dim=1))
 
     # ---- the loss
@@ -368,37 +371,46 @@ class MERV(nn.Module):
 
     @torch.no_grad()
     def likelihoods(self, video, questions, options: list[list[str]]) -> list[Tensor]:
-        """Score the options of each question, such as ["A", "B"], by their first tokens.
+        """Score the options of each question, such as ["A", "B"], by the first tokens that differ.
 
-        Returns, for each question, the log-probabilities (k,) in nats that the answer begins with
-        the first token of each of its k options. Other arguments are those of `answer`.
+        Returns, for each question, a log-probability (k,) in nats for each of its k options: that
+        of its first token or, where all options begin with the same tokens, of the token after
+        these. Other arguments are those of `answer`.
         """
         pixels = self.pixels(video)
         prefix, _ = self.prefill(pixels)
-        ids, lengths = self.prompts(questions, bool(pixels))
+        option_ids, shared = [], []
+        for choices in options:
+            encoded = [self.tokenizer.encode(choice) for choice in choices]
+            option_ids.append(encoded)
+            shared.append(common_beginning(encoded))
+        ids, lengths = self.prompts(questions, bool(pixels), shared)
         cache = KVCache(self.config.llm, *ids.shape, prefix.keys.dtype, self.device, prefix)
         ends = torch.arange(len(ids), device=self.device), lengths - 1
         last = self.llm.hidden_states(ids, cache=cache, lengths=lengths, keep=ends)
         log_p = self.llm.logits(last).float().log_softmax(-1).cpu()
         scores = []
-        for row, choices in zip(log_p, options, strict=True):
-            first_ids = [self.tokenizer.encode(choice)[0] for choice in choices]
-            scores.append(row[first_ids])
+        for row, encoded, begun in zip(log_p, option_ids, shared, strict=True):
+            scores.append(row[[choice[len(begun)] for choice in encoded]])
         return scores
 
-    def prompts(self, questions: str | list, visual: bool = True) -> tuple[Tensor, Tensor]:
+    def prompts(
+        self, questions: str | list, visual: bool = True, begun: list | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Tokenize what follows [BOS] + visual tokens: ids (b, s) padded on the right, and the
-        number of real tokens in each row (b,). visual: whether there are visual tokens."""
+        number of real tokens in each row (b,). visual: whether there are visual tokens.
+        begun: the ids with which each answer begins, if any."""
         if isinstance(questions, str):
             questions = [questions]
         prompts = []
-        for question in questions:
+        begun = begun or [[]] * len(questions)
+        for question, answer_ids in zip(questions, begun, strict=True):
             conversation = question
             if isinstance(question, str):
                 conversation = [{"from": "human", "value": question}]
             turns = render_prompt(conversation, TEMPLATES[self.template], visual)
             ids, _ = tokenize(turns, self.tokenizer)
-            prompts.append(torch.tensor(ids[1:]))  # without [BOS]
+            prompts.append(torch.tensor([*ids[1:], *answer_ids]))  # without [BOS]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         return padded.to(self.device), lengths
@@ -419,31 +431,27 @@ class MERV(nn.Module):
     # ---- making, saving and loading a model
 
     @classmethod
-    def create(cls, config: MERVConfig, tokenizer, seed: int = 0, dtype=None, device="cpu") -> MERV:
+    def create(cls, config: MERVConfig, tokenizer, seed: int = 0) -> MERV:
         """Make a model to train, with random projectors and mixer.
 
         Encoders and LLM are loaded from their sources, or random where the source is "".
         tokenizer: a Tokenizer, a path to tokenizer.model, or None for a model without one.
-        dtype: None keeps the dtype of the files and leaves their tensors mapped, so that a process
-        holds only what it uses; train.shard casts each part when it shards it.
+        Weights keep the dtype of their files and stay mapped to them, so that a process holds only
+        what it uses; train.shard casts each part when it shards it.
         """
         if isinstance(tokenizer, str | Path):
             tokenizer = Tokenizer(tokenizer)
         if tokenizer:
             tokenizer.require_fit(config.llm)
-        loaded = [
-            encoders.load_encoder(e, e.source or None, dtype, device) for e in config.encoders
-        ]
+        loaded = [encoders.load_encoder(e, e.source or None, None) for e in config.encoders]
         # A video may need more than half of LLaMA-2's 4096 positions. RoPE can be computed for any
         # position, so the limit is raised, to leave as many positions for text as for the video.
         max_positions = max(config.llm.max_positions, 2 * config.num_visual)
         llm_config = replace(config.llm, max_positions=max_positions)
-        llm = load_llama(llm_config, llm_config.source or None, dtype, device)
+        llm = load_llama(llm_config, llm_config.source or None, None)
         encoder_configs = tuple(encoder.config for encoder in loaded)
         config = replace(config, llm=llm.config, encoders=encoder_configs)
-        model = cls(config, loaded, llm, tokenizer).to(device)
-        if dtype is not None:
-            model.to(dtype)
+        model = cls(config, loaded, llm, tokenizer)
         untrained = [model.projectors, model.mixer]
         if not config.llm.source:
             untrained.append(llm)
@@ -544,11 +552,18 @@ class Answer:
     weights: Tensor  # mixing weights (e,), float32, in the order of the config; (0,) without video
 
 
-def join_pooled(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Join two batches of pooled features, encoder by encoder; the first may be empty."""
-    if not one:
-        return other
-    return {name: torch.cat([one[name].to(other[name]), other[name]]) for name in one}
+def common_beginning(options: list[list[int]]) -> list[int]:
+    """The ids with which all options begin, so that the id after them tells the options apart.
+
+    The miniature's tokenizer has no letters: it writes A as [a space, byte 65], and B as [a space,
+    byte 66]. If one option is the beginning of all, there is no such id, and the result is [].
+    """
+    begun: list[int] = []
+    for ids in zip(*options, strict=False):
+        if len(set(ids)) > 1:
+            return begun
+        begun.append(ids[0])
+    return []
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -673,7 +688,7 @@ class Checkpoint:
             self.folder = self.folder / "checkpoint"
         self.place = self.folder  # what weights.find_file searches: a folder or a hub id
         self.prefix = ""  # in front of file names
-        if str(name_or_folder) in AUTHORS:
+        if str(name_or_folder) in AUTHORS and not (self.folder / "config.json").is_file():
             self.place = "tyleryzhu/merv"
             self.prefix = f"{name_or_folder}/"
         self.is_ours = True
@@ -836,16 +851,12 @@ class AskConfig:
     checkpoint: str | None = option(
         None, f"a run, a folder or one of {', '.join(AUTHORS)}; none: the latest run", group="model"
     )
-    tokenizer: str | None = option(
-        None, "tokenizer.model, if the checkpoint has none", group="model"
-    )
+    tokenizer: str | None = option(None, "tokenizer.model, if the checkpoint has none")
     start: float | None = option(None, "second to start at; none: the first frame", group="video")
-    end: float | None = option(None, "second to end at; none: the last frame", group="video")
+    end: float | None = option(None, "second to end at; none: the last frame")
     max_new_tokens: int = option(256, "longest answer, in tokens", group="answer", least=1)
     device: str = option("auto", "auto, cuda, mps or cpu", group="machine")
-    dtype: str = option(
-        "auto", "to compute in; auto: 16 bits on CUDA, else float32", DTYPES, group="machine"
-    )
+    dtype: str = option("auto", "to compute in; auto: 16 bits on CUDA, else float32", DTYPES)
 
 
 def read_options(arguments: list[str] | None = None) -> AskConfig:

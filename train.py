@@ -36,10 +36,12 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -63,7 +65,6 @@ from support.errors import UserError
 from support.held_out import HeldOut
 from support.muon import Muon
 from support.processes import LoadAhead, join_processes, make_mesh
-from support.rows import Rows
 from support.runs import Run
 
 # --------------------------------------------------------------------------------- recipes, options
@@ -117,105 +118,76 @@ class TrainConfig:
     on. `none` on the command line is None here. The options of a run are in its config.json.
     """
 
-    model: str = option("merv", "which encoders and which LLM", MERVS, "model")
-    encoders: str = option(
-        "languagebind,dinov2,vivit,siglip", "names, separated by commas", group="model"
-    )
+    model: str = option("merv", "which encoders and which LLM", MERVS, group="model")
+    encoders: str = option("languagebind,dinov2,vivit,siglip", "names, separated by commas")
     encoder_files: str | None = option(
-        None, "folder with NAME.safetensors of each encoder; none: released weights", group="model"
+        None, "folder with NAME.safetensors of each encoder; none: released weights"
     )
-    encoder_seed: int = option(0, "replaces {encoder_seed} in --encoder-files", group="model")
-    projector: str = option("avg2d", "a row of table 2a", PROJECTORS, "model")
-    mixer: str = option("cross_attention", "a row of table 2c", MIXERS, "model")
-    pooled_side: int = option(
-        8, "side of a pooled frame in tokens, table 2b", group="model", least=1
-    )
-    llm: str = option("llama2-7b", f"{', '.join(LLAMAS)}, a folder or a hub id", group="model")
+    encoder_seed: int = option(0, "replaces {encoder_seed} in --encoder-files")
+    projector: str = option("avg2d", "a row of table 2a", PROJECTORS)
+    mixer: str = option("cross_attention", "a row of table 2c", MIXERS)
+    pooled_side: int = option(8, "side of a pooled frame in tokens, table 2b", least=1)
+    llm: str = option("llama2-7b", f"{', '.join(LLAMAS)}, a folder or a hub id")
     template: str = option(
-        "base", "prompt format of the LLM", sorted(data.TEMPLATES.keys() - {"caption"}), "model"
+        "base", "prompt format of the LLM", sorted(data.TEMPLATES.keys() - {"caption"})
     )
     from_: str | None = option(
-        None, "begin from this run, folder or released MERV; none: a new model", group="model"
+        None, "begin from this run, folder or released MERV; none: a new model"
     )
 
     data: str | None = option(
         None, "folder with stage1.json and stage2.json; miniature: drawn if missing", group="data"
     )
     tokenizer: str | None = option(
-        None, "tokenizer.model; none: that of the checkpoint or of the LLM", group="data"
+        None, "tokenizer.model; none: that of the checkpoint or of the LLM"
     )
-    held_out: str | None = option(None, "file of rows that are not trained on", group="data")
-    allow_outside: bool = option(
-        False, "follow paths and links that leave the data folder", group="data"
-    )
-    workers: int = option(2, "processes per rank that decode videos", group="data")
-    cache_features: str | None = option(None, "folder for pooled features", group="data")
-    max_bad: float = option(
-        0.01, "stop if 10 rows and more than this fraction cannot be used", group="data"
-    )
+    held_out: str | None = option(None, "file of rows that are not trained on")
+    allow_outside: bool = option(False, "follow paths and links that leave the data folder")
+    workers: int = option(2, "processes per rank that decode videos")
+    cache_features: str | None = option(None, "folder for pooled features")
+    max_bad: float = option(0.01, "stop if 10 rows and more than this fraction cannot be used")
 
-    recipe: str = option("frozen", "stages, and what each trains", RECIPES, "optimisation")
-    epochs: int = option(1, "passes over the data of each stage", group="optimisation", least=1)
-    max_steps: int | None = option(
-        None, "stop each stage after this many", group="optimisation", least=1
-    )
-    learning_rate: tuple[float, ...] = option(
-        (2e-5,), "peak, one for all stages or one each", group="optimisation"
-    )
+    recipe: str = option("frozen", "stages, and what each trains", RECIPES, group="optimisation")
+    epochs: int = option(1, "passes over the data of each stage", least=1)
+    max_steps: int | None = option(None, "stop each stage after this many", least=1)
+    learning_rate: tuple[float, ...] = option((2e-5,), "peak, one for all stages or one each")
     global_batch: tuple[int, ...] = option(
-        (128,),
-        "rows of a step, one number for all stages or one each",
-        group="optimisation",
-        least=1,
+        (128,), "rows of a step, one number for all stages or one each", least=1
     )
-    lora: int | None = option(
-        None, "rank of adapters; none: the LLM itself is trained", group="optimisation", least=1
-    )
-    lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank", group="optimisation")
-    optimizer: str = option(
-        "adamw", "muon: Muon for matrices of --muon-parts", OPTIMIZERS, "optimisation"
-    )
-    muon_parts: str = option(
-        "llm", "llm, or llm,projectors", ("llm", "llm,projectors"), "optimisation"
-    )
-    muon_learning_rate: float = option(0.01, "peak, with --optimizer muon", group="optimisation")
-    muon_weight_decay: float = option(0.0, "of the same matrices", group="optimisation")
-    warmup: float = option(
-        0.03, "fraction of the steps in which the learning rate rises", group="optimisation"
-    )
-    clip: float = option(1.0, "gradients are clipped to this norm", group="optimisation")
-    seed: int = option(0, "of new weights and of the order of the data", group="optimisation")
+    lora: int | None = option(None, "rank of adapters; none: the LLM itself is trained", least=1)
+    lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
+    optimizer: str = option("adamw", "muon: Muon for matrices of --muon-parts", OPTIMIZERS)
+    muon_parts: str = option("llm", "llm, or llm,projectors", ("llm", "llm,projectors"))
+    muon_learning_rate: float = option(0.01, "peak, with --optimizer muon")
+    muon_weight_decay: float = option(0.0, "of the same matrices")
+    warmup: float = option(0.03, "fraction of the steps in which the learning rate rises")
+    clip: float = option(1.0, "gradients are clipped to this norm")
+    seed: int = option(0, "of new weights and of the order of the data")
 
     micro_batch: int = option(
         4, "maximum rows that a process runs at once", group="machine", least=1
     )
-    device: str = option("auto", "auto: CUDA, if available", ("auto", "cuda", "cpu"), "machine")
-    dtype: str = option(
-        "auto", "to compute in; auto: bfloat16 on CUDA, else float32", DTYPES, "machine"
-    )
-    deterministic: bool = option(
-        False, "make runs on a GPU bit-identical too, but slower", group="machine"
-    )
-    activation_checkpointing: bool = option(
-        True, "recompute LLM layers: less memory, more work", group="machine"
-    )
+    device: str = option("auto", "auto: CUDA, if available", ("auto", "cuda", "cpu"))
+    dtype: str = option("auto", "to compute in; auto: bfloat16 on CUDA, else float32", DTYPES)
+    deterministic: bool = option(False, "make runs on a GPU bit-identical too, but slower")
+    activation_checkpointing: bool = option(True, "recompute LLM layers: less memory, more work")
     replicas: int = option(
-        1, "copies of the model, each sharded over its share of the GPUs", group="machine", least=1
+        1, "copies of the model, each sharded over its share of the GPUs", least=1
     )
     place_encoders: str = option(
-        "shard", "shard, copy (whole on each GPU), streams (a copy, in parallel)", PLACES, "machine"
+        "shard", "shard, copy (whole on each GPU), streams (a copy, in parallel)", PLACES
     )
 
     name: str = option("merv-frozen", "the run is runs/NAME, or NAME-2 ...", group="run")
-    resume: str | None = option(None, "resume this run, such as runs/NAME", group="run")
+    resume: str | None = option(None, "resume this run, such as runs/NAME")
     save_every: int | None = option(
-        500, "steps between saves; none: only at the end of a stage", group="run", least=1
+        500, "steps between saves; none: only at the end of a stage", least=1
     )
-    keep: int | None = option(2, "how many saves to keep; none: all", group="run", least=1)
+    keep: int | None = option(2, "how many saves to keep; none: all", least=1)
     held_out_every: int | None = option(
-        100, "steps between evaluations of the held-out rows", group="run", least=1
+        100, "steps between evaluations of the held-out rows", least=1
     )
-    evaluate: bool = option(False, "with --data miniature, then score test clips", group="run")
+    evaluate: bool = option(False, "with --data miniature, then score test clips")
 
     @property
     def uses_drawn_clips(self) -> bool:
@@ -458,24 +430,20 @@ def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype
             whole.update(encoder.parameters())
     model.encoder_streams = place_encoders == "streams"
     for layer in model.llm.layers:
-        cast_trained(layer.parameters(), dtype)
+        cast(layer.parameters(), dtype)
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     for name, parameter in model.named_parameters():
         if not name.startswith(("encoders.", "llm.layers.")):
-            cast_trained([parameter], dtype)
+            cast([parameter], dtype)
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
-def cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype, device: str = "cpu") -> None:
-    """Change parameters to a dtype; a mapped one gets memory of its own, unless it fits already."""
+def cast(parameters: Iterable[nn.Parameter], frozen: torch.dtype, device: str = "cpu") -> None:
+    """Change trained parameters to float32, frozen ones to the dtype `frozen`. A mapped one gets
+    memory of its own, unless it fits already."""
     for parameter in parameters:
+        dtype = torch.float32 if parameter.requires_grad else frozen
         parameter.data = parameter.data.to(device, dtype)
-
-
-def cast_trained(parameters: Iterable[nn.Parameter], frozen_dtype: torch.dtype) -> None:
-    """Change parameters to float32, but those of an LLM with adapters to `frozen_dtype`."""
-    for parameter in parameters:
-        cast([parameter], torch.float32 if parameter.requires_grad else frozen_dtype)
 
 
 # --------------------------------------------------------------------------------------------- data
@@ -483,15 +451,11 @@ def cast_trained(parameters: Iterable[nn.Parameter], frozen_dtype: torch.dtype) 
 
 def make_datasets(model: MERV, stage: Stage, config: TrainConfig, cache) -> ConcatDataset:
     """The files of a stage as one dataset."""
+    folder = small.FOLDER / "train" if config.uses_drawn_clips else Path(config.data)
     datasets = []
     for file, template in stage.files:
-        datasets.append(read_rows(model, data_folder(config) / file, template, config, cache))
+        datasets.append(read_rows(model, folder / file, template, config, cache))
     return concatenate(datasets)
-
-
-def data_folder(config: TrainConfig) -> Path:
-    """The folder of stage1.json and stage2.json."""
-    return small.FOLDER / "train" if config.uses_drawn_clips else Path(config.data)
 
 
 def read_rows(
@@ -548,9 +512,8 @@ def decode(files: list[Path], encoders: list) -> tuple[list[Path], dict]:
 
 
 def concatenate(datasets: list[data.ConversationDataset]) -> ConcatDataset:
-    """Several files as one dataset, with the fields that the sampler and a failure's dump read."""
+    """Several files as one dataset, with the fields that the sampler reads."""
     together = ConcatDataset(datasets)
-    together.rows = Rows.join(dataset.rows for dataset in datasets)
     together.lengths, together.modalities = [], []
     for dataset in datasets:
         together.lengths += dataset.lengths
@@ -608,24 +571,16 @@ def read_held_out(model: MERV, config: TrainConfig, cache) -> HeldOut | None:
         for reason in sorted({bad["reason"] for bad in batch.bad}):
             print(f"held-out rows: {reason}\nAnother row takes its place.", file=sys.stderr)
         batches.append(batch)
-    return HeldOut(dataset, batches, rows[:: max(1, len(rows) // 3)], encoders_are_sharded(config))
+    shown = rows[:: max(1, len(rows) // 3)]
+    return HeldOut(dataset, batches, shown, join=config.place_encoders == "shard")
 
 
 # ---------------------------------------------------------------------------------------- one stage
 
 
-def make_optimizers(
-    model: MERV,
-    stage: Stage,
-    muon_learning_rate: float | None = None,
-    muon_parts: str = "llm",
-    muon_weight_decay: float = 0.0,
-) -> list[torch.optim.Optimizer]:
-    """The optimizers of a stage: AdamW, and if muon_learning_rate is given, Muon for the matrices
-    of LLM layers (and of projectors, if named).
-
-    stage: what is trained, and AdamW's settings. muon_parts: "llm" or "llm,projectors".
-    muon_weight_decay: a step multiplies Muon's matrices by 1 - learning rate * this.
+def make_optimizers(model: MERV, stage: Stage, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """The optimizers of a stage: AdamW and, with --optimizer muon, Muon for the matrices of LLM
+    layers (and of projectors, if --muon-parts names them).
 
     All other parameters are frozen: they need neither gradient nor optimizer. Weight decay applies
     to matrices, but not to vectors (norms, biases, the query).
@@ -635,6 +590,7 @@ def make_optimizers(
     more with weight decay, by which the random weights fade (docs/train.md).
     """
     muon, matrices, vectors = [], [], []
+    use_muon = config.optimizer == "muon"
     for name, parameter in model.named_parameters():
         part = "adapters" if lora.is_adapter(name) else name.split(".")[0]
         parameter.requires_grad_(part in stage.trained)
@@ -642,7 +598,7 @@ def make_optimizers(
             continue
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif muon_learning_rate is not None and is_for_muon(name, parameter, muon_parts):
+        elif use_muon and is_for_muon(name, parameter, config.muon_parts):
             muon.append(parameter)
         else:
             matrices.append(parameter)
@@ -656,7 +612,7 @@ def make_optimizers(
     optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, **how)]
     if muon:
         # WHY muon_weight_decay is 0 by default: a pre-trained LLM would lose what it knows.
-        optimizers.append(Muon(muon, muon_learning_rate, muon_weight_decay))
+        optimizers.append(Muon(muon, config.muon_learning_rate, config.muon_weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
@@ -674,18 +630,6 @@ def is_for_muon(name: str, parameter: nn.Parameter, parts: str) -> bool:
     if name.startswith("projectors."):
         return "projectors" in parts
     return name.startswith("llm.layers.")
-
-
-def muon_settings(config: TrainConfig) -> dict:
-    """What `make_optimizers` is told about Muon; nothing if AdamW trains everything, as it did in
-    the paper and does by default at full size."""
-    if config.optimizer != "muon":
-        return {}
-    return {
-        "muon_learning_rate": config.muon_learning_rate,
-        "muon_parts": config.muon_parts,
-        "muon_weight_decay": config.muon_weight_decay,
-    }
 
 
 def refresh_dtypes(model: MERV) -> None:
@@ -723,32 +667,22 @@ class Counts:
 
     labels: int  # tokens that the loss covers
     text_tokens: int
+    visual_rows: int  # rows with a video or image
     bad: int  # rows that could not be used
     stop: int  # processes that have received SIGTERM
-    visual_rows: list[int]  # rows with a video or image, for each micro-batch
-    to_encode: list[int]  # of these, the rows without cached features, for each micro-batch
+    to_encode: list[int]  # rows whose clip the encoders must encode, for each micro-batch
 
 
 def count_over_processes(batches: list[data.Batch], stop: bool) -> Counts:
     """Sum the counts of the micro-batches of one step over all processes."""
     labels = sum(batch.num_labels for batch in batches)
     tokens = sum(sum(batch.lengths) for batch in batches)
+    visual = sum(len(batch.visual_rows) for batch in batches)
     bad = sum(len(batch.bad) for batch in batches)
-    visual_rows = [len(batch.visual_rows) for batch in batches]
     to_encode = [batch.num_to_encode for batch in batches]
-    counts = torch.tensor([labels, tokens, bad, int(stop), *visual_rows, *to_encode])
+    counts = torch.tensor([labels, tokens, visual, bad, int(stop), *to_encode])
     dist.all_reduce(counts)
-    all_labels, all_tokens, all_bad, all_stop, *per_batch = counts.tolist()
-    half = len(batches)
-    return Counts(all_labels, all_tokens, all_bad, all_stop, per_batch[:half], per_batch[half:])
-
-
-def encoders_are_sharded(config: TrainConfig) -> bool:
-    """Whether all processes gather the encoders together, so that they run on all or on none.
-
-    A process with text only, or with cached features, must then join in when another has pixels.
-    """
-    return config.place_encoders == "shard"
+    return Counts(*counts[:5].tolist(), to_encode=counts[5:].tolist())
 
 
 def forward_backward(
@@ -763,8 +697,9 @@ def forward_backward(
     total, mixing = torch.zeros((), device=model.device), []
     last = len(batches) - 1
     for number, batch in enumerate(batches):
-        # One process may have text or cached features while another has clips to encode.
-        join = encoders_are_sharded(config) and counts.to_encode[number] > 0
+        # Sharded encoders are gathered by all processes together, so all run them if one has clips
+        # to encode, even one with text or cached features.
+        join = config.place_encoders == "shard" and counts.to_encode[number] > 0
         if config.replicas > 1:
             model.set_requires_all_reduce(number == last)  # replicas add up once per step
         loss, mixing_weights_be = model(batch.to(model.device), join=join)
@@ -800,7 +735,7 @@ def train_stage(model: MERV, stage: Stage, dataset, held_out, run: Run, steps_do
     config, rank = run.config, dist.get_rank()
 
     # 1. Choose what is trained, and how. Each stage has new optimizers, without old moments.
-    optimizers = make_optimizers(model, stage, **muon_settings(config))
+    optimizers = make_optimizers(model, stage, config)
     refresh_dtypes(model)
     model.train()
 
@@ -809,7 +744,7 @@ def train_stage(model: MERV, stage: Stage, dataset, held_out, run: Run, steps_do
     order, accumulation, steps = order_data(dataset, stage, config)
     start = min(steps, max(0, run.done - steps_done))
     order = order[start * accumulation : steps * accumulation]
-    loader = load_in_order(dataset, order, config.workers)
+    loader = iter(LoadAhead(dataset, config.workers, data.collate, batch_sampler=order))
     run.seen += start * stage.global_batch
     if steps_done < run.done <= steps_done + steps:
         runs.load_state(model, optimizers, run)
@@ -854,16 +789,13 @@ def train_stage(model: MERV, stage: Stage, dataset, held_out, run: Run, steps_do
     return steps_done + steps
 
 
-def load_in_order(dataset: ConcatDataset, order: list[list[int]], workers: int) -> Iterator:
-    """Batches of the rows in `order`, read ahead by other processes."""
-    return iter(LoadAhead(dataset, workers, data.collate, batch_sampler=order))
-
-
 def rows_of(dataset: ConcatDataset, order: list[list[int]], first: int, count: int) -> list[dict]:
     """The rows of `count` micro-batches from `first`, as they stand in the file."""
     rows = []
-    for indices in order[first : first + count]:
-        rows += [dataset.rows[index] for index in indices]
+    ends = dataset.cumulative_sizes  # where each file's rows end
+    for index in chain.from_iterable(order[first : first + count]):
+        part = bisect_right(ends, index)
+        rows.append(dataset.datasets[part].rows[index - ends[part]])  # counted from its end
     return rows
 
 
@@ -872,7 +804,7 @@ def speed(model: MERV, counts: Counts, waited: float, seconds: float) -> dict[st
 
     waited: how many of these seconds the step waited for data; more --workers shorten them.
     """
-    tokens = counts.text_tokens + sum(counts.visual_rows) * model.config.num_visual
+    tokens = counts.text_tokens + counts.visual_rows * model.config.num_visual
     return {
         "tokens_per_second": tokens / seconds,
         "data_wait": waited / seconds,

@@ -34,16 +34,16 @@ class LessonConfig:
     command: tuple[str, ...] = option((), "figures, page RUN VIDEO, or check N")
     checkpoint: str | None = option(None, "a run, a folder or a released name; none: latest run")
     video: str | None = option(None, "the clip to draw; none: the first one of --data")
+    claims: str = option("runs/claims", "runs of `python -m miniature claims`, for figures 6, 10")
+    output: str | None = option(None, "folder of the figures or file of the page")
     ask: tuple[str, ...] = option(
         ("What happens?", "How many objects are there?"), "questions about the clip", group="clip"
     )
-    data: str | None = option("data/miniature/test", "folder of a benchmark, or none", group="clip")
-    benchmark: str = option("miniature-open", "the benchmark", group="clip")
-    clips: int = option(60, "clips of the benchmark, for figures 5 and 6", group="clip", least=1)
-    claims: str = option("runs/claims", "runs of `python -m miniature claims`, for figures 6, 10")
-    output: str | None = option(None, "folder of the figures or file of the page")
+    data: str | None = option("data/miniature/test", "folder of a benchmark, or none")
+    benchmark: str = option("miniature-open", "the benchmark")
+    clips: int = option(60, "clips of the benchmark, for figures 5 and 6", least=1)
     device: str = option("auto", "auto, cuda, mps or cpu", group="machine")
-    dtype: str = option("auto", "to compute in", DTYPES, group="machine")
+    dtype: str = option("auto", "to compute in", DTYPES)
 
 
 def open_lab(config: LessonConfig, run: str | Path, video: str | Path) -> figures.Lab:

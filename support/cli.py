@@ -38,14 +38,14 @@ def option(
     default: object,
     text: str,
     choices: Iterable[str] | None = None,
-    group: str = "options",
+    group: str | None = None,
     least: float = 0,
 ):
     """Declare a command-line option as a field of a dataclass.
 
-    text: what `--help` says. choices: the values that are allowed. group: its heading in `--help`.
-    least: the smallest number that is allowed. A field whose default is () collects the arguments
-    without a name.
+    text: what `--help` says. choices: the values that are allowed. group: the heading in `--help`
+    that begins with this option; None: the heading of the option before it. least: the smallest
+    number that is allowed. A field whose default is () collects the arguments without a name.
     """
     about = {"help": text, "choices": choices, "group": group, "positional": default == ()}
     return field(default=default, metadata=about | {"least": least})
@@ -88,9 +88,10 @@ def make_parser(cls: type, description: str, preset: object) -> argparse.Argumen
     """An argument parser with one option for each field, in groups, showing the preset's values."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     hints = typing.get_type_hints(cls)
-    groups = {"options": parser}  # argparse has a group of this name, with --help
+    title = "options"
+    groups = {title: parser}  # argparse has a group of this name, with --help
     for f in fields(cls):
-        title = f.metadata["group"]
+        title = f.metadata["group"] or title
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         default = getattr(preset, f.name)

@@ -160,16 +160,6 @@ class Rows(Sequence):
         self.text = np.frombuffer(text, dtype=np.uint8)
         self.ends = np.array(ends, dtype=np.int64)
 
-    @classmethod
-    def join(cls, parts: Iterable[Rows]) -> Rows:
-        """The rows of several files, one after the other."""
-        joined = cls([])
-        for part in parts:
-            shifted = part.ends + len(joined.text)
-            joined.ends = np.concatenate([joined.ends, shifted])
-            joined.text = np.concatenate([joined.text, part.text])
-        return joined
-
     def __len__(self) -> int:
         return len(self.ends)
 

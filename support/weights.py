@@ -50,7 +50,7 @@ def find_file(source: str | Path, names: tuple[str, ...], required: bool = True)
     if path.is_dir():
         existing = [path / name for name in names if (path / name).is_file()]
         found = existing[0] if existing else None
-    elif re.fullmatch(HUB_ID, str(source)):
+    elif path.suffix != ".safetensors" and re.fullmatch(HUB_ID, str(source)):
         found = download(str(source), names)
     if found is None and required:
         what = f"Found no {' or '.join(names)} at {source}."

@@ -73,7 +73,7 @@ def make_step(model: MERV, stage: train.Stage, batch: Batch) -> Callable[[], Non
     """Shard a model as train.py does; a function that takes one step on the batch."""
     model.llm.activation_checkpointing = True
     train.shard(model, train.make_mesh("cuda", 1), "shard", torch.bfloat16)
-    optimizers = train.make_optimizers(model, stage)
+    optimizers = train.make_optimizers(model, stage, train.TrainConfig())
     model.train()
 
     def step() -> None:
@@ -163,7 +163,7 @@ def measure_placement(place: str) -> dict:
     config = replace(FULL, llm=replace(FULL.llm, num_layers=2))
     model = build(config, torch.float32, "cuda")
     train.shard(model, train.make_mesh("cuda", 1), place, torch.bfloat16)
-    train.make_optimizers(model, train.RECIPES["frozen"][0])
+    train.make_optimizers(model, train.RECIPES["frozen"][0], train.TrainConfig())
     batch = one_batch(model.train(), "cuda")
     for _ in range(2):
         model(batch)[0].backward()

@@ -246,6 +246,21 @@ def test_likelihoods_are_those_of_the_whole_sequence_without_a_cache(model, shor
             assert value == pytest.approx(float(expected[first]), abs=1e-4)
 
 
+@torch.no_grad()
+def test_letters_that_a_tokenizer_spells_are_told_apart(model):
+    """Without a token for a letter, all options begin with the token of a space. Their scores were
+    equal, so the answer was always A."""
+    letters = ["Q", "W", "X"]
+    ids = [model.tokenizer.encode(letter) for letter in letters]
+    assert len({first for first, _ in ids}) == 1
+    (log_p,) = model.likelihoods(None, ["x"], [letters])
+    before, _ = tokenize(render_prompt(talk("x"), TEMPLATES["base"], False), model.tokenizer)
+    logits = model.llm(torch.tensor([[*before, ids[0][0]]]))[0, -1]
+    expected = logits.log_softmax(-1)[[second for _, second in ids]]
+    torch.testing.assert_close(log_p, expected, rtol=1e-4, atol=1e-4)
+    assert len(set(log_p.tolist())) == 3
+
+
 def test_a_video_is_encoded_once_for_all_its_likelihoods(model, short_clip, encoder_calls):
     """Scores of several questions together equal those of each alone."""
     options = [["red", "left"]] * 3

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_merv import QUESTIONS, TINY, random_pixels
 
 from merv import MERV, MERVS
+from support import weights
 from support.errors import CheckpointError, UserError
 from support.features import FeatureCache
 from support.video import sample_indices
@@ -127,6 +128,15 @@ def test_all_misfits_are_listed_in_one_error(saved, tmp_path, file):
     assert "unexpected surprise" in lines
     assert str(folder) in str(caught.value)
     assert "Fix: " in str(caught.value)
+
+
+def test_a_missing_encoder_is_not_looked_for_on_the_hub(saved, tmp_path, monkeypatch):
+    """encoders/NAME.safetensors also has the form of a hub id, which a stranger could register."""
+    folder = shutil.copytree(saved, tmp_path / "incomplete")
+    (folder / "encoders" / f"{TINY.encoders[0].name}.safetensors").unlink()
+    monkeypatch.setattr(weights, "download", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(CheckpointError, match=r"Found no .* at encoders/"):
+        MERV.from_pretrained(folder)
 
 
 def test_a_damaged_file_is_a_checkpoint_error(saved, tmp_path):

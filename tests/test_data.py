@@ -120,6 +120,17 @@ def test_show_prints_half_an_emoji_as_a_replacement(mixed_folder, llama2_tokeniz
     assert "row 0  id \N{REPLACEMENT CHARACTER}" in done.stdout
 
 
+def test_a_malformed_first_row_does_not_stop_the_check(mixed_folder, llama2_tokenizer, tmp_path):
+    """--show cannot print it; --check lists it, and the rows of every other file."""
+    rows = json.loads((mixed_folder / "rows.json").read_text())
+    malformed = [{"id": "7", "conversations": [{"from": "human"}]}, *rows]
+    for stage in ("stage1.json", "stage2.json"):
+        (tmp_path / stage).write_text(json.dumps(malformed))
+    done = look_at(tmp_path, "--check", "--show", 1, "--tokenizer", llama2_tokenizer.path)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert done.stdout.count("row 0  id 7") == 2
+
+
 def test_a_command_without_a_folder_asks_for_one():
     done = look_at("--check")
     assert done.returncode != 0 and "Which folder?" in done.stderr

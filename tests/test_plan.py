@@ -126,7 +126,7 @@ for parameter in model.parameters():
     torch.nn.init.normal_(parameter, std=0.02)
 model.llm.activation_checkpointing = config.activation_checkpointing
 train.shard(model, train.make_mesh("cpu", 1), config.place_encoders, torch.float32)
-optimizers = train.make_optimizers(model, stage)
+optimizers = train.make_optimizers(model, stage, cost.training_options(config))
 pixels = {{e.name: torch.rand(b, e.num_frames, 3, e.image_size, e.image_size)
           for e in what.encoders}}
 rows, places = torch.arange(b).repeat_interleave(s // 2), torch.arange(s // 2, s).repeat(b)

@@ -70,6 +70,15 @@ def test_an_authors_checkpoint_loads_exactly(small, tmp_path, shared_folder):
     assert torch.equal(loaded.mixer.query, folded)
 
 
+def test_a_local_folder_goes_before_a_released_name(small, tmp_path, shared_folder, monkeypatch):
+    """`hf download tyleryzhu/merv --local-dir .` makes a folder merv-frozen."""
+    monkeypatch.chdir(tmp_path)
+    _, sources = write_checkpoint(tmp_path / "merv-frozen", small, list(AUTHORS_ENCODERS))
+    tokenizer = shared_folder / "data" / "llama2_tokenizer.model"
+    loaded = MERV.from_pretrained("merv-frozen", tokenizer=tokenizer, sources=sources)
+    assert tuple(loaded.encoders) == FOUR
+
+
 def test_an_older_single_encoder_checkpoint_loads(small, tmp_path, shared_folder):
     """Older files call the part `projector`, number nothing, and have no fusion."""
     model, sources = write_checkpoint(tmp_path, small, [list(AUTHORS_ENCODERS)[1]], old_names=True)

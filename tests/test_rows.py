@@ -27,12 +27,6 @@ def test_rows_come_back_as_they_were():
         rows[3]
 
 
-def test_files_are_joined_in_order():
-    """The offsets of a later file move behind those of the earlier ones."""
-    joined = Rows.join([Rows(ROWS), Rows([]), Rows([{"id": 1}])])
-    assert list(joined) == [*ROWS, {"id": 1}]
-
-
 @pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc").exists(), reason="Linux only")
 def test_a_worker_that_reads_all_rows_copies_none():
     """Python writes to an object's count of references when it reads it, so a forked process gets

@@ -353,7 +353,7 @@ def test_muon_leaves_adapters_to_adamw(workplace):  # noqa: F811
     config = replace(config, encoder_files=None)
     model = train.make_model(config)
     (stage,) = train.stages_of(config)
-    adamw, muon = train.make_optimizers(model, stage, **train.muon_settings(config))
+    adamw, muon = train.make_optimizers(model, stage, config)
     names = [name for name, p in model.named_parameters() if p.requires_grad]
     theirs = {id(p) for p in muon.param_groups[0]["params"]}
     assert theirs == {id(e.linear.weight) for e in model.projectors.values()}

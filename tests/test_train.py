@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import xml.etree.ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from miniature import preset
 from miniature.world import write_world
 from support import processes
 from support.features import FeatureCache
+from support.processes import LoadAhead
 from support.video import load_video
 from train import TrainConfig
 
@@ -313,7 +315,8 @@ class Texts:
 def test_workers_leave_sigterm_to_the_main_process():
     """SLURM sends it to all processes of a job. A worker that died would end the run unsaved."""
     others = multiprocessing.active_children()  # left by other tests
-    loader = train.load_in_order(Texts(), [[row] for row in range(40)], workers=2)
+    order = [[row] for row in range(40)]
+    loader = iter(LoadAhead(Texts(), 2, train.data.collate, batch_sampler=order))
     rows = [next(loader).input_ids[0, 1].item() - 2 for _ in range(2)]  # both have started
     workers = [each for each in multiprocessing.active_children() if each not in others]
     assert len(workers) == 2
@@ -346,7 +349,8 @@ def test_vectors_do_not_decay(workplace):
     tokenizer = Tokenizer(workplace / "data" / "miniature" / "tokenizer.model")
     model = MERV.create(MERVS["miniature"], tokenizer)
     (stage,) = train.RECIPES["frozen"]
-    (adamw,) = train.make_optimizers(model, stage)
+    adamw_only, muon_too = TrainConfig(), TrainConfig(optimizer="muon")
+    (adamw,) = train.make_optimizers(model, stage, adamw_only)
     matrices, vectors = adamw.param_groups
     assert matrices["weight_decay"] == 0.1 and vectors["weight_decay"] == 0
     assert all(parameter.ndim >= 2 for parameter in matrices["params"])
@@ -354,13 +358,14 @@ def test_vectors_do_not_decay(workplace):
     trained = [p for group in (matrices, vectors) for p in group["params"]]
     assert {id(p) for p in trained} == {id(p) for p in model.parameters() if p.requires_grad}
     assert not {id(p) for p in trained} & {id(p) for p in model.encoders.parameters()}
-    smaller, muon = train.make_optimizers(model, stage, 0.01)
+    smaller, muon = train.make_optimizers(model, stage, muon_too)
     inner = {id(p) for p in model.llm.layers.parameters() if p.ndim == 2}
     assert {id(p) for p in muon.param_groups[0]["params"]} == inner
     assert sum(len(group["params"]) for group in smaller.param_groups) == len(trained) - len(inner)
     assert muon.param_groups[0]["weight_decay"] == 0
     model.projectors.queries = torch.nn.Parameter(torch.zeros(2, 3))  # as of projector attn2d
-    _, muon = train.make_optimizers(model, stage, 0.01, "llm,projectors", 0.5)
+    muon_too = replace(muon_too, muon_parts="llm,projectors", muon_weight_decay=0.5)
+    _, muon = train.make_optimizers(model, stage, muon_too)
     assert muon.param_groups[0]["weight_decay"] == 0.5
     linears = [projector.linear.weight for projector in model.projectors.values()]
     inner |= {id(weight) for weight in linears}
@@ -460,9 +465,11 @@ def test_mixed_has_the_rows_of_both_stages_each_in_its_own_form(workplace):
         for file, template in stage.files
     )
     mixed = train.concatenate([captions, instructions])
-    assert len(mixed) == 14 + 18 == len(mixed.rows) == len(mixed.lengths) == len(mixed.modalities)
+    assert len(mixed) == 14 + 18 == len(mixed.lengths) == len(mixed.modalities)
     assert (mixed[0].labels != -100).sum() == len(mixed[0].input_ids) - 1  # all but BOS
-    assert mixed.rows[14] == instructions.rows[0]
+    assert train.rows_of(mixed, [[13, 14], [31, 0]], 0, 2) == [
+        captions.rows[13], instructions.rows[0], instructions.rows[17], captions.rows[0]
+    ]  # fmt: skip
     asked = tokenizer.decode(mixed[14].input_ids[mixed[14].labels == -100].tolist())
     assert asked.startswith("In: ") and asked.endswith("Out:")
     assert stage.learning_rate == 2e-5 and stage.global_batch == 128
