@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
-from functools import cache
 
 from support.benchmarks import LETTERS
 
@@ -30,45 +28,6 @@ LINK = (
 )
 
 
-@dataclass(frozen=True)
-class Patterns:
-    """Regular expressions for the letters of a question; the last group of a match is the letter.
-
-    In a sentence, "A" and "I" are often an article or a pronoun ("A man", "I think"). Only
-    `capital` takes these for letters, too.
-    """
-
-    capital: str  # "B"
-    letter: str  # "B", "b", "(B"
-    bracketed: str  # "(B)"
-    label: str  # "B.", "(b) blue", "B because" at the start of a line, but not "B movies"
-    further: str  # " or C", ", perhaps option C", " (C)" right after a letter
-
-
-@cache
-def patterns_for(letters: str) -> Patterns:
-    """The patterns of a question whose options have these letters."""
-    capital = rf"{NOT_WRONG}[{letters}](?!\w)"
-    upper = rf"(?![AI]\s+(?!{NO_NOUN})[a-z]){capital}"
-    small = rf"{NOT_WRONG}[{letters.lower()}](?![\w'’-])"
-    lower = rf"{small}(?:(?<![ai])|(?=\s*(?:[).,:;!]|$|{NO_NOUN})))"  # "a" and "i" end a phrase
-    letter = rf"\(?({upper}|{lower})"
-
-    before_no_noun = rf"\s(?!\s*(?!{NO_NOUN})[a-z])"
-    label = rf"^(?:\(?({upper})(?:[.:),;!。]|{before_no_noun}|$)|\(?({small})[.:)](?:\s|$))"
-
-    joining = r"[.:)]?\s*(?:[,;/&]?\s*\b(?i:or|and|as\s+well\s+as)\b|[,;/&]"
-    joining += rf"|(?=\(?[{LETTERS}][.:)]))"  # one label after another: "(A) (B)"
-    perhaps = r"(?:(?:maybe|perhaps|possibly|option|choice)\s+)*"
-    return Patterns(
-        capital=rf"({capital})",
-        letter=letter,
-        bracketed=rf"\(\s*({upper}|{lower})\s*\)",
-        label=label,
-        further=rf"{joining}\s*{perhaps}{letter}",
-    )
-
-
 def named_letters(reply: str, options: tuple[str, ...]) -> list[set[str]]:
     """The letters that a reply names as its choice, in three sets, the most telling one first.
 
@@ -79,17 +38,40 @@ def named_letters(reply: str, options: tuple[str, ...]) -> list[set[str]]:
     if re.fullmatch(rf"(?:\W*\b[{letters}]\b){{2,}}\W*", reply):  # "A; B" or "A B C D"
         return [set(re.findall(r"\w", reply))]
 
-    known = patterns_for(letters)
-    answer = find(rf"\b(?i:answer{LINK}){known.letter}", reply, known)
+    # In a sentence, "A" and "I" are often an article or a pronoun ("A man", "I think"). Only
+    # `capital` takes these for letters, too.
+    capital = rf"{NOT_WRONG}[{letters}](?!\w)"  # "B"
+    upper = rf"(?![AI]\s+(?!{NO_NOUN})[a-z]){capital}"
+    small = rf"{NOT_WRONG}[{letters.lower()}](?![\w'’-])"
+    lower = rf"{small}(?:(?<![ai])|(?=\s*(?:[).,:;!]|$|{NO_NOUN})))"  # "a" and "i" end a phrase
+    letter = rf"\(?({upper}|{lower})"  # "B", "b", "(B"
+    # "B.", "(b) blue", "B because" at the start of a line, but not "B movies"
+    before_no_noun = rf"\s(?!\s*(?!{NO_NOUN})[a-z])"
+    label = rf"^(?:\(?({upper})(?:[.:),;!。]|{before_no_noun}|$)|\(?({small})[.:)](?:\s|$))"
+    # " or C", ", perhaps option C", " (C)" right after a letter
+    joining = r"[.:)]?\s*(?:[,;/&]?\s*\b(?i:or|and|as\s+well\s+as)\b|[,;/&]"
+    joining += rf"|(?=\(?[{LETTERS}][.:)]))"  # one label after another: "(A) (B)"
+    perhaps = r"(?:(?:maybe|perhaps|possibly|option|choice)\s+)*"
+    further = re.compile(rf"{joining}\s*{perhaps}{letter}")
+
+    def find(pattern: str, text: str) -> set[str]:
+        """The letters of all matches, and those joined to them: "B or C" -> {"B", "C"}."""
+        found = set()
+        for match in re.finditer(pattern, text):
+            while match:
+                found.add(match[match.lastindex].upper())
+                match = further.match(text, match.end(match.lastindex))
+        return found
+
+    answer = find(rf"\b(?i:answer{LINK}){letter}", reply)
     for line in reply.split("\n"):  # a reply may repeat the options, one a line
-        labels = find(known.label, line.strip(), known)
+        labels = find(label, line.strip())
         answer |= labels
         if not labels:
             break
-    choice = find(rf"{NOT_DENIED}\b(?i:(?:option|choice){LINK}){known.letter}", reply, known)
-    # "option A red"
-    choice |= find(rf"{NOT_DENIED}\b(?i:option|choice)\s+\(?{known.capital}", reply, known)
-    return [answer, choice, find(NOT_DENIED + known.bracketed, reply, known)]
+    choice = find(rf"{NOT_DENIED}\b(?i:(?:option|choice){LINK}){letter}", reply)
+    choice |= find(rf"{NOT_DENIED}\b(?i:option|choice)\s+\(?({capital})", reply)  # "option A red"
+    return [answer, choice, find(rf"{NOT_DENIED}\(\s*({upper}|{lower})\s*\)", reply)]
 
 
 def tidy(reply: str, options: tuple[str, ...]) -> str:
@@ -104,14 +86,3 @@ def tidy(reply: str, options: tuple[str, ...]) -> str:
         reply = re.sub(rf"\b{letter} (?={words}\W*$)", f"{letter}: ", reply)  # "A red" -> "A: red"
         reply = re.sub(rf"(\b{letter}[.:)])\s*{words}(?!\w)", r"\1", reply)  # "A. red" -> "A."
     return reply
-
-
-def find(pattern: str, text: str, known: Patterns) -> set[str]:
-    """The letters of all matches, and those joined to them: "B or C" -> {"B", "C"}."""
-    further = re.compile(known.further)
-    found = set()
-    for match in re.finditer(pattern, text):
-        while match:
-            found.add(match[match.lastindex].upper())
-            match = further.match(text, match.end(match.lastindex))
-    return found

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import pickle
-import re
 import reprlib
 import shutil
 import subprocess
@@ -31,6 +31,7 @@ from support import files
 from support.cli import allows, option_name, show
 from support.errors import CheckpointError, DataError, UserError
 from support.records import Record, as_record, clean, parse_json, read_object
+from support.templates import read_template
 from support.weights import find_file
 
 ROOT = Path(__file__).parents[1]
@@ -130,11 +131,7 @@ def has_ended(folder: Path) -> bool:
 
 def numbered_saves(folder: Path) -> list[Path]:
     """The folders of eight digits in saves/, the oldest first. Other names are left alone."""
-    found = []
-    for save in (folder / "saves").glob("*"):
-        if re.fullmatch("[0-9]{8}", save.name):
-            found.append(save)
-    return sorted(found)
+    return sorted(folder.glob("saves/" + 8 * "[0-9]"))
 
 
 def saves_of(folder: Path) -> list[Path]:
@@ -184,13 +181,10 @@ def fault_of(save: Path) -> str:
         hashes = read_object(there[HASHES]).values
     except DataError:
         return f"{HASHES} has changed"
-    for name in hashes:
-        if name not in there:
-            return f"{name} is missing"
-    names = [name for name in there if name in hashes]
-    for name, found in hash_files([there[name] for name in names]).items():
-        if hashes[name] != found:
-            return f"{name} has changed"
+    found = hash_files([there[name] for name in hashes if name in there])
+    for name, wanted in hashes.items():
+        if found.get(name) != wanted:
+            return f"{name} is missing or has changed"
     return ""
 
 
@@ -288,7 +282,7 @@ def saved_options(folder: str, cls: type, preset: Callable):
     try:
         options = asdict(preset(saved["model"], saved["recipe"]))
         if "muon_lr" in saved:
-            options |= translate_legacy(saved)
+            saved = translate_legacy(saved)
     except (KeyError, TypeError) as error:
         why = f"it is of another program or version: {error!r}."
         raise UserError(f"{file} does not describe a run.", why, fix) from error
@@ -297,9 +291,7 @@ def saved_options(folder: str, cls: type, preset: Callable):
     saved.setdefault("muon_weight_decay", 0.0)
     for field in fields(cls):
         # An option that is younger than the run has its usual value.
-        value = options[field.name]
-        if "muon_lr" not in saved:
-            value = saved.get(field.name, value)
+        value = saved.get(field.name, options[field.name])
         if isinstance(value, list):
             value = tuple(value)
         if not allows(field, value):
@@ -312,28 +304,22 @@ def saved_options(folder: str, cls: type, preset: Callable):
 def translate_legacy(saved: dict) -> dict:
     """Options as commit 07e06b2 wrote them -> today's. Where they said 0, -1 or "" for the usual
     value, the preset has it, and the option is left out here."""
-    kept = ["model", "recipe", "projector", "mixer", "data", "name", "epochs", "micro_batch"]
-    kept += ["warmup", "clip", "seed", "encoder_seed", "workers", "replicas", "place_encoders"]
-    kept += ["max_bad", "evaluate", "device"]
-    options = {name: saved[name] for name in kept}
-    for name in ("encoders", "pooled_side", "tokenizer"):
-        if saved[name]:
-            options[name] = saved[name]
-        elif name == "pooled_side" and saved["model"] == "miniature":
-            options[name] = 2  # as it was then
+    options = dict(saved)
+    for name in ("encoders", "pooled_side", "tokenizer", "lr", "global_batch", "resume"):
+        if not saved[name]:
+            del options[name]
+    if saved["model"] == "miniature":
+        options.setdefault("pooled_side", 2)  # as it was then
     for name in ("max_steps", "save_every", "keep"):
         options[name] = saved[name] or None
-    if saved["lr"]:
+    if "lr" in options:
         options["learning_rate"] = (saved["lr"],)
-    if saved["global_batch"]:
+    if "global_batch" in options:
         options["global_batch"] = (saved["global_batch"],)
     options["optimizer"] = "adamw"
     if saved["muon_lr"] > 0:
         options["optimizer"] = "muon"
         options["muon_learning_rate"] = saved["muon_lr"]
-        options["muon_parts"] = "llm"
-        options["muon_weight_decay"] = 0.0
-    options["cache_features"] = saved["cache_features"]
     if saved["cache_features"] == "none":
         options["cache_features"] = None
     options["held_out"] = None  # did not exist
@@ -560,10 +546,7 @@ def report_bad(batches: list, total: int, run: Run, step: int) -> None:
     dist.all_gather_object(records, mine)
     file = run.folder / "bad_examples.jsonl"
     if dist.get_rank() == 0:
-        with files.writing(file), file.open("a") as lines:
-            for rows in records:
-                for row in rows:
-                    lines.write(json.dumps(row) + "\n")
+        files.append_lines(file, *itertools.chain.from_iterable(records))
     run.bad += total
     if run.bad >= 10 and run.bad > run.config.max_bad * run.seen:
         what = f"{run.bad} of the {run.seen} rows so far could not be used."
@@ -587,7 +570,6 @@ def dump_and_raise(model, batches: list, rows: list, run: Run, number: int, what
 
 # ----------------------------------------------------------------------------------- the loss curve
 
-WIDTH, HEIGHT, MARGIN = 640, 300, 45  # pixels; the margin holds ticks and labels
 BETA = 0.95  # of the running average: about the last 20 steps
 
 
@@ -602,52 +584,20 @@ def running_average(losses: list[float]) -> list[float]:
 
 
 def draw_loss(folder: Path) -> None:
-    """Write loss.svg: loss of each step (grey), running average (red), held-out loss (blue)."""
-    steps, losses, held_steps, held_losses = [], [], [], []
+    """Write loss.svg: loss of each step, running average, held-out loss. loss.jinja draws it."""
+    each_step, held_out = [], []
     for _, metrics in read_log(folder / "metrics.jsonl"):
-        steps.append(metrics.number("step"))
-        losses.append(metrics.number("loss"))
-        held_out = metrics.number("held_out_loss")
-        if held_out is not None:
-            held_steps.append(steps[-1])
-            held_losses.append(held_out)
-    if not steps:
+        step = metrics.number("step")
+        each_step.append((step, metrics.number("loss")))
+        held_out_loss = metrics.number("held_out_loss")
+        if held_out_loss is not None:
+            held_out.append((step, held_out_loss))
+    if not each_step:
         return
-    top = max(losses + held_losses) or 1  # 0 if no row has a label
-    last = max(steps) or 1
-
-    def x_of(step: float) -> float:
-        return MARGIN + (WIDTH - 2 * MARGIN) * step / last
-
-    def y_of(loss: float) -> float:
-        return HEIGHT - MARGIN - (HEIGHT - 2 * MARGIN) * loss / top
-
-    def curve(at: list[int], values: list[float], colour: str) -> str:
-        points = []
-        for step, value in zip(at, values, strict=True):
-            points.append(f"{x_of(step):.1f},{y_of(value):.1f}")
-        return f'<polyline fill="none" stroke="{colour}" points="{" ".join(points)}"/>'
-
-    def text(x: float, y: float, words: str, anchor: str = "middle", colour: str = "#666") -> str:
-        return (
-            f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}" fill="{colour}">{words}</text>'
-        )
-
-    style = 'font-family="sans-serif" font-size="12"'
-    shapes = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" {style}>']
-    for quarter in range(5):
-        step, loss = last * quarter / 4, top * quarter / 4
-        shapes.append(text(x_of(step), HEIGHT - MARGIN + 16, f"{step:.0f}"))
-        shapes.append(text(MARGIN - 6, y_of(loss) + 4, f"{loss:.2f}", "end"))
-        line = f'x1="{MARGIN}" x2="{WIDTH - MARGIN}" y1="{y_of(loss):.1f}" y2="{y_of(loss):.1f}"'
-        shapes.append(f'<line {line} stroke="#eee"/>')
-    shapes.append(curve(steps, losses, "#bbb"))
-    shapes.append(curve(steps, running_average(losses), "#c33"))
-    shapes.append(text(MARGIN, 16, "loss, nats per token", "start"))
-    shapes.append(text(WIDTH - MARGIN, 16, "each step", "end", "#999"))
-    shapes.append(text(WIDTH - MARGIN, 30, "running average", "end", "#c33"))
-    if held_losses:
-        shapes.append(curve(held_steps, held_losses, "#36c"))
-        shapes.append(text(WIDTH - MARGIN, 44, "held-out rows", "end", "#36c"))
-    shapes.append(text(WIDTH / 2, HEIGHT - 8, "step"))
-    files.write_file(folder / "loss.svg", "\n".join([*shapes, "</svg>\n"]))
+    steps, losses = zip(*each_step, strict=True)
+    average = list(zip(steps, running_average(losses), strict=True))
+    curves = {"each step": each_step, "running average": average}
+    if held_out:
+        curves["held-out rows"] = held_out
+    template = read_template(Path(__file__).with_name("loss.jinja"))
+    files.write_file(folder / "loss.svg", template.render(curves=curves).strip() + "\n")

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from support.errors import UserError, VideoError
@@ -144,7 +143,7 @@ def _load(path: Path, span: Span, fps: float | None, keep: Keep) -> list:
     if path.is_dir():
         return _load_folder(path, span, fps, keep)
     _check_file(path)
-    picture = _open_picture(path)
+    picture = open_picture(path)
     if picture is None:
         return load_film(path, span.pick, keep)
     with picture:
@@ -169,18 +168,11 @@ def is_still(path: str | Path) -> bool:
     if os.path.isdir(path):
         return False
     _check_file(path)
-    picture = _open_picture(path)
+    picture = open_picture(path)
     if picture is None:
         return False
     with picture:
         return len(frame_numbers(picture)) == 1
-
-
-def _open_picture(path: Path) -> Image.Image | None:
-    """Open a picture; None if the file is a video, such as a row of JPEG pictures (MJPEG)."""
-    if path.suffix.lower() in (".mjpeg", ".mjpg"):
-        return None
-    return open_picture(path)
 
 
 def _check_file(path: Path) -> None:
