@@ -34,9 +34,9 @@ from merv import MERV
 from support import cli
 from support.benchmarks import BENCHMARKS, FPS, LETTERS, Question, list_videos, load_questions
 from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype, progress
-from support.errors import UserError, VideoError
+from support.errors import DataError, UserError, VideoError
 from support.files import Journal, write_file
-from support.judge import Judge, judge_answers
+from support.judge import Judge, judge_answers, keep_verdicts
 from support.processes import LoadAhead, cores_left_to, end_with_torchrun
 from support.replies import named_letters
 from support.report import read_result, result_files, write_report
@@ -129,9 +129,10 @@ def evaluate(
     rank = int(os.environ.get("RANK", 0))
     num_processes = int(os.environ.get("WORLD_SIZE", 1))
     questions = load_questions(name, folder)
+    require_room(model, questions, config)
     settings = {
         "benchmark": name,
-        "data": str(folder),
+        "data": str(Path(folder)),
         "weights": trained_digest(model),  # the key that older journals have
         "max_new_tokens": config.max_new_tokens,
         "likelihood": config.mcq_rule == "likelihood" and bool(questions[0].options),
@@ -148,9 +149,7 @@ def evaluate(
             mine.append(number)
     # WHY sorted: MERV.reply pads clips with fewer questions, so a batch should have equally many.
     mine.sort(key=lambda number: len(clips.groups[number]))
-    size = config.batch_videos
-    if size is None:
-        size = clips_at_once(model, max(map(len, clips.groups)), config)
+    size = clips_at_once(model, max(map(len, clips.groups)), config)
     batches = {"batch_size": size, "sampler": mine}
     loader = LoadAhead(clips, config.workers, stack_clips, **batches)
     with cores_left_to(config.workers):
@@ -160,16 +159,28 @@ def evaluate(
     # Other processes may still be at work. The last one to finish sees all answers; if there was
     # nothing left to do for anyone, process 0 writes the result.
     done = stored_answers(journal, questions)
-    had_work = bool(mine)
-    if unanswered(questions, done) or not (had_work or rank == 0):
+    if unanswered(questions, done) or not (mine or rank == 0):
         return None
     for question in questions:
         record = done[question.id]
         question.answer = record["answer"]
         question.failure = record["failure"]
         question.mixing_weights = record["mixing_weights"]
-    write_results(output / f"{name}.json", settings, questions, config.mcq_rule)
+    result = output / f"{name}.json"
+    write_results(result, keep_verdicts(result, settings, questions), questions, config.mcq_rule)
     return questions
+
+
+def require_room(model: MERV, questions: list[Question], config: EvalConfig) -> None:
+    """Raise DataError, which names it, if a question is too long to be read with its answer."""
+    positions = model.config.llm.max_positions
+    room = positions - 1 - model.config.num_visual - config.max_new_tokens  # 1: [BOS]
+    for question in questions:
+        _, lengths = model.prompts(question.prompt)
+        if lengths.item() > room:
+            what = f"Question {question.id!r} has {lengths.item()} tokens."
+            why = f"beside a video and its answer, the LLM's {positions} positions leave {room}."
+            raise DataError(what, why, "shorten or remove it, or lower --max-new-tokens.")
 
 
 def trained_digest(model: MERV) -> str:
@@ -227,12 +238,15 @@ def unanswered(questions: list[Question], done: dict[str, dict]) -> list[Questio
 
 
 def clips_at_once(model: MERV, questions: int, config: EvalConfig) -> int:
-    """How many clips to answer together: up to 16, as long as the KV cache stays below 4 GB.
+    """How many clips to answer together: --batch-videos, else up to 16, as long as the KV cache
+    stays below 4 GB.
 
     questions: about the clip with most of them, because MERV.reply pads the others to as many.
     Small models gain most, because single rows leave the processor idle between small operations.
     With 7B and 5 questions about a clip, the cache of one clip takes 0.9 GB.
     """
+    if config.batch_videos is not None:
+        return config.batch_videos
     llm = model.config.llm
     element = model.llm.embed_tokens.weight.element_size()
     bytes_per_token = 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim * element
@@ -548,6 +562,7 @@ def run_command(config: EvalConfig) -> None:
 def evaluate_checkpoint(config: EvalConfig, checkpoint: str) -> None:
     """Load a checkpoint, answer the benchmark's questions and print the table."""
     device = pick_device(config.device)
+    cli.require_card(device)
     dtype = pick_dtype(config.dtype, device)
     model = MERV.from_pretrained(checkpoint, dtype, device, config.tokenizer)
     if config.output is not None:

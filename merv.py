@@ -28,6 +28,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -45,6 +46,7 @@ from support import cli, variants, weights
 from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype
 from support.conversation import TextStream, converse
 from support.errors import CheckpointError, UserError
+from support.records import clean
 from support.released import AUTHORS, LLAMA_SKIP, authors_settings, authors_tensors, explained
 from support.runs import latest_run
 from support.video import load_video
@@ -409,6 +411,7 @@ class MERV(nn.Module):
             if isinstance(question, str):
                 conversation = [{"from": "human", "value": question}]
             turns = render_prompt(conversation, TEMPLATES[self.template], visual)
+            turns = [(clean(text), is_answer) for text, is_answer in turns]
             ids, _ = tokenize(turns, self.tokenizer)
             prompts.append(torch.tensor([*ids[1:], *answer_ids]))  # without [BOS]
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
@@ -471,12 +474,15 @@ class MERV(nn.Module):
         """Write config.json, model.safetensors and tokenizer.model for `from_pretrained`.
 
         Encoders from the hub are stored as references, others are copied. The folder is never
-        half written. state: the full state_dict, if this process holds only a shard of the model.
+        half written. It may be that of an older checkpoint, which is replaced; if it holds anything
+        else, UserError. state: the full state_dict, if this process holds only a shard.
         """
+        folder = Path(folder).resolve()
+        weights.require_replaceable(folder)
         if self.tokenizer is None:
             fix = "set model.tokenizer = llama.Tokenizer(file) first."
             raise UserError("Only a model with a tokenizer is saved.", "it has none.", fix)
-        partial = Path(f"{Path(folder)}.partial")
+        partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         if state is None:
@@ -500,8 +506,11 @@ class MERV(nn.Module):
         shutil.copyfile(self.tokenizer.path, partial / "tokenizer.model")
         config = asdict(replace(self.config, encoders=tuple(saved_encoders)))
         (partial / "config.json").write_text(json.dumps({"merv": config}, indent=2))
-        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
         partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
 
     @classmethod
     def from_pretrained(
@@ -684,6 +693,11 @@ class Checkpoint:
 
     def __init__(self, name_or_folder: str | Path):
         self.folder = Path(name_or_folder)
+        if self.folder.is_file():
+            why = "a checkpoint is a folder with a config.json, weights and more."
+            raise CheckpointError(
+                f"{self.folder} is a file.", why, "name the folder of config.json."
+            )
         if (self.folder / "checkpoint").is_dir():  # a run of train.py
             self.folder = self.folder / "checkpoint"
         self.place = self.folder  # what weights.find_file searches: a folder or a hub id
@@ -747,13 +761,21 @@ class Checkpoint:
 
     def load_encoders(self, model: MERV, sources: dict[str, str], dtype, device) -> None:
         """Put the frozen encoders in their places, from `sources` or where the config says."""
+        unknown = sources.keys() - {e.name for e in model.config.encoders}
+        if unknown:
+            what = f"sources names {', '.join(sorted(unknown))}."
+            fix = f"use the names {', '.join(e.name for e in model.config.encoders)}."
+            raise UserError(what, "this model has no such encoder.", fix)
         loaded_configs = []
         for e in model.config.encoders:
             source = e.source
             if (self.folder / e.source).is_file():  # a copy in this folder
                 source = self.folder / e.source
                 e = replace(e, source="")  # so that the next save_pretrained copies it too
-            source = sources.get(e.name, source)
+            if e.name in sources:
+                source = sources[e.name]
+                local = Path(source).exists()  # then the next save_pretrained copies that file
+                e = replace(e, source=str(Path(source).resolve() if local else source))
             try:
                 model.encoders[e.name] = encoders.load_encoder(e, source, dtype, device)
             except CheckpointError as error:
@@ -872,6 +894,10 @@ def main(arguments: list[str] | None = None) -> None:
         return
     try:
         status = answer_questions(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output has left, as `head -1` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
     except cli.FIXABLE as error:
         sys.exit(cli.explain(error, "use --dtype bfloat16, or ask fewer questions at once."))
     except KeyboardInterrupt:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import sys
 import types
@@ -77,6 +78,9 @@ def parse_options(
         if not unknown[0].startswith("--") or os.path.exists(unknown[0]):
             what += f" If it is a file, write ./{unknown[0]}."
         parser.error(what)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # show ? for what this terminal cannot show
     settings = vars(values)
     for name, value in settings.items():
         if isinstance(value, list):
@@ -256,6 +260,14 @@ def pick_device(name: str = "auto") -> torch.device:
             raise UserError("--device mps cannot be used.", why, "use --device cpu.")
         print("MPS: torch up to 2.13 can multiply wrongly in float32 here.", file=sys.stderr)
     return torch.device(name)
+
+
+def require_card(device: torch.device) -> None:
+    """Raise UserError if torchrun started more processes on this machine than it has CUDA cards."""
+    if device.type == "cuda" and device.index >= torch.cuda.device_count():
+        what = f"There is no CUDA card for process {device.index + 1} of this machine."
+        why = f"torch sees {torch.cuda.device_count()} of them."
+        raise UserError(what, why, "lower --nproc-per-node.")
 
 
 def make_deterministic() -> None:

@@ -150,9 +150,6 @@ def converse(model, pixels: dict, load: Callable[[str], dict], max_new_tokens: i
             if not terminal:
                 raise
             print(" (stopped)")
-        except BrokenPipeError:  # the reader of our output has left, as `head -1` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 1
     return status
 
 

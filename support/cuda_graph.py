@@ -20,6 +20,7 @@ class DecodingStep:
         cache.use_all_slots()
         self.ids = ids.clone()
         before = cache.lengths.clone()
+        torch.cuda.set_device(ids.device)  # whose work streams and graphs record
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # a graph may only record what has run before

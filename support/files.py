@@ -7,6 +7,7 @@ import json
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -107,6 +108,7 @@ class Journal:
 
     def __init__(self, folder: Path, settings: dict, rank: int = 0):
         self.file = folder / f"{rank}.jsonl"
+        self.one_at_a_time = threading.Lock()  # of the threads that append
         self.lock = lock(folder / f"{rank}.lock")
         settings_file = folder / "settings.json"
         if settings_file.exists():
@@ -130,7 +132,8 @@ class Journal:
 
     def append(self, *records: dict) -> None:
         """Add records. They are on disk when this returns."""
-        append_lines(self.file, *records)
+        with self.one_at_a_time:
+            append_lines(self.file, *records)
 
 
 def append_lines(path: Path, *records: dict) -> None:

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
@@ -23,9 +24,10 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from support.benchmarks import Question
 from support.cli import progress
-from support.errors import UserError
+from support.errors import DataError, UserError
 from support.files import Journal
 from support.records import clean, unique_keys
+from support.report import read_result
 
 JUDGE_PROMPT = """\
 You grade answers to questions about a video. Compare the given answer with the correct one: they \
@@ -112,6 +114,27 @@ def judge_answers(questions: list[Question], judge: Judge, folder: Path) -> dict
             parameters.append(record["parameters"])
     found = {"dates": sorted(dates), "parameters": parameters, "replies": replies}
     return {**depends_on, "url": judge.url, **found}
+
+
+def keep_verdicts(path: Path, settings: dict, questions: list[Question]) -> dict:
+    """Take over the verdicts in an earlier result file, if it has the same answers.
+
+    Returns the settings for the new file, with those of the judge.
+    """
+    earlier: list[Question] = []
+    with suppress(DataError):  # a damaged file is written again
+        if path.exists():
+            result = read_result(path)
+            earlier = result["questions"]
+    if not any(question.verdict for question in earlier):
+        return settings
+    if list(map(key_of, earlier)) != list(map(key_of, questions)):
+        print(f"{path}: answers have changed, so let the judge read them again.")
+        return settings
+    for question, before in zip(questions, earlier, strict=True):
+        question.verdict = before.verdict
+        question.mark = before.mark
+    return settings | {"judge": result["settings"].get("judge", {})}
 
 
 def key_of(question: Question) -> tuple[str, str, str, str]:

@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from support.errors import VideoError
 
@@ -25,23 +25,11 @@ HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"mif2", b"miaf", b"
 # WHY: loading a clip takes at most 1 GB. A decoder keeps several frames, and Pillow takes four
 # bytes for each pixel.
 MAX_PIXELS = 64_000_000  # of a picture, such as a photo of a phone
-MAX_FILM_PIXELS = 36_000_000  # of a film or an animation: 8K, 8192 x 4320
+MAX_FILM_PIXELS = 36_000_000  # of a film or an animation: 8K, 8192 x 4320; also of a WebP
 STRIP = 256  # rows that are converted at once
 DEFAULT_DELAY = 0.1  # seconds; how long browsers show a frame that states no delay
 MAX_ASPECT = 50  # the longer side over the shorter side
 DAMAGED = ("the file is damaged, cut off or not a video.", "download or convert it again.")
-
-# The value of the EXIF tag "Orientation" -> what makes the picture upright: whether rows become
-# columns, then the steps through rows and columns, -1 for backwards.
-UPRIGHT = {
-    2: (False, 1, -1),
-    3: (False, -1, -1),
-    4: (False, -1, 1),
-    5: (True, 1, 1),
-    6: (True, 1, -1),
-    7: (True, -1, -1),
-    8: (True, -1, 1),
-}
 
 
 def check_size(path: Path, width: int, height: int, most: int = MAX_PIXELS) -> None:
@@ -60,6 +48,8 @@ def open_picture(path: Path) -> Image.Image | None:
     Raises VideoError if a picture is damaged or too large, or if the name promises a picture and
     the content is none.
     """
+    if path.suffix.lower() in (".mjpeg", ".mjpg"):  # a film whose frames are JPEG pictures
+        return None
     try:
         picture = Image.open(path, formats=FORMATS)
     except UnidentifiedImageError as error:
@@ -78,13 +68,15 @@ def open_picture(path: Path) -> Image.Image | None:
         fix = "develop it to JPEG, or name it .tif if it is an ordinary TIFF."
         raise VideoError(f"{path}: may be a raw photo.", why, fix)
     animated = picture.format in ANIMATED and getattr(picture, "is_animated", False)
-    check_size(path, *picture.size, MAX_FILM_PIXELS if animated else MAX_PIXELS)
-    if picture.format == "TIFF":
-        picture.close()
-        return _open_unmapped(path)
+    # Pillow's decoders of WebP and AVIF need twice the memory of the others.
+    small = animated or picture.format in ("WEBP", "AVIF")
+    check_size(path, *picture.size, MAX_FILM_PIXELS if small else MAX_PIXELS)
     if picture.format == "WEBP" and animated:
         picture.close()
         return _open_transparent(path)
+    # WHY: Pillow maps a file whose name it knows, and then exchanges the sides of a grey TIFF that
+    # is on its side.
+    picture.filename = ""
     return picture
 
 
@@ -100,14 +92,6 @@ def refuse_heif(path: Path) -> None:
         why = "it consists of tiles, which are not put together here."
         fix = f"convert it to JPEG, for example with `heif-convert {path.name} photo.jpg`."
         raise VideoError(f"{path}: is a HEIC or AVIF photo.", why, fix)
-
-
-def _open_unmapped(path: Path) -> Image.Image:
-    """Open a TIFF file without telling Pillow its name, so that Pillow does not map the file.
-
-    WHY: if a grey picture is on its side and its file is mapped, Pillow exchanges width and height.
-    """
-    return Image.open(path.open("rb"), formats=FORMATS)
 
 
 def _open_transparent(path: Path) -> Image.Image:
@@ -136,19 +120,11 @@ def frame_times(path: Path) -> list[float]:
     times = [0.0]
     with open_picture(path) as picture:  # WHY: Pillow cannot go back in every animated PNG
         for number in frame_numbers(picture)[:-1]:
-            seek(path, picture, number)
+            picture.seek(number)
+            picture.load()
             delay = float(picture.info.get("duration", 0)) / 1000
             times.append(times[-1] + (delay or DEFAULT_DELAY))
     return times
-
-
-def seek(path: Path, picture: Image.Image, number: int) -> None:
-    """Decode frame `number` of a picture. Raises VideoError if it is damaged."""
-    try:
-        picture.seek(number)
-        picture.load()
-    except Exception as error:  # WHY: see open_picture
-        raise VideoError(f"{path}: is not a readable image: {error}.", *DAMAGED) from error
 
 
 def to_rgb(path: Path, picture: Image.Image, number: int = 0) -> np.ndarray:
@@ -156,19 +132,14 @@ def to_rgb(path: Path, picture: Image.Image, number: int = 0) -> np.ndarray:
 
     Raises VideoError if it is damaged, or its numbers have no agreed black and white.
     """
-    orientation = 1
+    picture.seek(number)
+    picture.load()
     # WHY: a photo whose EXIF block is damaged is still a photo.
     with suppress(Exception):
-        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    seek(path, picture, number)
-    if picture.format == "TIFF":
-        orientation = 1  # Pillow has turned it already
-    deep = picture.mode.startswith(("I", "F"))
-    pixels = _grey(path, picture) if deep else flatten(picture)
-    exchanged, rows, columns = UPRIGHT.get(orientation, (False, 1, 1))
-    if exchanged:
-        pixels = pixels.transpose(1, 0, 2)
-    return np.ascontiguousarray(pixels[::rows, ::columns])
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I", "F")):
+        return _grey(path, picture)
+    return flatten(picture)
 
 
 def _strips(picture: Image.Image) -> Iterator[tuple[slice, Image.Image]]:

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, get_worker_info
 
-from support.cli import pick_device
+from support.cli import pick_device, require_card
 from support.errors import UserError
 
 
@@ -33,11 +33,8 @@ def join_processes(device: str) -> torch.device:
     end_with_torchrun()
     place = pick_device(device)
     backend = "gloo"
+    require_card(place)
     if place.type == "cuda":
-        count = torch.cuda.device_count()
-        if place.index >= count:
-            what = f"There is no CUDA card for process {place.index + 1} of this machine."
-            raise UserError(what, f"torch sees {count} of them.", "lower --nproc-per-node.")
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"
     store, rank, world = dist.HashStore(), 0, 1

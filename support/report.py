@@ -33,9 +33,13 @@ def write_report(
     benchmark, whose clips are shown; without it there are no pictures. The page has the analyses of
     the paper's section 5. Jinja escapes all text from annotations, models and judges.
     """
+    if output.is_dir():
+        why = "the report is one HTML page."
+        raise UserError(f"{output} is a folder.", why, "name a file, such as report.html.")
     results = []
-    for run in runs:
-        results += read_results(Path(run))
+    for run, name in zip(runs, short_names(runs), strict=True):
+        for result in read_results(Path(run)):
+            results.append(result | {"run": name})
     for folder in {result["settings"]["data"] for result in results}:
         if not same_folder(folder, data):
             print(f"The clips in {folder!r} are not shown; --data names the folder to show.")
@@ -46,11 +50,19 @@ def write_report(
         letters=LETTERS,
         summarise=summarise,
         film_strip=partial(film_strip, data=data),
+        by_clip=by_clip,
         mixing_by_content=mixing_by_content,
         quartiles=quartiles,
     )
     write_file(output, html)
     print(f"report: {output}")
+
+
+def short_names(runs: list[str]) -> list[str]:
+    """What the page calls each run: the name of its folder, or all of the path if two share it."""
+    paths = [Path(run).resolve() for run in runs]
+    names = Counter(path.name for path in paths)
+    return [path.name if names[path.name] == 1 else str(path) for path in paths]
 
 
 def result_files(run: Path) -> list[Path]:
@@ -64,10 +76,7 @@ def result_files(run: Path) -> list[Path]:
 
 def read_results(run: Path) -> list[dict]:
     """The contents of a run's result files, with their questions as Questions."""
-    results = []
-    for file in result_files(run):
-        results.append(read_result(file) | {"run": run.name})
-    return results
+    return [read_result(file) for file in result_files(run)]
 
 
 def read_result(path: Path) -> dict:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.serialization import set_default_mmap_options
 
-from support.errors import CheckpointError
+from support.errors import CheckpointError, UserError
 from support.files import replacing
 
 FILES = (  # names of released weights; the first that exists is read
@@ -237,6 +237,16 @@ def is_colour(value: object, least: float) -> bool:
     if not isinstance(value, list) or len(value) != 3:
         return False
     return all(type(number) in (int, float) and least <= number <= 255 for number in value)
+
+
+def require_replaceable(folder: Path) -> None:
+    """Raise UserError if a folder is neither missing, nor empty, nor a checkpoint of ours."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    config = folder / "config.json"
+    if not config.is_file() or "merv" not in read_json(config):
+        why = "saving replaces a whole folder, and this one is no checkpoint of this program."
+        raise UserError(f"{folder} is not empty.", why, "name a new folder.")
 
 
 def field_error(place: str, field: str, value: object, wanted: str) -> CheckpointError:

@@ -383,6 +383,31 @@ def test_the_miniature_warns_of_videos_that_are_not_drawn(
     assert ("--checkpoint merv-frozen" in output.err) == warns
 
 
+def test_any_text_can_be_asked_and_shown(saved, short_clip, tmp_path):
+    """Bytes that are no text, and letters that the terminal does not have, ended in tracebacks."""
+    command = [
+        sys.executable,
+        str(REPOSITORY / "merv.py"),
+        str(short_clip),
+        b"\xff what",
+        "Was? 你好",
+    ]
+    command += ["--checkpoint", str(saved), "--max-new-tokens", "2"]
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert b"Q: ? what\n" in done.stdout and b"Q: Was? ??\n" in done.stdout
+
+
+def test_a_reader_that_leaves_is_no_error(saved, short_clip):
+    """As `| head -1` does."""
+    command = [sys.executable, str(REPOSITORY / "merv.py"), str(short_clip), "what"]
+    command += ["--checkpoint", str(saved), "--max-new-tokens", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.wait(120), process.stderr.read()) == (1, b"")
+
+
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess:
     """Run `python merv.py ...` in a process of its own, without downloads."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

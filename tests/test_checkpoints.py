@@ -113,6 +113,49 @@ def test_a_complete_folder_replaces_the_old_one(model, tmp_path):
     assert list(tmp_path.rglob("*.partial")) == []
 
 
+@pytest.mark.parametrize("name", ["thesis.txt", "config.json"])
+def test_a_folder_of_something_else_is_not_replaced(model, tmp_path, name):
+    """Saving into one's documents, or into a run's own folder, deleted everything there."""
+    (tmp_path / name).write_text('{"model": "merv", "recipe": "frozen"}')
+    with pytest.raises(UserError, match="is not empty"):
+        model.save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
+def test_a_model_is_saved_into_the_folder_it_came_from(saved, tmp_path):
+    """Its weights are mapped to the files that are replaced."""
+    folder = shutil.copytree(saved, tmp_path / "model")
+    model = MERV.from_pretrained(folder)
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(folder)
+    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    found = MERV.from_pretrained(folder).state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_encoders_from_elsewhere_are_saved_with_the_model(saved, tmp_path):
+    """The saved model had the original ones again."""
+    name = TINY.encoders[0].name
+    file = saved / "encoders" / f"{name}.safetensors"
+    tensors = {key: tensor + 1 for key, tensor in load_file(file).items()}
+    weights.save_tensors(tensors, tmp_path / "mine.safetensors")
+    sources = {name: str(tmp_path / "mine.safetensors")}
+    model = MERV.from_pretrained(saved, sources=sources)
+    model.save_pretrained(tmp_path / "model")
+    found = MERV.from_pretrained(tmp_path / "model").encoders[name].state_dict()
+    wanted = model.encoders[name].state_dict()
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    with pytest.raises(UserError, match="no such encoder"):
+        MERV.from_pretrained(saved, sources={"dino": "a.safetensors"})
+
+
+def test_a_file_of_a_checkpoint_is_no_checkpoint(saved):
+    """It was called damaged, and the advice was to delete it."""
+    with pytest.raises(CheckpointError, match="name the folder"):
+        MERV.from_pretrained(saved / "model.safetensors")
+
+
 @pytest.mark.parametrize(
     "file", ["model.safetensors", f"encoders/{TINY.encoders[0].name}.safetensors"]
 )

@@ -199,6 +199,44 @@ def test_a_question_that_has_changed_is_asked_again(world, model, tmp_path):
         assert str(changed["question_id"]) in json.loads(again)["answers"]
 
 
+def test_a_question_that_is_too_long_is_named_before_anything_is_asked(world, model, tmp_path):
+    """It ended the evaluation in the middle, without its name, and again at every rerun."""
+    folder = shutil.copytree(world / "test", tmp_path / "data")
+    file = folder / "open_q.json"
+    rows = json.loads(file.read_text())
+    rows[-1]["question"] = "why " * 1500
+    file.write_text(json.dumps(rows))
+    with pytest.raises(DataError, match=f"Question '{rows[-1]['question_id']}' has .* tokens"):
+        eval.evaluate(model, "miniature-open", folder, tmp_path / "out", QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_same_command_again_keeps_the_judges_verdicts(world, model, tmp_path, capsys):
+    """They were thrown away, and the report silently showed exact match. If an answer has changed,
+    its verdict says nothing."""
+    file = tmp_path / "miniature-open.json"
+    evaluate(model, "miniature-open", world, tmp_path)
+    result = json.loads(file.read_text())
+    result["settings"]["judge"] = {"model": "grader"}
+    for question in result["questions"]:
+        question |= {"verdict": "yes", "mark": 4}
+    file.write_text(json.dumps(result))
+    for question in evaluate(model, "miniature-open", world, tmp_path):
+        assert (question.verdict, question.mark) == ("yes", 4)
+        assert question.correct == (not question.failure)
+    assert json.loads(file.read_text())["settings"]["judge"] == {"model": "grader"}
+    result["questions"][0]["answer"] = "of another day"
+    file.write_text(json.dumps(result))
+    assert not any(q.verdict for q in evaluate(model, "miniature-open", world, tmp_path))
+    assert "let the judge read them again" in capsys.readouterr().out
+
+
+def test_a_folder_may_be_written_with_a_slash_at_its_end(world, model, tmp_path):
+    """As Tab completes it. The journal was taken for another run's."""
+    for folder in (str(world / "test"), f"{world / 'test'}/"):
+        eval.evaluate(model, "miniature-open", folder, tmp_path, QUICK)
+
+
 def test_videos_that_cannot_be_read_are_failed_answers(world, model, tmp_path):
     """One damaged and one missing clip: the rest is answered, the failures are counted as wrong."""
     questions = evaluate(model, "miniature-open", world, tmp_path)
@@ -551,6 +589,7 @@ def test_likelihood_chooses_among_the_letters_only(world, model, tmp_path):
     for question in questions:
         if not question.failure:
             assert question.answer in "ABCD"[: len(question.options)]
+    assert len({question.answer for question in questions if not question.failure}) > 1
 
 
 def test_open_answers_share_words():

@@ -141,6 +141,32 @@ def clip_question(clip: str, text: str, expected: str, share: float, **more):
     )
 
 
+def test_runs_with_the_same_name_are_told_apart(runs, tmp_path):
+    """As an old and a new merv-frozen are; names that differ in capitals ended in a traceback."""
+    other, capitals = tmp_path / "elsewhere" / "first", tmp_path / "First"
+    for copy in (other, capitals):
+        shutil.copytree(runs / "first", copy)
+    paths = [runs / "first", other, capitals]
+    assert report.short_names(list(map(str, paths))) == [str(runs / "first"), str(other), "First"]
+    report.write_report(list(map(str, paths)), tmp_path / "report.html", eval.summarise)
+    page = (tmp_path / "report.html").read_text()
+    assert f"<th>{other}</th><th>First</th>" in page
+    with pytest.raises(UserError, match="is a folder"):
+        report.write_report([str(other)], tmp_path, eval.summarise)
+
+
+def test_the_clips_of_figure_12_are_parts_of_videos(runs, tmp_path):
+    """Only the first part of each video was looked at."""
+    file = shutil.copytree(runs / "first", tmp_path / "run") / "eval" / "miniature-open.json"
+    result = json.loads(file.read_text())
+    one, *_ = [question for question in result["questions"] if question["mixing_weights"]]
+    rest = [0] * (len(one["mixing_weights"]) - 1)
+    cut = one | {"id": "cut", "cut": [1.0, 2.0, None], "mixing_weights": [1, *rest]}
+    file.write_text(json.dumps(result | {"questions": [*result["questions"], cut]}))
+    report.write_report([str(tmp_path / "run")], tmp_path / "report.html", eval.summarise)
+    assert f"<small>{one['video']}: 1.00</small>" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("answers", [["red"] * 20, [f"word {n}" for n in range(20)]])
 def test_without_a_question_that_sorts_the_clips_only_the_distribution_is_shown(answers):
     """One answer for all clips, or more answers than a chart has room for."""

@@ -10,8 +10,9 @@ from helpers import dataset_of, talk
 
 from data import collate
 from merv import MERV, MERVS, Answer
+from support.errors import DataError
 from support.held_out import HeldOut
-from support.rows import Rows
+from support.rows import Rows, require_text
 
 ROWS = [{"id": 7}, {"id": "é", "conversations": [{"from": "human", "value": "\ud83d"}]}, {}]
 
@@ -25,6 +26,20 @@ def test_rows_come_back_as_they_were():
     assert rows[:2] == ROWS[:2]
     with pytest.raises(IndexError):
         rows[3]
+
+
+def test_a_question_of_many_lines_is_read_in_no_time():
+    """40,000 line breaks took half a minute; a placeholder after them is still seen."""
+    lines = "a" + "\n" * 200_000
+    require_text({"conversations": [{"from": "human", "value": lines + "b"}]})
+    with pytest.raises(DataError, match="names no video or image"):
+        require_text({"conversations": [{"from": "human", "value": lines + "<video>\n"}]})
+
+
+def test_empty_media_under_another_key_mean_none():
+    """Of every type."""
+    for empty in ([], {}, None, ""):
+        require_text({"conversations": [{"from": "human", "value": "b"}], "images": empty})
 
 
 @pytest.mark.skipif(not hasattr(os, "fork") or not Path("/proc").exists(), reason="Linux only")
