@@ -149,9 +149,14 @@ def make_batch(config: PlanConfig, model: MERV, still: bool) -> Batch:
 
 
 def simulate_step(
-    config: PlanConfig, model_config: MERVConfig, stage: train.Stage, measure: Callable, still: bool
+    config: PlanConfig,
+    model_config: MERVConfig,
+    stage: train.Stage,
+    measure: Callable,
+    still: bool,
+    micro_batches: int = 1,
 ) -> tuple:
-    """Run forward and backward of one micro-batch on rank 0, on tensors without memory.
+    """Run forward and backward of micro-batches on rank 0, on tensors without memory.
 
     measure: given the model, makes the context manager that observes it.
     Returns what that context manager gives, the model, and the optimizers.
@@ -169,8 +174,13 @@ def simulate_step(
         optimizers = train.make_optimizers(model, stage, training_options(config))
         batch = make_batch(config, model, still)
         with measure(model) as measured:
-            loss, _ = model(batch)
-            loss.backward()
+            for number in range(micro_batches):
+                if number > 0:
+                    measured.reset_mod_stats()  # the memory tracker asks for it
+                if config.replicas > 1:
+                    model.set_requires_all_reduce(number + 1 == micro_batches)
+                loss, _ = model(batch)
+                loss.backward()
     return measured, model, optimizers
 
 
@@ -182,10 +192,12 @@ def memory_of(
 ) -> tuple[dict[str, float], MERV]:
     """The memory of rank 0 at the peak of a backward pass: GB by purpose; also the model.
 
-    The peak is that of the second step and later ones, when the optimizer's state exists.
+    The peak is that of the second step and later ones, when the optimizer's state exists. If a step
+    has several micro-batches, it is in the second of them, when gradients exist from its start.
     """
+    several = stage.global_batch > config.micro_batch * dist.get_world_size()
     tracker, model, optimizers = simulate_step(
-        config, model_config, stage, FSDPMemTracker, still=False
+        config, model_config, stage, FSDPMemTracker, False, micro_batches=2 if several else 1
     )
     (peak,) = tracker.get_tracker_snapshot("peak").values()
     held = {}  # bytes by the tracker's name for a kind of tensor; TOTAL is all of them

@@ -56,6 +56,9 @@ def preprocess(frames: Tensor, config: EncoderConfig) -> Tensor:
 
     A single frame (a still image) stays a single frame.
     """
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[1] != 3:
+        what = f"Frames are {frames.dtype} {tuple(frames.shape)}, expected uint8 (T, 3, H, W)."
+        raise DataError(what, "other numbers would be read as other colours.", "use load_video.")
     # QUIRK: of frames 0..31 this keeps 0, 2 ... 30; the last frame is never seen (ledger K7).
     return scale(frames[:: step_of(len(frames), config)], config)
 

@@ -17,7 +17,10 @@ this block is not built, loaded or run.
 
 To add an encoder, add an entry to ENCODERS; if no class fits, also a subclass of `Encoder`. An
 entry is enough for other sizes of DINOv2 (with or without registers), of SigLIP, and of SigLIP 2
-with a fixed resolution; their weights may have the names of timm or of Hugging Face.
+with a fixed resolution; their weights may have the names of timm or of Hugging Face. Training reads
+them from --encoder-files FOLDER/NAME.safetensors, which `save_encoder` writes. Exercise 8 of
+lesson/ goes through all of it. After a change of this file, the miniature draws its data anew.
+
 Read next: llama.py, data.py.
 
 Sources: ViT https://arxiv.org/abs/2010.11929, DINOv2 https://arxiv.org/abs/2304.07193 with
@@ -477,7 +480,11 @@ def load_encoder(config_or_name, source=None, dtype=torch.float32, device="cpu")
 def empty_encoder(config: EncoderConfig) -> Encoder:
     """Build an encoder on the meta device: it has shapes, but no memory is used for weights."""
     with torch.device("meta"):
-        return FAMILIES[config.family](config)
+        encoder = FAMILIES[config.family](config)
+    if buffers := [name for name, _ in encoder.named_buffers()]:
+        why = f"weights are parameters here; {', '.join(buffers[:3])} would not be loaded or saved."
+        raise UserError(f"{config.name} has buffers.", why, "use layers without, not BatchNorm.")
+    return encoder
 
 
 def read_encoder(config: EncoderConfig, source: str | Path, dtype, device) -> Encoder:

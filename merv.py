@@ -26,6 +26,7 @@ after them the rest of this file. Read next: eval.py, train.py.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -48,6 +49,7 @@ from support.conversation import TextStream, converse
 from support.errors import CheckpointError, UserError
 from support.records import clean
 from support.released import AUTHORS, LLAMA_SKIP, authors_settings, authors_tensors, explained
+from support.replies import common_beginning
 from support.runs import latest_run
 from support.video import load_video
 from support.weights import assign_weights, initialise
@@ -89,6 +91,7 @@ class PooledProjector(nn.Module):
 
     time_stride = 1  # frames that become one time step
     class_token = False  # whether it takes class tokens instead of patches
+    keeps_grid = False  # whether each patch becomes a token
 
     def __init__(self, d_e: int, d: int, side: int):
         super().__init__()
@@ -106,6 +109,8 @@ class PooledProjector(nn.Module):
 
 class CrossAttentionMixer(nn.Module):
     """Equation 2: o = sum_e softmax_e(Q . mean_n(x_e) / sqrt(d)) x_e, with one learned query Q."""
+
+    keeps_all_tokens = False  # it mixes the tokens of a place into one
 
     def __init__(self, d: int, e: int = 4):
         super().__init__()
@@ -145,6 +150,12 @@ class MERV(nn.Module):
             self.encoders[e.name] = encoder
             self.projectors[e.name] = projector(e.hidden_size, d, config.pooled_side)
         self.mixer = MIXERS[config.mixer](d, len(encoders))
+
+    def train(self, mode: bool = True) -> MERV:
+        """Switch to training or evaluation; the frozen encoders are always evaluated."""
+        super().train(mode)
+        self.encoders.eval()
+        return self
 
     # ---- from pixels to visual tokens
 
@@ -203,7 +214,12 @@ class MERV(nn.Module):
         for name, project_e in self.projectors.items():
             features = torch.cat([part[name].to(dtype) for part in parts])
             x_e.append(project_e(features))
-        return self.mixer(torch.stack(x_e, dim=1))
+        visual, mixing_weights = self.mixer(torch.stack(x_e, dim=1))
+        if visual.shape[1] != self.config.num_visual:
+            what = f"A clip has {visual.shape[1]} visual tokens, expected {self.config.num_visual}."
+            why = "the length of sequences follows from attributes of the projector and the mixer."
+            raise UserError(what, why, "correct those that support/variants.py lists.")
+        return visual, mixing_weights
 
     # ---- the loss
 
@@ -214,7 +230,7 @@ class MERV(nn.Module):
         join: run the encoders even if this batch has no pixels, because other processes do.
         """
         visual = None
-        mixing_weights = torch.empty(0, len(self.encoders))
+        mixing_weights = torch.empty(0, len(self.encoders), device=self.device)
         if join and not batch.pixels:
             self.run_encoders_on_nothing()
         if batch.visual_rows:
@@ -531,8 +547,8 @@ class MERV(nn.Module):
         return model.to(device).eval()
 
     def fingerprints(self) -> dict[str, str]:
-        """Hash what determines each encoder's pooled features: weights, settings and pooling, and
-        how many frames of a clip are loaded.
+        """Hash what determines each encoder's pooled features: weights, settings, the code of its
+        class and its projector's, and how many frames of a clip are loaded.
 
         All encoders share the frames that the most demanding one wants. Of 8 frames, an encoder of
         4 sees numbers 0, 2, 4, 6; without an encoder of 8, it sees the first, the last and two
@@ -544,7 +560,8 @@ class MERV(nn.Module):
             settings = asdict(encoder.config)
             for without_effect in ("name", "label", "source"):
                 del settings[without_effect]
-            known = [settings, frames, self.config.pooled_side, self.config.projector]
+            classes = [inspect.getsource(type(part)) for part in (encoder, self.projectors[name])]
+            known = [settings, frames, self.config.pooled_side, self.config.projector, classes]
             digest = hashlib.sha256(json.dumps(known).encode())
             for key, tensor in sorted(encoder.state_dict().items()):
                 digest.update(key.encode())
@@ -559,20 +576,6 @@ class Answer:
 
     text: str
     weights: Tensor  # mixing weights (e,), float32, in the order of the config; (0,) without video
-
-
-def common_beginning(options: list[list[int]]) -> list[int]:
-    """The ids with which all options begin, so that the id after them tells the options apart.
-
-    The miniature's tokenizer has no letters: it writes A as [a space, byte 65], and B as [a space,
-    byte 66]. If one option is the beginning of all, there is no such id, and the result is [].
-    """
-    begun: list[int] = []
-    for ids in zip(*options, strict=False):
-        if len(set(ids)) > 1:
-            return begun
-        begun.append(ids[0])
-    return []
 
 
 # ------------------------------------------------------------------------------------ configuration
@@ -610,17 +613,18 @@ class MERVConfig:
     def grid(self) -> tuple[int, int, int]:
         """(t, h, w) of the tokens of one encoder."""
         t, h, w = self.encoders[0].grid
-        t = t // PROJECTORS[self.projector].time_stride
-        if self.projector == "all":
-            return t, h, w
-        if self.projector == "class":
+        projector = PROJECTORS[self.projector]
+        t = t // projector.time_stride
+        if projector.class_token:
             return t, 1, 1
+        if projector.keeps_grid:
+            return t, h, w
         return t, self.pooled_side, self.pooled_side
 
     @property
     def num_visual(self) -> int:
         """Visual tokens of a clip: n, or e times n if the mixer concatenates tokens."""
-        copies = len(self.encoders) if self.mixer == "concat_sequence" else 1
+        copies = len(self.encoders) if MIXERS[self.mixer].keeps_all_tokens else 1
         return copies * math.prod(self.grid)
 
     @classmethod
@@ -761,11 +765,6 @@ class Checkpoint:
 
     def load_encoders(self, model: MERV, sources: dict[str, str], dtype, device) -> None:
         """Put the frozen encoders in their places, from `sources` or where the config says."""
-        unknown = sources.keys() - {e.name for e in model.config.encoders}
-        if unknown:
-            what = f"sources names {', '.join(sorted(unknown))}."
-            fix = f"use the names {', '.join(e.name for e in model.config.encoders)}."
-            raise UserError(what, "this model has no such encoder.", fix)
         loaded_configs = []
         for e in model.config.encoders:
             source = e.source

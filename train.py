@@ -155,13 +155,13 @@ class TrainConfig:
         (128,), "rows of a step, one number for all stages or one each", least=1
     )
     lora: int | None = option(None, "rank of adapters; none: the LLM itself is trained", least=1)
-    lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
+    lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank", least=1e-6)
     optimizer: str = option("adamw", "muon: Muon for matrices of --muon-parts", OPTIMIZERS)
     muon_parts: str = option("llm", "llm, or llm,projectors", ("llm", "llm,projectors"))
     muon_learning_rate: float = option(0.01, "peak, with --optimizer muon")
     muon_weight_decay: float = option(0.0, "of the same matrices")
     warmup: float = option(0.03, "fraction of the steps in which the learning rate rises")
-    clip: float = option(1.0, "gradients are clipped to this norm")
+    clip: float = option(1.0, "gradients are clipped to this norm", least=1e-6)
     seed: int = option(0, "of new weights and of the order of the data")
 
     micro_batch: int = option(
@@ -304,6 +304,12 @@ def stages_of(config: TrainConfig) -> list[Stage]:
         if len(values) not in (1, len(recipe)):
             what = f"--{name} has {len(values)} values, the recipe has {len(recipe)} stages."
             raise UserError(what, "each stage needs one.", "give one value for all or one each.")
+    if config.lora is not None and not any("llm" in stage.trained for stage in recipe):
+        why = "adapters are trained where the recipe trains the LLM, and this one does not."
+        raise UserError(f"--lora: nothing to train in {config.recipe}.", why, "leave it out.")
+    if config.warmup > 1:
+        why = "it is a fraction of the steps, such as 0.03."
+        raise UserError(f"--warmup is {config.warmup}.", why, "choose at most 1.")
     stages = []
     for number, stage in enumerate(recipe):
         rate = rates[number % len(rates)]
@@ -561,8 +567,9 @@ def read_held_out(model: MERV, config: TrainConfig, cache) -> HeldOut | None:
     dataset = read_rows(model, file, None, config, cache)
     # Rows spread evenly over the file, equally many for each process.
     rank, world = dist.get_rank(), dist.get_world_size()
-    count = max(1, HELD_OUT_ROWS // world)
-    rows = torch.linspace(0, len(dataset) - 1, count * world).long().tolist()
+    count = max(1, min(HELD_OUT_ROWS, len(dataset)) // world)
+    total = count * world
+    rows = [place * (len(dataset) - 1) // max(1, total - 1) for place in range(total)]
     mine = rows[rank::world]
     batches = []
     for first in range(0, count, config.micro_batch):
@@ -602,10 +609,10 @@ def make_optimizers(model: MERV, stage: Stage, config: TrainConfig) -> list[torc
             muon.append(parameter)
         else:
             matrices.append(parameter)
-    groups = [
-        {"params": matrices, "weight_decay": stage.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
+    groups = []
+    for parameters, weight_decay in ((matrices, stage.weight_decay), (vectors, 0.0)):
+        if parameters:  # WHY: torch cannot load the state of an empty group
+            groups.append({"params": parameters, "weight_decay": weight_decay})
     # WHY: torch's default on CUDA makes temporary copies as large as all trained parameters.
     fused = next(model.parameters()).device.type == "cuda"
     how = {"lr": stage.learning_rate, "betas": (0.9, 0.999), "fused": fused}
@@ -706,10 +713,10 @@ def forward_backward(
         # FSDP takes the mean of the processes' gradients; times their number it is the sum.
         (loss * world / max(1, counts.labels)).backward()
         total += loss.detach()
-        mixing.append(mixing_weights_be.float().cpu())
+        mixing.append(mixing_weights_be.float())
     sum_of_losses = total.cpu()  # WHY only here: fetching a number waits for the GPU
     dist.all_reduce(sum_of_losses)
-    together = torch.cat(mixing)
+    together = torch.cat(mixing).cpu()
     mean = together.mean(0).tolist() if len(together) else []
     return sum_of_losses.item() / max(1, counts.labels), mean
 

@@ -25,11 +25,17 @@ CLIP = "clip_{:06d}"  # the name of clip number n; its file is videos/<name>.mp4
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A folder to fill, which replaces `folder` once it is complete."""
-    partial = folder.with_name(folder.name + ".partial")
+    partial, old = (
+        folder.with_name(folder.name + ".partial"),
+        folder.with_name(folder.name + ".old"),
+    )
     shutil.rmtree(partial, ignore_errors=True)
     yield partial
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)  # WHY: deleting takes seconds, in which a kill would leave half a folder
     partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def digest_files(files: Iterable[str | Path], text: str = "") -> str:

@@ -25,8 +25,9 @@ class FeatureCache:
     """Pooled features of clips on disk, so that frozen encoders run once per clip, not per epoch.
 
     folder/FINGERPRINT/ab/abcdef....safetensors, where FINGERPRINT is a hash of an encoder's
-    weights, its preprocessing, the frames that are loaded and the pooled size, and abcdef... a hash
-    of the clip's bytes. If any of these changes, the path changes: stale features are never found.
+    weights, its class, its preprocessing, the frames that are loaded and the pooling, and abcdef...
+    a hash of the clip's bytes. If any of these changes, so does the path, and old features are not
+    found.
     """
 
     folder: str | Path

@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -37,8 +38,10 @@ def join_processes(device: str) -> torch.device:
     if place.type == "cuda":
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"
-    store, rank, world = dist.HashStore(), 0, 1
-    if "RANK" in os.environ:
+    rank, world = 0, 1
+    if "RANK" not in os.environ:
+        store = store_of_one()
+    else:
         patience = timedelta(minutes=30)  # torch's default
         # WHY less: torchrun opens its store before it starts us. If there is none, it has ended.
         connect = patience
@@ -52,6 +55,13 @@ def join_processes(device: str) -> torch.device:
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     return place
+
+
+def store_of_one() -> dist.Store:
+    """What a group of one process keeps its addresses in; on Windows a file, elsewhere memory."""
+    if hasattr(dist, "HashStore"):
+        return dist.HashStore()
+    return dist.FileStore(os.path.join(tempfile.mkdtemp(), "store"), 1)
 
 
 def end_with_torchrun() -> None:

@@ -86,3 +86,17 @@ def tidy(reply: str, options: tuple[str, ...]) -> str:
         reply = re.sub(rf"\b{letter} (?={words}\W*$)", f"{letter}: ", reply)  # "A red" -> "A: red"
         reply = re.sub(rf"(\b{letter}[.:)])\s*{words}(?!\w)", r"\1", reply)  # "A. red" -> "A."
     return reply
+
+
+def common_beginning(options: list[list[int]]) -> list[int]:
+    """The ids with which all options begin, so that the id after them tells the options apart.
+
+    The miniature's tokenizer has no letters: it writes A as [a space, byte 65], and B as [a space,
+    byte 66]. If one option is the beginning of all, there is no such id, and the result is [].
+    """
+    begun: list[int] = []
+    for ids in zip(*options, strict=False):
+        if len(set(ids)) > 1:
+            return begun
+        begun.append(ids[0])
+    return []

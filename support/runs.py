@@ -35,6 +35,7 @@ from support.templates import read_template
 from support.weights import find_file
 
 ROOT = Path(__file__).parents[1]
+PROGRAM = ("cost", "data", "encoders", "eval", "llama", "merv", "train")  # files of the project
 
 # Frozen parameters are not saved: encoders are read from their own files.
 TRAINED = sharded.StateDictOptions(ignore_frozen_params=True)
@@ -219,7 +220,7 @@ def commit() -> str:
 def describe(config) -> dict:
     """What config.json holds: a hash of the code, the commit, the version of torch, the options."""
     code = hashlib.sha256()
-    for file in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("support/*.py"))]:
+    for file in [*(ROOT / f"{name}.py" for name in PROGRAM), *sorted(ROOT.glob("support/*.py"))]:
         code.update(file.read_bytes())
     saved = {"code": code.hexdigest()[:16], "commit": commit(), "torch": torch.__version__}
     options = json.loads(json.dumps(asdict(config)))  # as JSON gives them back: lists, not tuples
@@ -505,7 +506,8 @@ class SafePlanner(DefaultLoadPlanner):
 def open_board(run: Run) -> None:
     """Log to TensorBoard too, if it is installed."""
     if find_spec("tensorboard"):
-        run.board = import_module("torch.utils.tensorboard").SummaryWriter(run.folder)
+        board = import_module("torch.utils.tensorboard")
+        run.board = board.SummaryWriter(run.folder, purge_step=run.done + 1)
 
 
 def log(run: Run, metrics: dict) -> None:

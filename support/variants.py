@@ -10,11 +10,17 @@ d, on a grid of side x side where it changes the grid.
     forward(pooled)    (b, t, h, w, d_e) -> (b, n, d)
     time_stride        number of frames that become one time step
     class_token        whether it takes each frame's class token instead of its patches
+    keeps_grid         whether each patch becomes a token: h_e x w_e, not side x side, a frame
 
 A mixer is `Mixer(d, e)`: it turns the tokens of e encoders into those that the LLM reads.
 
     mixing_weights(x)  (b, e, n, d) -> (b, e), float32, summing to 1
     forward(x)         (b, e, n, d) -> visual tokens (b, n, d), mixing weights (b, e)
+    keeps_all_tokens   whether it returns all e * n tokens instead of n
+
+Parameters have at least one dimension. A new model draws them at random, whatever a class sets them
+to, except biases (0) and weights of norms (1). A class of your own stands in a file that every
+command has to import first: docs/experiments.md has an example.
 
 Each class can be read by itself, so some lines appear in several of them.
 """
@@ -33,6 +39,7 @@ class AllTokensProjector(nn.Module):
 
     time_stride = 1
     class_token = False
+    keeps_grid = True
 
     def __init__(self, d_e: int, d: int, side: int):
         super().__init__()
@@ -57,6 +64,7 @@ class AttentionProjector(nn.Module):
 
     time_stride = 1
     class_token = False
+    keeps_grid = False
 
     def __init__(self, d_e: int, d: int, side: int):
         super().__init__()
@@ -125,6 +133,7 @@ class ConvProjector(nn.Module):
 
     time_stride = 1
     class_token = False
+    keeps_grid = False
 
     def __init__(self, d_e: int, d: int, side: int):
         super().__init__()
@@ -150,6 +159,7 @@ class Pooled3dProjector(nn.Module):
 
     time_stride = 2
     class_token = False
+    keeps_grid = False
 
     def __init__(self, d_e: int, d: int, side: int):
         super().__init__()
@@ -170,6 +180,7 @@ class Conv3dProjector(nn.Module):
 
     time_stride = 2
     class_token = False
+    keeps_grid = False
 
     def __init__(self, d_e: int, d: int, side: int):
         super().__init__()
@@ -195,6 +206,8 @@ class Conv3dProjector(nn.Module):
 class EqualWeights(nn.Module):
     """Base class of the mixers without parameters: all e encoders have the mixing weight 1/e."""
 
+    keeps_all_tokens = False
+
     def __init__(self, d: int, e: int = 4):
         super().__init__()
 
@@ -216,6 +229,8 @@ class MeanMixer(EqualWeights):
 class SequenceMixer(EqualWeights):
     """Concatenate the encoders' tokens along the sequence: table 2c, "concat (seq)"."""
 
+    keeps_all_tokens = True
+
     def forward(self, x_bend: Tensor) -> tuple[Tensor, Tensor]:
         tokens = x_bend.flatten(1, 2)  # (b, e * n, d)
         return tokens, self.mixing_weights(x_bend)
@@ -235,6 +250,8 @@ class ChannelMixer(EqualWeights):
 
 class LearnedMixer(nn.Module):
     """One learned score for each encoder, the same for every clip: table 2c, "learnable W"."""
+
+    keeps_all_tokens = False
 
     def __init__(self, d: int, e: int = 4):
         super().__init__()

@@ -136,7 +136,9 @@ def measure_exactly() -> dict:
     return measure_training()
 
 
-ADAPTERS = replace(train.RECIPES["frozen"][0], trained=("projectors", "mixer", "adapters"))
+# Stages whose steps have one micro-batch.
+ONE_MICRO_BATCH = replace(train.RECIPES["frozen"][0], global_batch=1)
+ADAPTERS = replace(ONE_MICRO_BATCH, trained=("projectors", "mixer", "adapters"))
 
 
 def measure_lora() -> dict:
@@ -249,7 +251,7 @@ def planned_memory() -> dict:
     """The peak that cost.py predicts for `measure_training`: GB."""
     config = cost.PlanConfig(micro_batch=ROWS, text_tokens=TEXT, gpus=1)
     with cost.simulated_processes(1):
-        needs, _ = cost.memory_of(config, SMALLER, train.RECIPES["frozen"][0])
+        needs, _ = cost.memory_of(config, SMALLER, ONE_MICRO_BATCH)
     return {"memory_gb": sum(needs.values())}
 
 

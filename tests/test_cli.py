@@ -154,6 +154,27 @@ def test_muon_without_a_matrix_to_train_is_refused():
     assert train.stages_of(train.read_options([*words, "--muon-parts", "llm,projectors"]))
 
 
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--recipe", "align", "--lora", "4"], "nothing to train"),
+        (["--warmup", "5"], "a fraction of the steps"),
+    ],
+)
+def test_options_that_would_do_nothing_or_too_much_are_refused(words, wanted):
+    """Adapters of an LLM that stays frozen; a warm-up in steps or in percent."""
+    with pytest.raises(UserError, match=wanted):
+        train.stages_of(train.read_options(["--model", "merv", *words]))
+
+
+def test_a_group_of_one_process_needs_no_store_that_windows_lacks(monkeypatch):
+    """There torch.distributed has no HashStore."""
+    monkeypatch.delattr(torch.distributed, "HashStore")
+    store = processes.store_of_one()
+    store.set("key", "value")
+    assert store.get("key") == b"value"
+
+
 def test_the_prompt_of_captions_is_no_template_of_an_llm(capsys):
     """It has no question: a model that is asked with it would see no text at all."""
     with pytest.raises(SystemExit):

@@ -77,17 +77,24 @@ def test_2_tokens_are_mixed_by_equation_2(work):
     x_bend = torch.randn(2, 4, 7, 12)
     mixer = CrossAttentionMixer(12)
     nn.init.normal_(mixer.query, std=5)
-    visual, weights = work.mix(x_bend, mixer.query)
+    visual, weights = mixed(work, x_bend, mixer.query)
     expected, expected_weights = mixer(x_bend)
     close(weights, expected_weights, "Weights: a softmax over e of Q . mean token / sqrt(d).")
     close(visual, expected, "Tokens: the sum over e of weight times tokens.")
 
 
+def mixed(work, x_bend, query):
+    """The two tensors that `mix` returns."""
+    found = work.mix(x_bend, query)
+    assert isinstance(found, tuple), "return two tensors: visual tokens, mixing weights"
+    return found
+
+
 def test_2_permuting_encoders_permutes_their_weights(work):
     """Equation 2 knows an encoder only by its tokens, not by its place."""
     x_bend, query, order = torch.randn(2, 4, 7, 12), torch.randn(12), [2, 0, 3, 1]
-    visual, weights = work.mix(x_bend, query)
-    same_visual, permuted = work.mix(x_bend[:, order], query)
+    visual, weights = mixed(work, x_bend, query)
+    same_visual, permuted = mixed(work, x_bend[:, order], query)
     close(permuted, weights[:, order], "An encoder's weight must follow it to its new place.")
     close(same_visual, visual, "The order of encoders must not change the visual tokens.")
 

@@ -112,7 +112,8 @@ llm = replace(MERVS["miniature"].llm, vocab_size=8000, hidden_size=768, num_laye
 MERVS["small"] = replace(MERVS["miniature"], name="small", llm=llm)
 config = cost.read_options({options!r})
 what = cost.architecture(config)
-stage = train.RECIPES[config.recipe][0]
+# A step of as many micro-batches as the test wants.
+stage = replace(train.RECIPES[config.recipe][0], global_batch=config.micro_batch * {micro_batches})
 
 with cost.simulated_processes(1):
     planned, _ = cost.memory_of(config, what, stage)
@@ -134,7 +135,8 @@ ids, labelled = torch.randint(1000, (b, s)), torch.stack([rows, places])
 batch = Batch(ids, labelled, [s] * b, list(range(b)), pixels, {{}})
 for step in range(2):  # in the second, the optimizer's state exists
     open("/proc/self/clear_refs", "w").write("5")  # the kernel measures the peak from here on
-    model(batch)[0].backward()
+    for _ in range({micro_batches}):
+        model(batch)[0].backward()
     peak = resident("VmHWM") - before
     for optimizer in optimizers:
         optimizer.step()
@@ -148,15 +150,17 @@ exit_now()
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize(
     "checkpointing", ["--activation-checkpointing", "--no-activation-checkpointing"]
 )
-def test_memory_and_operations_are_as_planned(tmp_path, checkpointing):
-    """Resident memory within a tenth; operations exactly."""
+def test_memory_and_operations_are_as_planned(tmp_path, checkpointing, micro_batches):
+    """Resident memory within a tenth; operations exactly. From the second micro-batch of a step on,
+    its activations exist beside gradients."""
     options = ["plan", "--model", "small", "--micro-batch", "4", "--text-tokens", "512"]
     options += ["--dtype", "float32", "--optimizer", "adamw", checkpointing]
     script = tmp_path / "measured.py"
-    script.write_text(MEASURED.format(root=str(ROOT), options=options))
+    script.write_text(MEASURED.format(root=str(ROOT), options=options, micro_batches=micro_batches))
     # Free memory goes back to the system at once, so that resident memory is what is in use.
     env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, script]

@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_train import ROOT, also_as_on_cuda, losses, run, workplace  # noqa: F401  (fixture)
 from torch import nn
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
@@ -177,6 +178,28 @@ def test_a_commit_in_between_does_not_begin_another_run(workplace, straight):  #
     assert "runs/committed, from step 6" in done.stdout
     assert not (workplace / "runs" / "committed-2").exists()
     assert_same_run(workplace, "committed", straight)
+
+
+def test_a_run_goes_on_from_a_save_of_stage_1(workplace):  # noqa: F811
+    """There Muon trains all matrices, so AdamW has vectors alone: torch refused to read its state.
+    TensorBoard has each step once."""
+    options = (*STEPS, "--recipe", "align", "--save-every", "1", "--keep", "none")
+    done = run(workplace, "aligned", *options, "--max-steps", "3")
+    assert done.returncode == 0, done.stderr
+    folder = workplace / "runs" / "aligned"
+    before, curve = losses(workplace, "aligned"), (folder / "checkpoint" / "model.safetensors")
+    wanted = load_file(curve)
+    shutil.rmtree(folder / "checkpoint")
+    shutil.rmtree(folder / "saves" / "00000003")
+    shutil.rmtree(folder / "saves" / "00000002")
+    again = run(workplace, "aligned", *options, "--max-steps", "3")
+    assert again.returncode == 0, again.stderr
+    assert "runs/aligned, from step 1" in again.stdout
+    assert losses(workplace, "aligned") == before
+    found = load_file(curve)
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    board = EventAccumulator(str(folder)).Reload()
+    assert [scalar.step for scalar in board.Scalars("loss")] == [1, 2, 3]
 
 
 def test_a_run_to_resume_that_is_not_there_is_explained(tmp_path):
