@@ -237,7 +237,7 @@ def operations_of(
     config: PlanConfig, model_config: MERVConfig, stage: train.Stage, still: bool
 ) -> dict[str, float]:
     """Operations of one row, forward and backward, by part of the model: 10^12."""
-    # Of Linears, convolutions and attention.
+    # It counts Linears, convolutions and attention.
     counter, model, _ = simulate_step(
         config, model_config, stage, lambda model: FlopCounterMode(display=False), still
     )

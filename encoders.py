@@ -19,7 +19,8 @@ To add an encoder, add an entry to ENCODERS; if no class fits, also a subclass o
 entry is enough for other sizes of DINOv2 (with or without registers), of SigLIP, and of SigLIP 2
 with a fixed resolution; their weights may have the names of timm or of Hugging Face. Training reads
 them from --encoder-files FOLDER/NAME.safetensors, which `save_encoder` writes. Exercise 8 of
-lesson/ goes through all of it. After a change of this file, the miniature draws its data anew.
+lesson/ goes through all of it. After any edit of this file, the miniature makes clips and encoders
+again.
 
 Read next: llama.py, data.py.
 
@@ -483,7 +484,9 @@ def empty_encoder(config: EncoderConfig) -> Encoder:
         encoder = FAMILIES[config.family](config)
     if buffers := [name for name, _ in encoder.named_buffers()]:
         why = f"weights are parameters here; {', '.join(buffers[:3])} would not be loaded or saved."
-        raise UserError(f"{config.name} has buffers.", why, "use layers without, not BatchNorm.")
+        raise UserError(
+            f"{config.name} has buffers.", why, "use layers without buffers, such as LayerNorm."
+        )
     return encoder
 
 

@@ -132,7 +132,7 @@ def evaluate(
     require_room(model, questions, config)
     settings = {
         "benchmark": name,
-        "data": str(Path(folder)),
+        "data": str(folder),
         "weights": trained_digest(model),  # the key that older journals have
         "max_new_tokens": config.max_new_tokens,
         "likelihood": config.mcq_rule == "likelihood" and bool(questions[0].options),
@@ -172,13 +172,13 @@ def evaluate(
 
 
 def require_room(model: MERV, questions: list[Question], config: EvalConfig) -> None:
-    """Raise DataError, which names it, if a question is too long to be read with its answer."""
+    """Raise DataError that names the first question too long to be read with its answer."""
     positions = model.config.llm.max_positions
     room = positions - 1 - model.config.num_visual - config.max_new_tokens  # 1: [BOS]
     for question in questions:
-        _, lengths = model.prompts(question.prompt)
-        if lengths.item() > room:
-            what = f"Question {question.id!r} has {lengths.item()} tokens."
+        length = len(model.prompt_ids(question.prompt))
+        if length > room:
+            what = f"Question {question.id!r} has {length} tokens."
             why = f"beside a video and its answer, the LLM's {positions} positions leave {room}."
             raise DataError(what, why, "shorten or remove it, or lower --max-new-tokens.")
 
@@ -237,11 +237,11 @@ def unanswered(questions: list[Question], done: dict[str, dict]) -> list[Questio
     return [question for question in questions if question.id not in done]
 
 
-def clips_at_once(model: MERV, questions: int, config: EvalConfig) -> int:
+def clips_at_once(model: MERV, most_questions: int, config: EvalConfig) -> int:
     """How many clips to answer together: --batch-videos, else up to 16, as long as the KV cache
     stays below 4 GB.
 
-    questions: about the clip with most of them, because MERV.reply pads the others to as many.
+    most_questions: the largest number of questions about one clip; MERV.reply pads others to it.
     Small models gain most, because single rows leave the processor idle between small operations.
     With 7B and 5 questions about a clip, the cache of one clip takes 0.9 GB.
     """
@@ -251,7 +251,7 @@ def clips_at_once(model: MERV, questions: int, config: EvalConfig) -> int:
     element = model.llm.embed_tokens.weight.element_size()
     bytes_per_token = 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim * element
     tokens_per_question = 64 + config.max_new_tokens  # 64: a long question
-    tokens_per_clip = model.config.num_visual + questions * tokens_per_question
+    tokens_per_clip = model.config.num_visual + most_questions * tokens_per_question
     fitting = int(4e9) // (bytes_per_token * tokens_per_clip)
     return min(16, max(1, fitting))
 

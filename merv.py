@@ -26,7 +26,6 @@ after them the rest of this file. Read next: eval.py, train.py.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -47,6 +46,8 @@ from support import cli, variants, weights
 from support.cli import DTYPES, option, parse_options, pick_device, pick_dtype
 from support.conversation import TextStream, converse
 from support.errors import CheckpointError, UserError
+from support.features import own_code
+from support.files import new_folder
 from support.records import clean
 from support.released import AUTHORS, LLAMA_SKIP, authors_settings, authors_tensors, explained
 from support.replies import common_beginning
@@ -217,8 +218,11 @@ class MERV(nn.Module):
         visual, mixing_weights = self.mixer(torch.stack(x_e, dim=1))
         if visual.shape[1] != self.config.num_visual:
             what = f"A clip has {visual.shape[1]} visual tokens, expected {self.config.num_visual}."
-            why = "the length of sequences follows from attributes of the projector and the mixer."
-            raise UserError(what, why, "correct those that support/variants.py lists.")
+            why = (
+                "keeps_grid, time_stride and class_token of the projector and keeps_all_tokens of "
+            )
+            why += "the mixer say how many."
+            raise UserError(what, why, "correct these attributes; support/variants.py has them.")
         return visual, mixing_weights
 
     # ---- the loss
@@ -423,16 +427,19 @@ class MERV(nn.Module):
         prompts = []
         begun = begun or [[]] * len(questions)
         for question, answer_ids in zip(questions, begun, strict=True):
-            conversation = question
-            if isinstance(question, str):
-                conversation = [{"from": "human", "value": question}]
-            turns = render_prompt(conversation, TEMPLATES[self.template], visual)
-            turns = [(clean(text), is_answer) for text, is_answer in turns]
-            ids, _ = tokenize(turns, self.tokenizer)
-            prompts.append(torch.tensor([*ids[1:], *answer_ids]))  # without [BOS]
+            prompts.append(torch.tensor(self.prompt_ids(question, visual) + answer_ids))
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=self.device)
         padded = torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True)
         return padded.to(self.device), lengths
+
+    def prompt_ids(self, question: str | list[dict], visual: bool = True) -> list[int]:
+        """The ids of one question or conversation, without [BOS]."""
+        conversation = question
+        if isinstance(question, str):
+            conversation = [{"from": "human", "value": question}]
+        turns = render_prompt(conversation, TEMPLATES[self.template], visual)
+        ids, _ = tokenize([(clean(text), is_answer) for text, is_answer in turns], self.tokenizer)
+        return ids[1:]
 
     def pixels(self, video: str | Path | Tensor | dict[str, Tensor] | None) -> dict[str, Tensor]:
         """Preprocess any form of video that `answer` takes: encoder -> (T_e, 3, H, W)."""
@@ -490,43 +497,43 @@ class MERV(nn.Module):
         """Write config.json, model.safetensors and tokenizer.model for `from_pretrained`.
 
         Encoders from the hub are stored as references, others are copied. The folder is never
-        half written. It may be that of an older checkpoint, which is replaced; if it holds anything
-        else, UserError. state: the full state_dict, if this process holds only a shard.
+        half written. If it is an older checkpoint, it is replaced; if it holds something else, such
+        as results, UserError. state: the full state_dict, if this process holds only a shard.
         """
         folder = Path(folder).resolve()
         weights.require_replaceable(folder)
         if self.tokenizer is None:
             fix = "set model.tokenizer = llama.Tokenizer(file) first."
             raise UserError("Only a model with a tokenizer is saved.", "it has none.", fix)
-        partial, old = Path(f"{folder}.partial"), Path(f"{folder}.old")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         if state is None:
             state = self.state_dict()
-        trained = {k: v.contiguous() for k, v in state.items() if not k.startswith("encoders.")}
-        weights.save_tensors(trained, partial / "model.safetensors")
-        saved_encoders = []
-        for e in self.config.encoders:
-            if not e.source or Path(e.source).exists():  # not of the hub
-                if e.source:
-                    # WHY read again: training may hold frozen encoders in bfloat16, and a saved
-                    # file should not depend on the machine that wrote it.
-                    frozen = encoders.load_encoder(e, e.source).state_dict()
-                else:
-                    prefix = f"encoders.{e.name}."
-                    own = [name for name in state if name.startswith(prefix)]
-                    frozen = {name.removeprefix(prefix): state[name].float() for name in own}
-                e = replace(e, source=f"encoders/{e.name}.safetensors")
-                encoders.save_encoder(self.encoders[e.name], partial / e.source, frozen)
-            saved_encoders.append(e)
-        shutil.copyfile(self.tokenizer.path, partial / "tokenizer.model")
-        config = asdict(replace(self.config, encoders=tuple(saved_encoders)))
-        (partial / "config.json").write_text(json.dumps({"merv": config}, indent=2))
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-        partial.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+        with new_folder(folder) as partial:
+            partial.mkdir(parents=True)
+            saved_encoders = []
+            for e in self.config.encoders:
+                saved_encoders.append(self.save_encoder(e, partial, state))
+            trained = {k: v.contiguous() for k, v in state.items() if not k.startswith("encoders.")}
+            weights.save_tensors(trained, partial / "model.safetensors")
+            shutil.copyfile(self.tokenizer.path, partial / "tokenizer.model")
+            config = asdict(replace(self.config, encoders=tuple(saved_encoders)))
+            (partial / "config.json").write_text(json.dumps({"merv": config}, indent=2))
+
+    def save_encoder(self, e: EncoderConfig, folder: Path, state: dict) -> EncoderConfig:
+        """Copy an encoder into a checkpoint's folder, unless it is of the hub. Returns its
+        configuration there."""
+        if e.source and not Path(e.source).exists():
+            return e
+        if e.source:
+            # WHY read again: training may hold frozen encoders in bfloat16, and a saved file should
+            # not depend on the machine that wrote it.
+            frozen = encoders.load_encoder(e, e.source).state_dict()
+        else:
+            prefix = f"encoders.{e.name}."
+            own = [name for name in state if name.startswith(prefix)]
+            frozen = {name.removeprefix(prefix): state[name].float() for name in own}
+        e = replace(e, source=f"encoders/{e.name}.safetensors")
+        encoders.save_encoder(self.encoders[e.name], folder / e.source, frozen)
+        return e
 
     @classmethod
     def from_pretrained(
@@ -547,8 +554,8 @@ class MERV(nn.Module):
         return model.to(device).eval()
 
     def fingerprints(self) -> dict[str, str]:
-        """Hash what determines each encoder's pooled features: weights, settings, the code of its
-        class and its projector's, and how many frames of a clip are loaded.
+        """Hash what determines each encoder's pooled features: weights, settings, how many frames
+        of a clip are loaded, and the code of a user's own encoder or projector.
 
         All encoders share the frames that the most demanding one wants. Of 8 frames, an encoder of
         4 sees numbers 0, 2, 4, 6; without an encoder of 8, it sees the first, the last and two
@@ -560,8 +567,8 @@ class MERV(nn.Module):
             settings = asdict(encoder.config)
             for without_effect in ("name", "label", "source"):
                 del settings[without_effect]
-            classes = [inspect.getsource(type(part)) for part in (encoder, self.projectors[name])]
-            known = [settings, frames, self.config.pooled_side, self.config.projector, classes]
+            known = [settings, frames, self.config.pooled_side, self.config.projector]
+            known += own_code(encoder) + own_code(self.projectors[name])
             digest = hashlib.sha256(json.dumps(known).encode())
             for key, tensor in sorted(encoder.state_dict().items()):
                 digest.update(key.encode())
@@ -617,15 +624,15 @@ class MERVConfig:
         t = t // projector.time_stride
         if projector.class_token:
             return t, 1, 1
-        if projector.keeps_grid:
+        if getattr(projector, "keeps_grid", False):
             return t, h, w
         return t, self.pooled_side, self.pooled_side
 
     @property
     def num_visual(self) -> int:
         """Visual tokens of a clip: n, or e times n if the mixer concatenates tokens."""
-        copies = len(self.encoders) if MIXERS[self.mixer].keeps_all_tokens else 1
-        return copies * math.prod(self.grid)
+        keeps_all = getattr(MIXERS[self.mixer], "keeps_all_tokens", False)
+        return math.prod(self.grid) * (len(self.encoders) if keeps_all else 1)
 
     @classmethod
     def from_dict(cls, values: dict) -> MERVConfig:
@@ -888,11 +895,8 @@ def read_options(arguments: list[str] | None = None) -> AskConfig:
 def main(arguments: list[str] | None = None) -> None:
     """`merv.py`: answer questions about a video, or chat about it."""
     options = read_options(arguments)
-    if options.trace:
-        trace()
-        return
     try:
-        status = answer_questions(options)
+        status = trace() if options.trace else answer_questions(options)
         sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output has left, as `head -1` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -155,13 +155,13 @@ class TrainConfig:
         (128,), "rows of a step, one number for all stages or one each", least=1
     )
     lora: int | None = option(None, "rank of adapters; none: the LLM itself is trained", least=1)
-    lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank", least=1e-6)
+    lora_alpha: float = option(16.0, "adapters are scaled by alpha / rank")
     optimizer: str = option("adamw", "muon: Muon for matrices of --muon-parts", OPTIMIZERS)
     muon_parts: str = option("llm", "llm, or llm,projectors", ("llm", "llm,projectors"))
     muon_learning_rate: float = option(0.01, "peak, with --optimizer muon")
     muon_weight_decay: float = option(0.0, "of the same matrices")
     warmup: float = option(0.03, "fraction of the steps in which the learning rate rises")
-    clip: float = option(1.0, "gradients are clipped to this norm", least=1e-6)
+    clip: float = option(1.0, "gradients are clipped to this norm")
     seed: int = option(0, "of new weights and of the order of the data")
 
     micro_batch: int = option(
@@ -292,24 +292,14 @@ def stages_of(config: TrainConfig) -> list[Stage]:
     With --lora, stages train adapters instead of the LLM itself. Raises UserError for options that
     contradict each other.
     """
-    # Older runs could begin like this, with AdamW for all adapters. They may be resumed.
-    muon_is_idle = config.optimizer == "muon" and config.muon_parts == "llm"
-    if config.lora is not None and muon_is_idle and config.resume is None:
-        why = "it trains whole matrices of the LLM, and with --lora these are frozen."
-        fix = "use --optimizer adamw, or --muon-parts llm,projectors."
-        raise UserError("--optimizer muon has nothing to train.", why, fix)
+    if config.resume is None:  # older runs could begin with what is refused now
+        refuse_idle_options(config)
     recipe = RECIPES[config.recipe]
     rates, sizes = config.learning_rate, config.global_batch
     for name, values in (("learning-rate", rates), ("global-batch", sizes)):
         if len(values) not in (1, len(recipe)):
             what = f"--{name} has {len(values)} values, the recipe has {len(recipe)} stages."
             raise UserError(what, "each stage needs one.", "give one value for all or one each.")
-    if config.lora is not None and not any("llm" in stage.trained for stage in recipe):
-        why = "adapters are trained where the recipe trains the LLM, and this one does not."
-        raise UserError(f"--lora: nothing to train in {config.recipe}.", why, "leave it out.")
-    if config.warmup > 1:
-        why = "it is a fraction of the steps, such as 0.03."
-        raise UserError(f"--warmup is {config.warmup}.", why, "choose at most 1.")
     stages = []
     for number, stage in enumerate(recipe):
         rate = rates[number % len(rates)]
@@ -320,6 +310,24 @@ def stages_of(config: TrainConfig) -> list[Stage]:
             stage = replace(stage, trained=tuple(trained))
         stages.append(stage)
     return stages
+
+
+def refuse_idle_options(config: TrainConfig) -> None:
+    """Raise UserError for options with which nothing would be trained."""
+    if config.lora is not None:
+        if config.optimizer == "muon" and config.muon_parts == "llm":
+            why = "it trains whole matrices of the LLM, and with --lora these are frozen."
+            fix = "use --optimizer adamw, or --muon-parts llm,projectors."
+            raise UserError("--optimizer muon has nothing to train.", why, fix)
+        if not any("llm" in stage.trained for stage in RECIPES[config.recipe]):
+            why = "this recipe does not train the LLM."
+            raise UserError(f"--lora has nothing to train with {config.recipe}.", why, "omit it.")
+    if config.clip == 0:
+        why = "gradients would be clipped to nothing."
+        raise UserError("--clip is 0.", why, "to clip none, choose a large number.")
+    if config.warmup > 1:
+        why = "it is a fraction of the steps, such as 0.03."
+        raise UserError(f"--warmup is {config.warmup}.", why, "choose at most 1.")
 
 
 # ------------------------------------------------------------------------------ processes and model
@@ -444,11 +452,13 @@ def shard(model: MERV, mesh: DeviceMesh, place_encoders: str, dtype: torch.dtype
     fully_shard(model, mesh=mesh, mp_policy=policy, ignored_params=whole)
 
 
-def cast(parameters: Iterable[nn.Parameter], frozen: torch.dtype, device: str = "cpu") -> None:
-    """Change trained parameters to float32, frozen ones to the dtype `frozen`. A mapped one gets
-    memory of its own, unless it fits already."""
+def cast(
+    parameters: Iterable[nn.Parameter], frozen_dtype: torch.dtype, device: str = "cpu"
+) -> None:
+    """Change trained parameters to float32, frozen ones to frozen_dtype. A mapped one gets memory
+    of its own, unless it fits already."""
     for parameter in parameters:
-        dtype = torch.float32 if parameter.requires_grad else frozen
+        dtype = torch.float32 if parameter.requires_grad else frozen_dtype
         parameter.data = parameter.data.to(device, dtype)
 
 
@@ -611,7 +621,7 @@ def make_optimizers(model: MERV, stage: Stage, config: TrainConfig) -> list[torc
             matrices.append(parameter)
     groups = []
     for parameters, weight_decay in ((matrices, stage.weight_decay), (vectors, 0.0)):
-        if parameters:  # WHY: torch cannot load the state of an empty group
+        if parameters:  # WHY: torch cannot load an empty group beside a second optimizer
             groups.append({"params": parameters, "weight_decay": weight_decay})
     # WHY: torch's default on CUDA makes temporary copies as large as all trained parameters.
     fused = next(model.parameters()).device.type == "cuda"
@@ -802,7 +812,7 @@ def rows_of(dataset: ConcatDataset, order: list[list[int]], first: int, count: i
     ends = dataset.cumulative_sizes  # where each file's rows end
     for index in chain.from_iterable(order[first : first + count]):
         part = bisect_right(ends, index)
-        rows.append(dataset.datasets[part].rows[index - ends[part]])  # counted from its end
+        rows.append(dataset.datasets[part].rows[index - ends[part]])  # negative: from its end
     return rows
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import encoders
 from miniature import specialists, world
 from support import dataset_writer, drawing, errors
-from support.dataset_writer import digest_files, new_folder
-from support.files import lock, writing
+from support.dataset_writer import digest_files
+from support.files import lock, new_folder, writing
 
 # If one of these changes, the folder is made again.
 MAKERS = (world, drawing, dataset_writer, specialists, encoders)

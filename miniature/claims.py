@@ -24,9 +24,9 @@ from miniature.preset import FOLDER
 from miniature.world import CLIPS, write_world
 from support import statistics
 from support.cli import progress
-from support.dataset_writer import digest_files, new_folder
+from support.dataset_writer import digest_files
 from support.errors import UserError
-from support.files import write_file
+from support.files import new_folder, write_file
 from support.report import read_result
 from support.runs import commit, read_log
 from support.templates import read_template

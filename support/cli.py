@@ -5,7 +5,7 @@ A frozen dataclass declares a program's options, and an instance of it holds the
     @dataclass(frozen=True)
     class CountConfig:
         steps: int = option(10, "how far to count", group="run")
-        limit: float | None = option(None, "stop above this number", group="run")
+        limit: float | None = option(None, "stop above this number")
 
     config = parse_options(CountConfig, None, "Count.")     # --steps 20 --limit none
 """
@@ -78,9 +78,8 @@ def parse_options(
         if not unknown[0].startswith("--") or os.path.exists(unknown[0]):
             what += f" If it is a file, write ./{unknown[0]}."
         parser.error(what)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # show ? for what this terminal cannot show
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # print ? for what this terminal cannot show
     settings = vars(values)
     for name, value in settings.items():
         if isinstance(value, list):

@@ -20,16 +20,16 @@ class DecodingStep:
         cache.use_all_slots()
         self.ids = ids.clone()
         before = cache.lengths.clone()
-        torch.cuda.set_device(ids.device)  # whose work streams and graphs record
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # a graph may only record what has run before
-            llama(self.ids[:, None], cache=cache)
-        torch.cuda.current_stream().wait_stream(side)
-        cache.lengths.copy_(before)  # so that the first real step overwrites this one
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.logits = llama(self.ids[:, None], cache=cache)[:, 0]
+        with torch.cuda.device(ids.device):  # to whose streams a graph belongs
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # a graph may only record what has run before
+                llama(self.ids[:, None], cache=cache)
+            torch.cuda.current_stream().wait_stream(side)
+            cache.lengths.copy_(before)  # so that the first real step overwrites this one
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.logits = llama(self.ids[:, None], cache=cache)[:, 0]
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Run the step. The result is overwritten by the next call."""

@@ -7,10 +7,8 @@ conversations, benchmark questions and a tokenizer. The same input gives the sam
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,22 +18,6 @@ import sentencepiece
 from numpy.random import Generator, default_rng
 
 CLIP = "clip_{:06d}"  # the name of clip number n; its file is videos/<name>.mp4
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which replaces `folder` once it is complete."""
-    partial, old = (
-        folder.with_name(folder.name + ".partial"),
-        folder.with_name(folder.name + ".old"),
-    )
-    shutil.rmtree(partial, ignore_errors=True)
-    yield partial
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)  # WHY: deleting takes seconds, in which a kill would leave half a folder
-    partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def digest_files(files: Iterable[str | Path], text: str = "") -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import math
 import os
 import re
@@ -11,13 +12,29 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load
-from torch import Tensor
+from torch import Tensor, nn
 
-from support.errors import CheckpointError
+from support.errors import CheckpointError, UserError
 from support.files import write_file
 from support.weights import save_tensors
 
 MAX_STEPS = 10_000  # time steps of a clip; a damaged number could fill the memory
+
+
+def own_code(module: nn.Module) -> list[str]:
+    """The code of a module's class, if it is not of this repository; else [].
+
+    WHY not that of ours: a comment that changes there would make every cache useless.
+    """
+    cls = type(module)
+    if cls.__module__ in ("encoders", "merv", "support.variants"):
+        return []
+    try:
+        return [inspect.getsource(cls)]
+    except (OSError, TypeError) as error:
+        why = "features are cached, and found again only as long as it stays the same."
+        fix = "write the class into a file, or train with --cache-features none."
+        raise UserError(f"The code of {cls.__name__} cannot be read.", why, fix) from error
 
 
 @dataclass
@@ -25,9 +42,9 @@ class FeatureCache:
     """Pooled features of clips on disk, so that frozen encoders run once per clip, not per epoch.
 
     folder/FINGERPRINT/ab/abcdef....safetensors, where FINGERPRINT is a hash of an encoder's
-    weights, its class, its preprocessing, the frames that are loaded and the pooling, and abcdef...
-    a hash of the clip's bytes. If any of these changes, so does the path, and old features are not
-    found.
+    weights, its preprocessing, the frames that are loaded, the pooling and the code of a class of
+    the user's own, and abcdef... a hash of the clip's bytes. If any of these changes, so does the
+    path, and old features are not found.
     """
 
     folder: str | Path

@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import socket
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -96,6 +98,23 @@ def replacing(path: Path) -> Iterator[Path]:
                 (path.parent / name).unlink(missing_ok=True)
 
 
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Where to make a folder that replaces `folder` once it is complete.
+
+    WHY renamed before it is deleted: that takes a moment, and deleting takes seconds, in which a
+    kill would leave half of it under its name.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    yield partial
+    replaced = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    if folder.exists():
+        folder.rename(replaced / folder.name)
+    partial.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
 class Journal:
     """An append-only log of results: a killed run keeps all of them, and a rerun skips them.
 
@@ -108,7 +127,7 @@ class Journal:
 
     def __init__(self, folder: Path, settings: dict, rank: int = 0):
         self.file = folder / f"{rank}.jsonl"
-        self.one_at_a_time = threading.Lock()  # of the threads that append
+        self.append_lock = threading.Lock()  # a judge appends from several threads
         self.lock = lock(folder / f"{rank}.lock")
         settings_file = folder / "settings.json"
         if settings_file.exists():
@@ -132,7 +151,7 @@ class Journal:
 
     def append(self, *records: dict) -> None:
         """Add records. They are on disk when this returns."""
-        with self.one_at_a_time:
+        with self.append_lock:
             append_lines(self.file, *records)
 
 

@@ -129,7 +129,7 @@ def keep_verdicts(path: Path, settings: dict, questions: list[Question]) -> dict
     if not any(question.verdict for question in earlier):
         return settings
     if list(map(key_of, earlier)) != list(map(key_of, questions)):
-        print(f"{path}: answers have changed, so let the judge read them again.")
+        print(f"{path}: answers have changed, run --judge again.")
         return settings
     for question, before in zip(questions, earlier, strict=True):
         question.verdict = before.verdict

@@ -12,7 +12,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from support.errors import VideoError
 
@@ -30,6 +30,18 @@ STRIP = 256  # rows that are converted at once
 DEFAULT_DELAY = 0.1  # seconds; how long browsers show a frame that states no delay
 MAX_ASPECT = 50  # the longer side over the shorter side
 DAMAGED = ("the file is damaged, cut off or not a video.", "download or convert it again.")
+
+
+# The value of the EXIF tag "Orientation" -> what makes the picture upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def check_size(path: Path, width: int, height: int, most: int = MAX_PIXELS) -> None:
@@ -130,13 +142,17 @@ def frame_times(path: Path) -> list[float]:
 def to_rgb(path: Path, picture: Image.Image, number: int = 0) -> np.ndarray:
     """Decode one frame as RGB: uint8 (H, W, 3), upright, transparent parts white.
 
-    Raises VideoError if it is damaged, or its numbers have no agreed black and white.
+    Raises VideoError if its numbers have no agreed black and white, and Pillow's own errors if it
+    is damaged.
     """
     picture.seek(number)
-    picture.load()
+    picture.load()  # a TIFF is upright from here on, and says so
+    orientation = 1
     # WHY: a photo whose EXIF block is damaged is still a photo.
     with suppress(Exception):
-        picture = ImageOps.exif_transpose(picture)
+        orientation = picture.getexif().get(ExifTags.Base.Orientation, 1)
+    if orientation in UPRIGHT:
+        picture = picture.transpose(UPRIGHT[orientation])
     if picture.mode.startswith(("I", "F")):
         return _grey(path, picture)
     return flatten(picture)

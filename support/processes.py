@@ -33,8 +33,8 @@ def join_processes(device: str) -> torch.device:
     """Join the process group that torchrun describes, or be a group of one; return our device."""
     end_with_torchrun()
     place = pick_device(device)
-    backend = "gloo"
     require_card(place)
+    backend = "gloo"
     if place.type == "cuda":
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"

@@ -91,8 +91,9 @@ def tidy(reply: str, options: tuple[str, ...]) -> str:
 def common_beginning(options: list[list[int]]) -> list[int]:
     """The ids with which all options begin, so that the id after them tells the options apart.
 
-    The miniature's tokenizer has no letters: it writes A as [a space, byte 65], and B as [a space,
-    byte 66]. If one option is the beginning of all, there is no such id, and the result is [].
+    The miniature's tokenizer has no token for a capital letter: it writes A as [a space, byte 65]
+    and B as [a space, byte 66]. If one option is the beginning of all, there is no such id, and the
+    result is [].
     """
     begun: list[int] = []
     for ids in zip(*options, strict=False):

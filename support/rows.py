@@ -100,9 +100,8 @@ def require_text(row: dict) -> None:
     for turn in row["conversations"][::2]:
         question = turn["value"]
         begins = re.match(rf"\s*{marks}(?:$|(?<=[\n>])[\w\"(]|(?!{TAG_WORDS})[\w\"(])", question)
-        ends = re.search(
-            rf"[\n.?!]\s*{marks}$", question.rstrip()[-500:]
-        )  # WHY: all of it may take minutes
+        # WHY its last part: the time of this search grows with the square of the length.
+        ends = re.search(rf"[\n.?!]\s*{marks}$", question.rstrip()[-500:])
         if (begins or ends) and not re.search("</(image|video)>", question):
             what = "its question has a placeholder, but it names no video or image."
             why = "visual tokens take the place of <image> and <video>."

@@ -35,7 +35,6 @@ from support.templates import read_template
 from support.weights import find_file
 
 ROOT = Path(__file__).parents[1]
-PROGRAM = ("cost", "data", "encoders", "eval", "llama", "merv", "train")  # files of the project
 
 # Frozen parameters are not saved: encoders are read from their own files.
 TRAINED = sharded.StateDictOptions(ignore_frozen_params=True)
@@ -169,7 +168,7 @@ def newest_save(folder: Path) -> int:
 
 
 def fault_of(save: Path) -> str:
-    """What is wrong with a save, such as "__0_0.distcp has changed"; "" if it is intact.
+    """What is wrong with a save: "__0_0.distcp is missing or has changed"; "" if it is intact.
 
     Older versions wrote no hashes; of their saves only the index must be there.
     """
@@ -220,7 +219,7 @@ def commit() -> str:
 def describe(config) -> dict:
     """What config.json holds: a hash of the code, the commit, the version of torch, the options."""
     code = hashlib.sha256()
-    for file in [*(ROOT / f"{name}.py" for name in PROGRAM), *sorted(ROOT.glob("support/*.py"))]:
+    for file in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("support/*.py"))]:
         code.update(file.read_bytes())
     saved = {"code": code.hexdigest()[:16], "commit": commit(), "torch": torch.__version__}
     options = json.loads(json.dumps(asdict(config)))  # as JSON gives them back: lists, not tuples

@@ -11,16 +11,18 @@ d, on a grid of side x side where it changes the grid.
     time_stride        number of frames that become one time step
     class_token        whether it takes each frame's class token instead of its patches
     keeps_grid         whether each patch becomes a token: h_e x w_e, not side x side, a frame
+                       (if a class does not say: no)
 
 A mixer is `Mixer(d, e)`: it turns the tokens of e encoders into those that the LLM reads.
 
     mixing_weights(x)  (b, e, n, d) -> (b, e), float32, summing to 1
     forward(x)         (b, e, n, d) -> visual tokens (b, n, d), mixing weights (b, e)
-    keeps_all_tokens   whether it returns all e * n tokens instead of n
+    keeps_all_tokens   whether it returns all e * n tokens instead of n (if it does not say: no)
 
-Parameters have at least one dimension. A new model draws them at random, whatever a class sets them
-to, except biases (0) and weights of norms (1). A class of your own stands in a file that every
-command has to import first: docs/experiments.md has an example.
+Parameters must have a dimension, because FSDP shards them along the first. A new model draws them
+at random, whatever a class sets them to, except biases (0) and weights of norms (1). A class of
+your own stands in a file that every command has to import first: docs/experiments.md has an
+example.
 
 Each class can be read by itself, so some lines appear in several of them.
 """
@@ -57,6 +59,7 @@ class ClassTokenProjector(AllTokensProjector):
     """Each frame becomes one token, its class token (b, t, 1, 1, d_e): table 2a, "class tok"."""
 
     class_token = True
+    keeps_grid = False
 
 
 class AttentionProjector(nn.Module):

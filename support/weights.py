@@ -240,12 +240,16 @@ def is_colour(value: object, least: float) -> bool:
 
 
 def require_replaceable(folder: Path) -> None:
-    """Raise UserError if a folder is neither missing, nor empty, nor a checkpoint of ours."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    """Raise UserError if a folder is neither missing, nor empty, nor a checkpoint of ours alone."""
+    if not folder.exists():
         return
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file.", "a model is saved as a folder.", "name another.")
     config = folder / "config.json"
-    if not config.is_file() or "merv" not in read_json(config):
-        why = "saving replaces a whole folder, and this one is no checkpoint of this program."
+    folders = {entry.name for entry in folder.iterdir() if entry.is_dir()}
+    is_checkpoint = config.is_file() and "merv" in read_json(config)
+    if any(folder.iterdir()) and not (is_checkpoint and folders <= {"encoders"}):
+        why = "saving replaces a whole folder, and this one holds more than a checkpoint."
         raise UserError(f"{folder} is not empty.", why, "name a new folder.")
 
 

@@ -13,6 +13,7 @@ from conftest import REPOSITORY
 from safetensors.torch import load_file, save_file
 from tiny_merv import QUESTIONS, TINY, random_pixels
 
+import merv
 from merv import MERV, MERVS
 from support import weights
 from support.errors import CheckpointError, UserError
@@ -111,6 +112,17 @@ def test_a_complete_folder_replaces_the_old_one(model, tmp_path):
     encoders = {f"encoders/{e.name}.safetensors" for e in TINY.encoders}
     assert names == {"config.json", "model.safetensors", "tokenizer.model"} | encoders
     assert list(tmp_path.rglob("*.partial")) == []
+
+
+def test_what_lies_beside_a_checkpoint_is_left_alone(model, saved, tmp_path):
+    """A backup called model.old, and eval.py's answers in a checkpoint's folder."""
+    backup = shutil.copytree(saved, tmp_path / "model.old")
+    model.save_pretrained(tmp_path / "model")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "model.old"]
+    assert (backup / "model.safetensors").is_file()
+    (tmp_path / "model" / "eval").mkdir()
+    with pytest.raises(UserError, match="is not empty"):
+        model.save_pretrained(tmp_path / "model")
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "config.json"])
@@ -290,6 +302,45 @@ def test_an_encoder_that_sees_other_frames_has_another_fingerprint(tokenizer):
         assert three.fingerprints()[config.name] != four.fingerprints()[config.name]
     assert sample_indices(30, 8)[::2] == [0, 8, 16, 24]
     assert sample_indices(30, 4) == [0, 9, 19, 29]
+
+
+class OwnMixer(torch.nn.Module):
+    """A user's mixer that returns every second token, without saying so."""
+
+    def __init__(self, d: int, e: int):
+        super().__init__()
+        self.step = 1
+
+    def forward(self, x_bend):
+        b, e, _, _ = x_bend.shape
+        return x_bend.mean(1)[:, :: self.step], torch.full((b, e), 1 / e)
+
+
+class OwnProjector(merv.PooledProjector):
+    """A user's projector."""
+
+
+def test_own_mixers_and_projectors_are_used_and_checked(tokenizer, monkeypatch):
+    """Attributes that a class does not have are those of the paper's; a wrong number of tokens is
+    an error, because the loss would read the wrong places."""
+    monkeypatch.setitem(merv.MIXERS, "own", OwnMixer)
+    monkeypatch.setitem(merv.PROJECTORS, "own", OwnProjector)
+    model = MERV.create(replace(TINY, mixer="own", projector="own"), tokenizer).eval()
+    pixels = random_pixels(0)
+    assert model.encode({n: clip[None] for n, clip in pixels.items()})[0].shape[1] == 2 * 2 * 4
+    plain = MERV.create(TINY, tokenizer).fingerprints()
+    found = model.fingerprints()
+    assert all(found[name] != plain[name] for name in plain)  # its code is part of them
+    model.mixer.step = 2
+    with pytest.raises(UserError, match="visual tokens, expected"):
+        model.encode({name: clip[None] for name, clip in pixels.items()})
+
+
+def test_frozen_encoders_are_never_in_training_mode(model):
+    """An encoder with dropout would give other features while training than when asked."""
+    model.train()
+    assert model.llm.training and not any(e.training for e in model.encoders.values())
+    model.eval()
 
 
 def test_fingerprints_follow_weights_and_preprocessing(tokenizer):

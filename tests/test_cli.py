@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -159,12 +159,15 @@ def test_muon_without_a_matrix_to_train_is_refused():
     [
         (["--recipe", "align", "--lora", "4"], "nothing to train"),
         (["--warmup", "5"], "a fraction of the steps"),
+        (["--clip", "0"], "clipped to nothing"),
     ],
 )
 def test_options_that_would_do_nothing_or_too_much_are_refused(words, wanted):
     """Adapters of an LLM that stays frozen; a warm-up in steps or in percent."""
+    config = train.read_options(["--model", "merv", *words])
     with pytest.raises(UserError, match=wanted):
-        train.stages_of(train.read_options(["--model", "merv", *words]))
+        train.stages_of(config)
+    train.stages_of(replace(config, resume="runs/begun"))  # by an older version
 
 
 def test_a_group_of_one_process_needs_no_store_that_windows_lacks(monkeypatch):

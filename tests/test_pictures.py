@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,6 +79,16 @@ def test_a_photo_with_a_damaged_exif_block_is_still_a_photo(tmp_path):
     """Editors break EXIF more often than pictures."""
     Image.fromarray(FOUR_COLOURS).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0garbage")
     assert np.array_equal(as_picture(load_video(tmp_path / "a.png", 1)[0]), FOUR_COLOURS)
+
+
+def test_a_photo_with_one_odd_tag_is_still_turned(tmp_path):
+    """Its resolution is a text, which Pillow reads but cannot write back."""
+    on_its_side = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)  # tag, type, count, value, padding
+    resolution = struct.pack("<HHI4s", 0x011A, 2, 3, b"72")
+    block = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + on_its_side + resolution + b"\0" * 4
+    Image.fromarray(FOUR_COLOURS).save(tmp_path / "a.png", exif=block)
+    found = as_picture(load_video(tmp_path / "a.png", 1)[0])
+    assert np.array_equal(found, np.rot90(FOUR_COLOURS, -1))
 
 
 def _grey_16(folder: Path) -> Path:
