@@ -344,7 +344,7 @@ class ConversationDataset(Dataset):
         turns, path = self.parse(index)
         example = self.encode(turns)
         if path and self.cache:
-            example.pooled = self.cache.get(path)
+            example.pooled = self.cache.get(path) or {}
         if path and not example.pooled:
             example.pixels = load_pixels(path, self.encoders)
         return example

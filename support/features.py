@@ -101,12 +101,15 @@ class FeatureCache:
             return {}
         return paths if all(path.exists() for path in paths.values()) else {}
 
-    def get(self, file: Path) -> dict[str, Tensor]:
-        """Load encoder -> (t, h, w, d_e), or {} unless all encoders have features of the clip.
+    def get(self, file: Path) -> dict[str, Tensor] | None:
+        """Load encoder -> (t, h, w, d_e), or None unless all encoders have features of the clip.
 
         Raises CheckpointError if a file of them is damaged.
         """
-        return {encoder: read_features(path) for encoder, path in self.find(file).items()}
+        paths = self.find(file)
+        if not paths:
+            return None
+        return {encoder: read_features(path) for encoder, path in paths.items()}
 
     def put(self, file: Path, pooled: dict[str, Tensor]) -> None:
         """Save encoder -> (t, h, w, d_e) in bfloat16, the dtype in which encoders run on a GPU.

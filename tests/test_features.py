@@ -18,7 +18,7 @@ from support.features import FeatureCache
 def test_features_are_read_back_as_they_were_stored(tmp_path, clip):
     """In bfloat16: half the size of float32, and the dtype in which the model runs."""
     cache = FeatureCache(tmp_path, {"a": "print-a", "b": "print-b"})
-    assert not cache.get(clip)
+    assert cache.get(clip) is None
     features = {"a": torch.randn(4, 2, 2, 8), "b": torch.randn(4, 2, 2, 6)}
     cache.put(clip, features)
     found = cache.get(clip)
@@ -43,22 +43,22 @@ def test_other_bytes_or_other_weights_miss_the_cache(tmp_path, clip):
     video.write_bytes(clip.read_bytes())
     cache = FeatureCache(tmp_path / "cache", {"a": "print"})
     cache.put(video, {"a": torch.ones(1, 1, 1, 4)})
-    assert cache.get(video)
-    assert not FeatureCache(tmp_path / "cache", {"a": "other weights"}).get(video)
-    assert not FeatureCache(tmp_path / "cache", {"a": "print", "b": "one more"}).get(video)
+    assert cache.get(video) is not None
+    assert FeatureCache(tmp_path / "cache", {"a": "other weights"}).get(video) is None
+    assert FeatureCache(tmp_path / "cache", {"a": "print", "b": "one more"}).get(video) is None
     (tmp_path / "copy.mp4").write_bytes(clip.read_bytes())
-    assert cache.get(tmp_path / "copy.mp4")  # the same bytes under another name
+    assert cache.get(tmp_path / "copy.mp4") is not None  # the same bytes under another name
     video.write_bytes(clip.read_bytes() + b"\0")
-    assert not cache.get(video)
+    assert cache.get(video) is None
 
 
 def test_a_folder_of_images_is_cached_by_its_images(tmp_path):
     folder = write_images(tmp_path / "frames", ["0.png", "1.png"])
     cache = FeatureCache(tmp_path / "cache", {"a": "print"})
     cache.put(folder, {"a": torch.ones(1, 1, 1, 4)})
-    assert cache.get(folder)
+    assert cache.get(folder) is not None
     Image.new("RGB", (5, 5)).save(folder / "1.png")
-    assert not cache.get(folder)
+    assert cache.get(folder) is None
 
 
 def test_a_dataset_takes_features_from_the_cache(mixed_folder, tiny_tokenizer):
@@ -87,10 +87,10 @@ def test_an_unchanged_clip_is_read_once_ever(tmp_path, monkeypatch):
     read_bytes = Path.read_bytes
     monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or read_bytes(path))
     again = FeatureCache(tmp_path / "cache", {"a": "print"})
-    assert again.get(clip)
+    assert again.get(clip) is not None
     assert clip not in reads
     clip.write_bytes(b"another film")
-    assert not again.get(clip)
+    assert again.get(clip) is None
     assert reads.count(clip) == 1
 
 
@@ -105,8 +105,8 @@ def test_frames_in_another_order_are_another_clip(tmp_path):
         for name, content in zip(names, (b"A", b"B", b"C"), strict=True):
             (tmp_path / folder / name).write_bytes(content)
     cache.put(tmp_path / "first", {"a": torch.ones(1, 1, 1, 4)})
-    assert cache.get(tmp_path / "first")
-    assert not cache.get(tmp_path / "second")
+    assert cache.get(tmp_path / "first") is not None
+    assert cache.get(tmp_path / "second") is None
 
 
 def test_a_clip_that_cannot_be_read_is_not_in_the_cache(tmp_path, monkeypatch):
@@ -118,7 +118,7 @@ def test_a_clip_that_cannot_be_read_is_not_in_the_cache(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
-    assert not FeatureCache(tmp_path / "cache", {"a": "print"}).get(clip)
+    assert FeatureCache(tmp_path / "cache", {"a": "print"}).get(clip) is None
 
 
 def test_a_still_is_stored_once_and_read_as_a_clip(tmp_path):
@@ -141,7 +141,7 @@ def test_a_folder_of_frames_may_contain_folders(tmp_path):
     (folder / "1.png").write_bytes(b"one")
     cache = FeatureCache(tmp_path / "cache", {"a": "print"})
     cache.put(folder, {"a": torch.ones(1, 1, 1, 4)})
-    assert cache.get(folder)
+    assert cache.get(folder) is not None
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_damaged_entry_is_named_with_its_remedy(content, tmp_path):
         cache.get(clip)
     assert str(path) in str(caught.value)
     path.unlink()
-    assert not cache.get(clip)
+    assert cache.get(clip) is None
 
 
 def test_a_damaged_hash_is_computed_again(tmp_path):
