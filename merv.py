@@ -218,11 +218,8 @@ class MERV(nn.Module):
         visual, mixing_weights = self.mixer(torch.stack(x_e, dim=1))
         if visual.shape[1] != self.config.num_visual:
             what = f"A clip has {visual.shape[1]} visual tokens, expected {self.config.num_visual}."
-            why = (
-                "keeps_grid, time_stride and class_token of the projector and keeps_all_tokens of "
-            )
-            why += "the mixer say how many."
-            raise UserError(what, why, "correct these attributes; support/variants.py has them.")
+            why = "attributes of the projector's and the mixer's class say how many to expect."
+            raise UserError(what, why, "correct those that support/variants.py describes.")
         return visual, mixing_weights
 
     # ---- the loss
